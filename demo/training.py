@@ -1,0 +1,47 @@
+"""What the training scripts share: a learning-rate schedule and checkpoints to resume from."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Linear warm-up, then a cosine to a twentieth of `rate`."""
+
+    steps: int
+    rate: float
+    warmup: int = 100
+
+    def factor(self, step: int) -> float:
+        """Return the share of the full rate at a step."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set every group's rate; a group's own `initial_lr` stands for the full rate."""
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(step)
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write a checkpoint to resume from; a cut write leaves the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+    part.replace(path)
+
+
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load what `save` wrote, if it is there, and return the step to go on with."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

@@ -1,0 +1,177 @@
+"""The Wan 2.1 diffusion transformer. Parameter names are those of the official checkpoints."""
+# B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text tokens, N heads, D head width, E width
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..core.blocks import Run, run_blocks
+from ..core.ops.attention import attention
+from ..core.ops.embed import timestep_embedding
+from ..core.ops.linear import Linear
+from ..core.ops.norm import LayerNorm, RMSNorm, gated_add, modulate
+from ..core.ops.rope import grid_rope, rotate
+from .config import WanConfig
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Prompt:
+    """One prompt as the blocks see it: its embedded rows, and each block's keys and values once that block has met it.
+
+    Made by `WanTransformer.prompt`; serves every step of a run, and both guidance passes where their text is equal.
+    """
+
+    def __init__(self, rows_BSE: Tensor, key_bias_BS: Tensor | None = None):
+        self.rows_BSE = rows_BSE
+        self.key_bias_BS = key_bias_BS
+        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, i: int, cross_attn: "CrossAttention") -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, S, N, D] of block i, computing them the first time only."""
+        if i not in self._keys_values:
+            self._keys_values[i] = cross_attn.keys_values(self.rows_BSE)
+        return self._keys_values[i]
+
+
+class WanTransformer(nn.Module):
+    """Predict the flow velocity (noise - clean latent) of a noisy latent. Source: Wan 2.1 technical report, section 4.2."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def prompt(self, text_BSE: Tensor, run: Run, key_bias_BS: Tensor | None = None) -> Prompt:
+        """Embed text encoder rows [B, S, text_dim]; fewer than `text_len` rows are filled up with zeros.
+
+        The zero rows are keys like any other: the model was trained to attend them, so they are never masked.
+        With `key_bias_BS` the rows are taken as they are, each key's logit raised by its bias: one zero row with bias
+        ln(n) stands for n of them.
+        """
+        if text_BSE.shape[1] > self.config.text_len:
+            raise ValueError(f"Wan takes at most {self.config.text_len} text rows, got {text_BSE.shape[1]}: truncate the prompt")
+        if key_bias_BS is None:
+            text_BSE = F.pad(text_BSE, (0, 0, 0, self.config.text_len - text_BSE.shape[1]))
+        return Prompt(self.text_embedding(text_BSE.to(run.dtype)), key_bias_BS)
+
+    def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, prompt: Prompt, run: Run) -> Tensor:
+        """Return the velocity [B, out_dim, T, H, W] in float32 for timesteps in [0, 1000]."""
+        tokens, grid = self.patch_embedding(x_BCTHW, run.dtype)
+        time_B1E = self.time_embedding(timestep_embedding(timestep_B, self.config.freq_dim))[:, None]
+        modulation = rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6)
+        rope = self.rope(grid, x_BCTHW.device)
+        tokens = run_blocks(
+            self.blocks,
+            tokens.float(),
+            lambda i, block, x: block(x, modulation, rope, prompt.keys_values(i, block.cross_attn), prompt.key_bias_BS),
+            run=run,
+        )
+        return self.head(tokens, time_B1E, grid)
+
+    def rope(self, grid: tuple[int, int, int], device: torch.device) -> Rope:
+        """Return the rotation tables of a token grid; the head width is split 44 + 42 + 42 over t, y, x (of 128)."""
+        width = self.config.dim // self.config.num_heads
+        space = 2 * (width // 6)
+        widths = (width - 2 * space, space, space)
+        return grid_rope([(torch.arange(size), w) for size, w in zip(grid, widths, strict=True)], device)
+
+
+class PatchEmbedding(nn.Module):
+    """Turn each patch into a token. The weight is that of a 3-D convolution with stride equal to its kernel."""
+
+    def __init__(self, in_dim: int, dim: int, patch: tuple[int, int, int]):
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *patch))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x_BCTHW: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int, int]]:
+        pt, ph, pw = self.patch
+        grid = tuple(size // p for size, p in zip(x_BCTHW.shape[2:], self.patch, strict=True))
+        if tuple(x_BCTHW.shape[2:]) != (grid[0] * pt, grid[1] * ph, grid[2] * pw):
+            raise ValueError(f"Wan latents must divide into patches of {self.patch}, got {tuple(x_BCTHW.shape[2:])}")
+        patches = rearrange(x_BCTHW, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(patches.to(dtype), self.weight.flatten(1).to(dtype), self.bias.to(dtype)), grid
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; the first and last are modulated by time."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+        self.self_attn = SelfAttention(config)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim))
+
+    def forward(
+        self, x: Tensor, time_B6E: Tensor, rope: Rope, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None
+    ) -> Tensor:
+        dtype = keys_values[0].dtype
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + time_B6E).split(1, dim=1)
+        x = gated_add(x, self.self_attn(modulate(x, shift_sa, scale_sa, self.eps).to(dtype), rope), gate_sa)
+        # The cross-attention is neither modulated nor gated.
+        x = x + self.cross_attn(self.norm3(x).to(dtype), keys_values, key_bias)
+        return gated_add(x, self.ffn(modulate(x, shift_ff, scale_ff, self.eps).to(dtype)), gate_ff)
+
+
+class SelfAttention(nn.Module):
+    """Full attention over all tokens; q and k are normalised over the whole width, before the heads are split."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
+
+    def forward(self, x_BLE: Tensor, rope: Rope) -> Tensor:
+        q, k, v = self.norm_q(self.q(x_BLE)), self.norm_k(self.k(x_BLE)), self.v(x_BLE)
+        q, k, v = (rearrange(t, "b l (n d) -> b l n d", n=self.heads) for t in (q, k, v))
+        out_BLND = attention(rotate(q, rope).to(x_BLE.dtype), rotate(k, rope).to(x_BLE.dtype), v)
+        return self.o(out_BLND.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the tokens to the prompt, without positions."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
+
+    def keys_values(self, rows_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.norm_k(self.k(rows_BSE)).to(rows_BSE.dtype), self.v(rows_BSE)
+        return rearrange(k, "b s (n d) -> b s n d", n=self.heads), rearrange(v, "b s (n d) -> b s n d", n=self.heads)
+
+    def forward(self, x_BLE: Tensor, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None) -> Tensor:
+        q = rearrange(self.norm_q(self.q(x_BLE)).to(x_BLE.dtype), "b l (n d) -> b l n d", n=self.heads)
+        return self.o(attention(q, *keys_values, key_bias).flatten(2))
+
+
+class Head(nn.Module):
+    """Modulate by time, project each token to its patch of velocity, and lay the patches out. All in float32."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps, self.patch = config.eps, config.patch_size
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+        self.head = Linear(config.dim, config.out_dim * config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
+
+    def forward(self, x_BLE: Tensor, time_B1E: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        shift, scale = (self.modulation.float() + time_B1E).split(1, dim=1)
+        patches = self.head(modulate(x_BLE, shift, scale, self.eps))
+        (t, h, w), (pt, ph, pw) = grid, self.patch
+        # Output patches are (pt, ph, pw, c) with c fastest; input patches are (c, pt, ph, pw).
+        pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+        return rearrange(patches, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)

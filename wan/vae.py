@@ -1,0 +1,86 @@
+"""The Wan 2.1 video VAE (the image VAE of Qwen-Image as well), streamed over time. Official parameter names."""
+# B batch, F pixel frames (4n + 1), T latent frames, H W pixels, h w latent positions (H/8, W/8)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import VAEConfig
+from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, Past, ResidualBlock, Upsample
+
+
+class Encoder(nn.Module):
+    """Pixels to latent statistics, 8 times smaller in space and 4 times in time."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.dim * m for m in (1, *config.dim_mult)]
+        self.conv1 = CausalConv3d(3, widths[0], 3)
+        layers: list[nn.Module] = []
+        for level, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [ResidualBlock(narrow if n == 0 else wide, wide) for n in range(config.num_res_blocks)]
+            if level < len(config.dim_mult) - 1:
+                layers.append(Downsample(wide, config.temporal_downsample[level]))
+        self.downsamples = nn.ModuleList(layers)
+        self.middle = _middle(widths[-1])
+        self.head = _head(widths[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return _run_stack(self, self.downsamples, x, past, middle_first=False)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels; time is doubled at the two lowest resolutions."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        temporal = config.temporal_downsample[::-1]
+        self.conv1 = CausalConv3d(config.z_dim, widths[0], 3)
+        self.middle = _middle(widths[0])
+        layers: list[nn.Module] = []
+        for level, (last, width) in enumerate(zip(widths, widths[1:], strict=False)):
+            incoming = last // 2 if level > 0 else last  # the upsampler of the level before halved it
+            layers += [ResidualBlock(incoming if n == 0 else width, width) for n in range(config.num_res_blocks + 1)]
+            if level < len(config.dim_mult) - 1:
+                layers.append(Upsample(width, temporal[level]))
+        self.upsamples = nn.ModuleList(layers)
+        self.head = _head(widths[-1], 3)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return _run_stack(self, self.upsamples, x, past, middle_first=True)
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)])
+
+
+def _head(width: int, out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": ChannelNorm(width, 4), "2": CausalConv3d(width, out, 3)})
+
+
+def _run_stack(part: nn.Module, levels: nn.ModuleList, x: Tensor, past: Past, middle_first: bool) -> Tensor:
+    x = part.conv1(x, past)
+    for layer in [*part.middle, *levels] if middle_first else [*levels, *part.middle]:
+        x = layer(x, past)
+    return part.head["2"](F.silu(part.head["0"](x)), past)
+
+
+class WanVAE(nn.Module):
+    """The network alone: raw latents (mu, not normalised) in and out, whole clips or chunks of them."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    def encode_chunk(self, pixels: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance [B, z, T, h, w] of the next frames: 1 + 4n at first, 4n after, in [-1, 1]."""
+        return self.conv1(self.encoder(pixels, past), past).chunk(2, dim=1)
+
+    def decode_chunk(self, latent: Tensor, past: Past) -> Tensor:
+        """Return the pixels of the next latent frames: 1 + 4(n - 1) at first, 4n after; not clamped."""
+        return self.decoder(self.conv2(latent, past), past)
