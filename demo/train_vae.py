@@ -32,7 +32,7 @@ def train_vae(work: Path, schedule: Schedule, seed: int = 0) -> WanVAE:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0)
     training, held_out = corpus.scenes()
-    start = resume(work / "vae.pt", vae, optimizer)
+    start = resume(work / "vae.pt", vae, [optimizer])
     for step in range(start, schedule.steps):
         generator, rng = torch.Generator().manual_seed(step), random.Random(step)
         is_stills = step < schedule.steps // 4 or step % 5 == 0
@@ -47,7 +47,7 @@ def train_vae(work: Path, schedule: Schedule, seed: int = 0) -> WanVAE:
         if (step + 1) % 50 == 0:
             log.info("vae step %d loss %.4f", step + 1, loss.item())
         if (step + 1) % 250 == 0 or step + 1 == schedule.steps:
-            save(work / "vae.pt", vae, optimizer, step + 1)
+            save(work / "vae.pt", vae, [optimizer], step + 1)
             log.info("vae step %d PSNR on held-out clips %.2f dB", step + 1, psnr(vae, held_out[:16]))
     return vae
 

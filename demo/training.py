@@ -29,19 +29,21 @@ class Schedule:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(step)
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     """Write a checkpoint to resume from; a cut write leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": model.state_dict(), "optimizers": states, "step": step}, part)
     part.replace(path)
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """Load what `save` wrote, if it is there, and return the step to go on with."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return saved["step"]

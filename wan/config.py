@@ -6,6 +6,14 @@ HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its
 TEXT_LEN = 512  # umT5 rows the transformer was trained with, zero-padded and attended without a mask
 LATENT_CHANNELS = 16
 
+# The official negative prompt of T2V and VACE; source: wan/configs/shared_config.py of the official repository.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
+    "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
+    "倒着走"
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanConfig:
@@ -37,3 +45,39 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """Shape of one UMT5 encoder; the defaults are umt5-xxl. Every layer has a position table of its own."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageEncoderConfig:
+    """Shape of one CLIP visual tower; the defaults are ViT-H/14. `num_positions` counts the class token."""
+
+    dim: int = 1280
+    dim_ffn: int = 5120
+    num_layers: int = 32
+    patch_size: int = 14
+    num_positions: int = 257
+
+
+# The published sizes: (task, in_dim, dim, ffn_dim, num_layers) -> variant. The 480P and 720P files of I2V are alike in
+# structure, and Wan 2.2's T2V experts like T2V-14B.
+VARIANTS = {
+    ("t2v", 16, 1536, 8960, 30): "t2v-1.3B",
+    ("t2v", 16, 5120, 13824, 40): "t2v-14B",
+    ("i2v", 36, 5120, 13824, 40): "i2v-14B",
+    ("flf2v", 36, 5120, 13824, 40): "flf2v-14B",
+    ("vace", 16, 1536, 8960, 30): "vace-1.3B",
+    ("vace", 16, 5120, 13824, 40): "vace-14B",
+}

@@ -1,12 +1,13 @@
 """The Wan 2.1 video VAE (the image VAE of Qwen-Image as well), streamed over time. Official parameter names."""
 # B batch, F pixel frames (4n + 1), T latent frames, H W pixels, h w latent positions (H/8, W/8)
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
 from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, Past, ResidualBlock, Upsample
+
+WORKING_TENSORS = 8.0  # tensors of base width at full resolution alive at the peak; see bench/wan_vae.py
 
 
 class Encoder(nn.Module):
@@ -77,6 +78,10 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
+    def new_past(self) -> Past:
+        """Return the memory of a clip that starts now."""
+        return Past()
+
     def encode_chunk(self, pixels: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, T, h, w] of the next frames: 1 + 4n at first, 4n after, in [-1, 1]."""
         return self.conv1(self.encoder(pixels, past), past).chunk(2, dim=1)
@@ -84,3 +89,8 @@ class WanVAE(nn.Module):
     def decode_chunk(self, latent: Tensor, past: Past) -> Tensor:
         """Return the pixels of the next latent frames: 1 + 4(n - 1) at first, 4n after; not clamped."""
         return self.decoder(self.conv2(latent, past), past)
+
+    def working_bytes(self, height: int, width: int, frames: int) -> int:
+        """Estimate the bytes that a chunk of `frames` pixel frames needs besides the weights, from its widest layer."""
+        itemsize = self.conv2.weight.element_size()
+        return int(WORKING_TENSORS * frames * height * width * self.config.dim * itemsize)

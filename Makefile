@@ -1,0 +1,49 @@
+# make demo   make a video with the miniature model and score it
+# make test   lint, format check and tests
+# Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+
+TORCH := $(shell sed -n 's/^torch==//p' requirements-dev.txt)
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test setup clean
+
+demo: $(READY)
+	@$(VENV)/bin/python -m wanqwen demo
+
+test: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pytest -q
+
+setup: $(READY)
+
+clean:
+	rm -rf $(VENV)
+
+$(READY): requirements-dev.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "No $(PYTHON) here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$$($(PYTHON) --version) is too old: 3.10 or newer is needed. Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV); this takes minutes the first time."
+	@$(CPU_TORCH)
+	@$(PIP) install -r requirements-dev.txt
+	@$(PIP) install --no-deps --editable .
+	@touch $@
+
+# The registry's torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU, take the CPU build: from where pip
+# looks anyway, else from PyTorch's own index. If there is none to be had, requirements-dev.txt installs the usual build.
+define CPU_TORCH
+if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+  $(PIP) install "torch==$(TORCH)+cpu" >/dev/null 2>&1 || \
+  $(PIP) install --retries 1 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu" || \
+  echo "No CPU build of torch $(TORCH) could be had; taking the usual one."; \
+fi
+endef

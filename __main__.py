@@ -1,0 +1,135 @@
+"""python -m wanqwen: the pack from a terminal."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from .core.sampling.solvers import SOLVERS
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 2 for a request that can't be met, with one clear line."""
+    parser = argparse.ArgumentParser(prog="wanqwen", description="Wan 2.1 and Qwen-Image, from a terminal")
+    parser.add_argument("--verbose", action="store_true", help="show what is being done")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _demo_arguments(commands.add_parser("demo", help="generate and score clips with the bundled miniature"))
+    _generate_arguments(commands.add_parser("generate", help="a prompt to a video"))
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is, reading its header only")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"wanqwen {options.command}: {error}\n")
+        return 2
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", type=int, default=8, help="how many unseen prompts (default 8)")
+    parser.add_argument("--seed", type=int, help="of prompts and noise; without it they are new every time")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the video and the contact sheet")
+    parser.add_argument("--blind", action="store_true", help="zero the text: the score must fall to chance")
+    parser.set_defaults(run=_demo)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    from .loading import DEMO_FOLDER
+
+    parser.add_argument("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
+    parser.add_argument("--text-encoder", type=Path, default=DEMO_FOLDER / "wan_text_encoder.safetensors")
+    parser.add_argument("--tokenizer", type=Path, help="folder or spiece.model, for a text encoder without its own")
+    parser.add_argument("--vae", type=Path, default=DEMO_FOLDER / "wan_vae.safetensors")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative", default="", help="what to steer away from")
+    parser.add_argument("--out", type=Path, required=True, help="mp4, or png for a single frame")
+    parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHTxFRAMES or WIDTHxHEIGHT (default 64x64x9)")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[5.0], help="one value, or one per step")
+    parser.add_argument("--shift", type=float)
+    parser.add_argument("--solver", choices=sorted(SOLVERS), default="unipc")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float, default=16.0)
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.set_defaults(run=_generate)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import show
+
+    seed = options.seed if options.seed is not None else time.time_ns() % 1_000_000
+    clips = show.generate_clips(options.count, seed, options.blind)
+    video, sheet = options.out / "demo.mp4", options.out / "demo.png"
+    show.write_video(video, clips)
+    show.write_sheet(sheet, clips)
+    sys.stdout.write(f"{show.report(clips)}\nseed {seed}\nvideo: {video.resolve()}\ncontact sheet: {sheet.resolve()}\n")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import media
+    from .core import host, runtime
+    from .core.types import SampleRequest
+    from .loading import load_model, load_text_encoder, load_vae
+
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    width, height, frames = _size(options.size)
+    encoder = load_text_encoder(options.text_encoder, tokenizer=options.tokenizer)
+    positive, negative = encoder.encode([options.prompt, options.negative])
+    request = SampleRequest(
+        latent=torch.zeros(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), positive=positive, negative=negative,
+        seed=options.seed, steps=options.steps, shift=options.shift, guidance=tuple(options.guidance),
+        solver=options.solver,
+    )  # fmt: skip
+    bar = host.LogProgress("sampling", _terminal_line)
+    latent = runtime.generate(load_model(options.model, dtypes[options.precision]), request, bar)
+    sys.stderr.write("\n")
+    pixels = load_vae(options.vae).decode(latent)[0]
+    if len(pixels) == 1:
+        media.write_png(options.out.with_suffix(".png"), pixels[0])
+    else:
+        media.write_mp4(options.out, pixels, options.fps)
+    sys.stdout.write(f"{options.out.resolve()}\n")
+    return 0
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    """Return width, height and frames; 64x64 alone means 9 frames. Raises ValueError for sizes a model can't make."""
+    try:
+        numbers = [int(part) for part in text.lower().split("x")]
+        width, height, frames = [*numbers, 9][:3]
+    except ValueError as error:
+        raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81") from error
+    if len(numbers) > 3 or width < 16 or height < 16 or width % 16 or height % 16 or frames < 1 or frames % 4 != 1:
+        fitting = f"{max(16, round(width / 16) * 16)}x{max(16, round(height / 16) * 16)}x{max(0, round((frames - 1) / 4)) * 4 + 1}"
+        raise ValueError(f"--size {text}: width and height must be multiples of 16 and frames 4n + 1; try {fitting}")
+    return width, height, frames
+
+
+def _terminal_line(text: str) -> None:
+    sys.stderr.write(f"\r{text:<60}")
+    sys.stderr.flush()
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .core.weights.reader import open_checkpoint
+    from .families import identify
+    from .inspection import describe, render
+
+    checkpoint = open_checkpoint(options.file)
+    facts = describe(checkpoint, identify(checkpoint))
+    sys.stdout.write((json.dumps(facts, indent=2, ensure_ascii=False) if options.json else render(facts)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

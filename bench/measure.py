@@ -1,0 +1,67 @@
+"""Paired timings and measured peaks, on the CPU and on CUDA."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Median and least seconds of one contestant, and the most bytes it had at once besides what was there before."""
+
+    median_seconds: float
+    least_seconds: float
+    peak_bytes: int
+
+
+def compare(contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Figure]:
+    """Run the contestants in turn, `rounds` times after one warm-up, so that a slow minute hits all of them."""
+    peaks = {name: peak_bytes(call, device) for name, call in contestants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            _synchronise(device)
+            started = time.perf_counter()
+            call()
+            _synchronise(device)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Figure(statistics.median(times), min(times), peaks[name]) for name, times in seconds.items()}
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes PyTorch's allocator held at once during `call`, beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def table(title: str, figures: Mapping[str, Figure], ours: str = "ours") -> str:
+    """Return the figures as text, each as a ratio of ours to it."""
+    own = figures[ours]
+    lines = [title]
+    for name, figure in figures.items():
+        line = f"  {name:<14}{figure.median_seconds:9.3f} s  (least {figure.least_seconds:.3f})  peak {figure.peak_bytes / 1e6:9.1f} MB"
+        if name != ours:
+            line += f"   ours/{name}: time {own.median_seconds / figure.median_seconds:.2f}, peak {own.peak_bytes / max(1, figure.peak_bytes):.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

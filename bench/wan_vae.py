@@ -1,0 +1,85 @@
+"""How fast is our Wan VAE, and how much memory does it take, beside diffusers' at the same weights?
+
+    python -m wanqwen.bench.wan_vae [--device cuda] [--dtype bf16] [--size 128] [--frames 17] [--dim 96]
+
+`--frames 17 81` also shows whether the peak grows with the number of frames (ours must not, besides the output).
+"""
+
+import argparse
+import sys
+
+import torch
+from torch import Tensor
+
+from ..core.codec import VideoCodec
+from ..core.weights.keymap import Renamer
+from ..wan.config import VAEConfig
+from ..wan.family import LATENT_FORMAT
+from ..wan.keymap import vae_spellings
+from ..wan.vae import WanVAE
+from .measure import compare, table
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    """Print encode and decode of both, in one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--size", type=int, default=128, help="pixels, both sides")
+    parser.add_argument("--frames", type=int, nargs="+", default=[17])
+    parser.add_argument("--dim", type=int, default=96, help="base width; 96 is the published one")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    ours, theirs = _twins(VAEConfig(dim=options.dim), device, dtype)
+    codec = VideoCodec(lambda: ours, LATENT_FORMAT, dtype=dtype, device=device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    sys.stdout.write(f"{where}, {options.dtype}, base width {options.dim}, torch {torch.__version__}\n")
+    for frames in options.frames:
+        pixels = torch.rand(frames, options.size, options.size, 3, generator=torch.Generator().manual_seed(0))
+        latent = codec.encode(pixels)
+        own, other = codec.decode(latent)[0], _decode(theirs, latent, device, dtype)
+        error = ((own - other).abs().max() / other.abs().max()).item()
+        what = f"{frames} frames of {options.size} x {options.size}"
+        encode = {
+            "ours": lambda pixels=pixels: codec.encode(pixels),
+            "diffusers": lambda pixels=pixels: _encode(theirs, pixels, device, dtype),
+        }
+        decode = {
+            "ours": lambda latent=latent: codec.decode(latent),
+            "diffusers": lambda latent=latent: _decode(theirs, latent, device, dtype),
+        }
+        sys.stdout.write(table(f"encode {what}", compare(encode, options.rounds, device)) + "\n")
+        sys.stdout.write(table(f"decode {what} (differs by {error:.1e})", compare(decode, options.rounds, device)) + "\n")
+
+
+def _twins(config: VAEConfig, device: torch.device, dtype: torch.dtype):
+    """Return our network and diffusers' with the same random weights."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    ours = WanVAE(config)
+    rename = Renamer(vae_spellings(config.num_res_blocks)[1].table)
+    theirs = AutoencoderKLWan(
+        base_dim=config.dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult), num_res_blocks=config.num_res_blocks
+    )
+    theirs.load_state_dict({rename(name): tensor for name, tensor in ours.state_dict().items()})
+    return ours, theirs.eval().requires_grad_(False).to(device, dtype)
+
+
+@torch.inference_mode()
+def _encode(vae, pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    video = (pixels.movedim(-1, 0)[None] * 2 - 1).to(device, dtype)
+    return vae.encode(video).latent_dist.mode().float().cpu()
+
+
+@torch.inference_mode()
+def _decode(vae, latent: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    video = vae.decode(latent.to(device, dtype)).sample[0]
+    return ((video.float().cpu() + 1) / 2).clamp(0, 1).movedim(0, -1)
+
+
+if __name__ == "__main__":
+    main()

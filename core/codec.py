@@ -1,0 +1,238 @@
+"""Pixels to latents and back through a causal video VAE: streamed over time, tiled in space when memory is short.
+
+The object also answers to the names that ComfyUI's own VAE nodes call, so it plugs into any VAE socket.
+"""
+# B batch, F pixel frames, T latent frames, H W pixels, h w latent positions
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import host
+from .tiles import TileSize, cut
+from .types import LatentFormat
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TILE = TileSize(32, 32, 8)  # 256 x 256 pixels, 64 shared
+MIN_TILE = 8  # latent positions; below that a tile is mostly border
+
+
+class CausalVAE(Protocol):
+    """A network that takes a clip in chunks; `new_past()` starts a clip, and chunks of any length continue it."""
+
+    def new_past(self) -> Any: ...
+
+    def encode_chunk(self, pixels: Tensor, past: Any) -> tuple[Tensor, Tensor]: ...
+
+    def decode_chunk(self, latent: Tensor, past: Any) -> Tensor: ...
+
+    def working_bytes(self, height: int, width: int, frames: int) -> int: ...
+
+
+class VideoCodec:
+    """Encode and decode with one VAE. Latents are raw, as ComfyUI's LATENT holds them; pixels are [0, 1], channels last.
+
+    `load` gives the network on the CPU and is called on first use. Memory in use does not grow with the number of
+    frames: a chunk is computed on the device and written to its place on the CPU.
+    """
+
+    latent_dim = 3  # T h w; ComfyUI's word for a video VAE
+    output_channels = 3
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        latent_format: LatentFormat,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ):
+        self._load, self._network = load, None
+        self.latent_format, self.dtype, self._device = latent_format, dtype, device
+        self.latent_channels = latent_format.channels
+        time, space = latent_format.temporal_factor, latent_format.spatial_factor
+        self.downscale_ratio = (lambda frames: max(0, (frames + time - 1) // time), space, space)
+        self.upscale_ratio = (lambda frames: max(0, frames * time - (time - 1)), space, space)
+        self.downscale_index_formula = self.upscale_index_formula = (time, space, space)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the VAE computes."""
+        return self._device or host.device()
+
+    @property
+    def first_stage_model(self) -> nn.Module:
+        """The network itself, loaded on first use."""
+        if self._network is None:
+            self._network = self._load().to(self.dtype).eval().requires_grad_(False)
+        return self._network
+
+    def decode(self, latent: Tensor, *, tile: TileSize | None = None, frames_per_chunk: int = 1) -> Tensor:
+        """Return pixels [B, F, H, W, 3] in [0, 1] on the CPU for raw latents [B, C, T, h, w] (or [B, C, h, w]).
+
+        Whole frames unless `tile` says otherwise or the device has no room for them; time is never cut.
+        Raises ValueError for latents of another model and for latents that hold NaN or infinity.
+        """
+        latent = self._checked_latent(latent)
+        if latent.dim() == 4:
+            return self.decode(latent[:, :, None], tile=tile, frames_per_chunk=frames_per_chunk)[:, 0]
+        space = self.latent_format.spatial_factor
+        count, _, frames, height, width = latent.shape
+        out = torch.zeros(count, self.upscale_ratio[0](frames), height * space, width * space, 3)
+
+        def run(network: CausalVAE, tile: TileSize) -> None:
+            out.zero_()
+            for clip, pixels in zip(latent, out, strict=True):
+                for part in cut(height, width, tile, space):
+                    self._decode_tile(network, clip[None, :, :, part.rows, part.columns], pixels, part, frames_per_chunk)
+
+        self._with_tiles(run, tile, height, width, frames_per_chunk * self.latent_format.temporal_factor)
+        return out
+
+    def encode(self, pixels: Tensor, *, tile: TileSize | None = None) -> Tensor:
+        """Return raw latents [1, C, T, h, w] in float32 on the CPU for one clip [F, H, W, 3] in [0, 1].
+
+        [B, F, H, W, 3] gives one latent per clip. F must be 4n + 1 and sizes multiples of 8: what does not fit is cut off
+        (the last frames, the borders evenly), and the log says so.
+        """
+        if pixels.dim() == 5:
+            return torch.cat([self.encode(clip, tile=tile) for clip in pixels])
+        pixels = self._fitted_pixels(pixels)
+        space, time = self.latent_format.spatial_factor, self.latent_format.temporal_factor
+        frames, height, width = pixels.shape[0], pixels.shape[1] // space, pixels.shape[2] // space
+        out = torch.zeros(1, self.latent_channels, self.downscale_ratio[0](frames), height, width)
+
+        def run(network: CausalVAE, tile: TileSize) -> None:
+            out.zero_()
+            for part in cut(height, width, tile, 1):
+                rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
+                weight = part.weight_y[:, None] * part.weight_x
+                past, done = network.new_past(), 0
+                for chunk in pixels[:, rows, columns].split([1] + [time] * ((frames - 1) // time)):
+                    host.check_interrupt()
+                    moved = chunk.movedim(-1, 0)[None].to(self.device, self.dtype) * 2 - 1
+                    mean = network.encode_chunk(moved, past)[0].float().cpu()
+                    out[:, :, done : done + mean.shape[2], part.rows, part.columns] += mean * weight
+                    done += mean.shape[2]
+
+        self._with_tiles(run, tile, height, width, time)
+        return out
+
+    def _decode_tile(self, network: CausalVAE, latent: Tensor, pixels_FHWC: Tensor, part, frames_per_chunk: int) -> None:
+        space = self.latent_format.spatial_factor
+        rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
+        weight = (part.weight_y[:, None] * part.weight_x)[..., None]
+        past, done = network.new_past(), 0
+        # The first latent frame is one pixel frame and stands alone: it takes the cheap path of a still.
+        for chunk in [latent[:, :, :1], *latent[:, :, 1:].split(frames_per_chunk, dim=2)]:
+            if chunk.shape[2] == 0:
+                continue
+            host.check_interrupt()
+            decoded = network.decode_chunk(chunk.to(self.device, self.dtype), past)[0]
+            shown = decoded.float().cpu().add_(1).div_(2).clamp_(0, 1).movedim(0, -1)
+            pixels_FHWC[done : done + shown.shape[0], rows, columns] += shown.mul_(weight)
+            done += shown.shape[0]
+
+    def _with_tiles(
+        self, run: Callable[[CausalVAE, TileSize], None], tile: TileSize | None, height: int, width: int, frames: int
+    ) -> None:
+        """Run over the whole frame, or over tiles when asked for or when memory is short; smaller ones until it fits."""
+        space = self.latent_format.spatial_factor
+        with torch.inference_mode(), self._on_device() as network:
+            if tile is None:
+                needed = network.working_bytes(height * space, width * space, frames)
+                host.make_room(needed, self.device)
+                free = host.free_memory(self.device)
+                whole = TileSize(max(2, height), max(2, width), 0)
+                tile = whole if needed <= free else DEFAULT_TILE
+                if tile is DEFAULT_TILE:
+                    log.warning("VAE: a whole frame needs %.1f GB and %.1f GB are free; using tiles", needed / 1e9, free / 1e9)
+            while True:
+                try:
+                    return run(network, tile)
+                except torch.OutOfMemoryError:
+                    if max(tile.height, tile.width) <= MIN_TILE:
+                        raise
+                    tile = DEFAULT_TILE if tile.height > DEFAULT_TILE.height else tile.halved()
+                # Outside the except block, so that the failed attempt's tensors are let go first.
+                gc.collect()
+                host.empty_cache()
+                log.warning("VAE: out of memory, trying again with tiles of %d x %d latents", tile.height, tile.width)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[CausalVAE]:
+        network = self.first_stage_model
+        network.to(self.device)
+        try:
+            yield network
+        finally:
+            network.to("cpu")
+            if self.device.type != "cpu":
+                host.empty_cache()
+
+    def _checked_latent(self, latent: Tensor) -> Tensor:
+        if latent.dim() not in (4, 5) or latent.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"VAE decode: got a latent of shape {tuple(latent.shape)}; this VAE takes [batch, {self.latent_channels}, "
+                "frames, height/8, width/8]. Was it made for another model? Use the VAE that belongs to the sampler's model."
+            )
+        if not torch.isfinite(latent).all():
+            raise ValueError(
+                "VAE decode: the latent holds NaN or infinite values, so there is no picture in it. The sampler before it "
+                "broke down: lower guidance or shift, or load the model in bf16 or fp32 instead of fp16."
+            )
+        return latent
+
+    def _fitted_pixels(self, pixels: Tensor) -> Tensor:
+        if pixels.dim() != 4 or pixels.shape[-1] < 3:
+            raise ValueError(f"VAE encode: expected images [frames, height, width, 3], got {tuple(pixels.shape)}")
+        space, time = self.latent_format.spatial_factor, self.latent_format.temporal_factor
+        frames, height, width = pixels.shape[:3]
+        kept = (frames - (frames - 1) % time, height - height % space, width - width % space)
+        if kept[1] == 0 or kept[2] == 0:
+            raise ValueError(f"VAE encode: images of {width} x {height} are smaller than one latent position of {space}")
+        if kept != (frames, height, width):
+            log.warning("VAE encode: %d frames of %d x %d cut to %d of %d x %d (frames 4n + 1, sizes multiples of %d)",
+                        frames, width, height, kept[0], kept[2], kept[1], space)  # fmt: skip
+        top, left = (height - kept[1]) // 2, (width - kept[2]) // 2
+        return pixels[: kept[0], top : top + kept[1], left : left + kept[2], :3]
+
+    # What ComfyUI's own nodes call besides encode and decode. Sizes of tiles come in as they give them.
+
+    def decode_tiled(
+        self, samples: Tensor, tile_x: int = 32, tile_y: int = 32, overlap: int = 8, tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Decode in tiles of `tile_x` x `tile_y` latent positions. `tile_t` and `overlap_t` are not used: time is whole."""
+        return self.decode(samples, tile=TileSize(max(2, tile_y), max(2, tile_x), overlap))
+
+    def encode_tiled(
+        self, pixel_samples: Tensor, tile_x: int = 256, tile_y: int = 256, overlap: int = 64, tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Encode in tiles of `tile_x` x `tile_y` pixels. `tile_t` and `overlap_t` are not used: time is whole."""
+        space = self.latent_format.spatial_factor
+        return self.encode(pixel_samples, tile=TileSize(max(2, tile_y // space), max(2, tile_x // space), overlap // space))
+
+    def spacial_compression_decode(self) -> int:
+        """Return how many pixels one latent position is wide (ComfyUI's spelling)."""
+        return self.latent_format.spatial_factor
+
+    spacial_compression_encode = spacial_compression_decode
+
+    def temporal_compression_decode(self) -> int:
+        """Return how many pixel frames one latent frame holds."""
+        return self.latent_format.temporal_factor
+
+    def throw_exception_if_invalid(self) -> None:
+        """Do nothing: an object of this class always has a loader."""
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """Return the state dict in official names."""
+        return self.first_stage_model.state_dict()

@@ -1,0 +1,109 @@
+"""From a model handle and a request to latents: the one place where weights, memory, blocks and sampling meet."""
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from . import host
+from .blocks import Run
+from .sampling.sample import SampleError, StepNoise, draw_noise, sample, start_of
+from .sampling.schedule import plan_steps
+from .types import LatentFormat, ModelHandle, SampleRequest
+from .weights.assemble import assemble
+
+log = logging.getLogger(__name__)
+
+
+def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
+    """Return what the large products compute in: the handle's choice, else bfloat16 on a GPU and float32 on a CPU."""
+    if handle.dtype is not None:
+        return handle.dtype
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@contextmanager
+def opened(handle: ModelHandle, device: torch.device) -> Iterator[tuple[nn.Module, Run]]:
+    """Give the model on the device with a fresh run, and take it off the device again, also after an error.
+
+    The assembled weights stay in RAM with the handle, for its next run.
+    """
+    dtype = compute_dtype(handle, device)
+    model = handle.weights.get(dtype, lambda: _assemble(handle, dtype))
+    nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    host.make_room(nbytes, device)
+    try:
+        model.to(device)
+        yield model, Run(dtype=dtype, check_interrupt=host.check_interrupt)
+    finally:
+        model.to("cpu")
+        if device.type != "cpu":
+            gc.collect()
+            host.empty_cache()
+
+
+def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progress | None = None) -> Tensor:
+    """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request.
+
+    Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
+    good latents if the numbers break down on the way.
+    """
+    latent_format, device = handle.family.latent_format, host.device()
+    _check_latent(request.latent, latent_format)
+    plan = plan_steps(request, handle.family.default_shift)
+    clean = latent_format.normalise(request.latent.to(device))
+    noise = draw_noise(tuple(clean.shape), request.seed, request.noise_device, device)
+    x = start_of(plan, clean, noise) if request.add_noise else clean
+    conditionings = [request.positive, *([request.negative] if request.negative is not None else [])]
+    log.info("%s %s: %d steps of %s", handle.family.name, handle.identity.variant, len(plan.timesteps), request.solver)
+    with torch.inference_mode(), opened(handle, device) as (model, run):
+        positive, *negative = handle.family.denoisers(model, run, conditionings, device)
+        step_noise = StepNoise(tuple(x.shape), request.seed, request.noise_device, device)
+        on_step = _reporter(progress or host.progress(len(plan.timesteps), "sampling"), latent_format)
+        try:
+            x = sample(x, plan, request.solver, positive, negative[0] if negative else None, step_noise, on_step)
+        except SampleError as error:
+            error.latent = latent_format.denormalise(error.latent).cpu()
+            raise
+        return latent_format.denormalise(x).cpu()
+
+
+def _assemble(handle: ModelHandle, dtype: torch.dtype) -> nn.Module:
+    return assemble(
+        lambda: handle.family.build(handle.identity.config),
+        handle.identity.names,
+        handle.checkpoint,
+        float32=handle.family.float32,
+        dtype=dtype,
+    )
+
+
+def _check_latent(latent: Tensor, latent_format: LatentFormat) -> None:
+    if latent.dim() != 5 or latent.shape[1] != latent_format.channels or latent.shape[3] % 2 or latent.shape[4] % 2:
+        raise ValueError(
+            f"The sampler got a latent of shape {tuple(latent.shape)}; this model takes [batch, {latent_format.channels}, "
+            "frames, height/8, width/8] with even sizes. Connect an empty latent of this model's own node, or encode a "
+            "video whose width and height are multiples of 16."
+        )
+    if not torch.isfinite(latent).all():
+        raise ValueError("The latent given to the sampler holds NaN or infinite values: look at the node that made it.")
+
+
+def _reporter(progress: host.Progress, latent_format: LatentFormat):
+    def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
+        progress.update(done, total, preview(latent_format, x0))
+
+    return on_step
+
+
+def preview(latent_format: LatentFormat, x0: Tensor) -> Tensor | None:
+    """Return the middle frame of a normalised estimate as an image [h, w, 3] in [0, 1], or None without colours."""
+    if not latent_format.rgb:
+        return None
+    raw = latent_format.denormalise(x0[:1, :, x0.shape[2] // 2])[0]
+    rgb = torch.tensor(latent_format.rgb, device=raw.device)
+    image = torch.einsum("chw,cr->hwr", raw, rgb) + torch.tensor(latent_format.rgb_bias, device=raw.device)
+    return (image + 1) / 2

@@ -1,0 +1,180 @@
+"""The frozen records that cross folders. They hold what is, never how it is done."""
+# B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentFormat:
+    """The latent space of a family: its geometry, its statistics and a linear picture of it.
+
+    Raw latents are what the VAE gives (and what a ComfyUI LATENT holds); the transformer works on normalised ones,
+    `(raw - mean) / std` per channel. `rgb` is [channels][3] plus `rgb_bias`: a preview of raw latents in [-1, 1].
+    """
+
+    channels: int
+    spatial_factor: int
+    temporal_factor: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rgb: tuple[tuple[float, float, float], ...] = ()
+    rgb_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Return `(raw - mean) / std` of latents [B, C, ...], in float32."""
+        mean, std = self._statistics(raw)
+        return (raw.float() - mean) / std
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """Return `latent * std + mean` of latents [B, C, ...], in float32."""
+        mean, std = self._statistics(latent)
+        return latent.float() * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = [1, self.channels] + [1] * (like.dim() - 2)
+        return tuple(torch.tensor(row, device=like.device).view(shape) for row in (self.mean, self.std))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint as its header states it; `dtype` is the safetensors name (F32, BF16, F8_E4M3...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose header has been read and nothing else: one file, shards, or a folder.
+
+    `location` maps each tensor name to the file that holds it. `identity` tells one content from another (paths, sizes
+    and modification times): a key for caches.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    location: Mapping[str, Path]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    identity: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spelling:
+    """One way to name the tensors of an architecture.
+
+    `table` maps every official module path to this spelling's, `{}` standing for a layer index; what follows the path
+    (`.weight`, `.bias`, a scale, a LoRA's factor) is the same in all spellings. `prefix` comes before every name in the
+    file (ComfyUI's `model.diffusion_model.`).
+    """
+
+    name: str
+    table: Mapping[str, str]
+    prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What a checkpoint is. `config` is the family's own record for that role.
+
+    `names` maps official to file names, the scales of quantised weights included. Of the file's other names `ignored`
+    are known and not needed, `unexpected` are not known; `missing` are official names that the file lacks.
+    """
+
+    family: str
+    role: str  # diffusion_model, vae, text_encoder, image_encoder
+    variant: str  # t2v-1.3B, i2v-14B, vae, umt5-xxl, ...; (i2v-)custom for sizes nobody published
+    weight_format: str  # fp32, bf16, fp16, fp8_e4m3fn, fp8_scaled, mixed
+    spelling: str
+    config: Any
+    names: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditioning:
+    """What steers a run, without its strength: text encoder rows [1, S, E], valid rows only, never padded."""
+
+    text: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRequest:
+    """One sampling job. `latent` is raw [B, C, T, h, w]; zeros mean "nothing yet".
+
+    `guidance` holds one value for all steps or one per step. `sigmas`, if given, replaces the schedule of `steps` and
+    `shift` (descending, last 0 unless the run ends early). `denoise` < 1 starts from `latent` noised part of the way.
+    `start_step` and `end_step` run a part of the schedule; with `add_noise` False the latent is taken as noisy already.
+    `noise_device` is "cpu" (same noise on every machine) or "gpu" (drawn on the device, as the official code does).
+    """
+
+    latent: Tensor
+    positive: Conditioning
+    negative: Conditioning | None = None
+    seed: int = 0
+    steps: int = 30
+    shift: float | None = None
+    guidance: tuple[float, ...] = (5.0,)
+    solver: str = "unipc"
+    sigmas: tuple[float, ...] | None = None
+    denoise: float = 1.0
+    start_step: int = 0
+    end_step: int | None = None
+    add_noise: bool = True
+    noise_device: str = "cpu"
+
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (normalised x [B, C, T, h, w], timestep [B] in 0..1000) -> velocity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What core needs to know of a family to run its diffusion model.
+
+    `build(config)` makes the module. `float32(name)` says which parameters stay in float32 whatever the compute dtype.
+    `denoisers(model, run, conditionings, device)` returns one `Velocity` per conditioning, sharing work where equal.
+    """
+
+    name: str
+    latent_format: LatentFormat
+    default_shift: float
+    build: Callable[[Any], nn.Module]
+    float32: Callable[[str], bool]
+    denoisers: Callable[..., list[Velocity]]
+
+
+class Assembled:
+    """Where a model's assembled weights are kept between runs; every copy of a handle shares one."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._module: nn.Module | None = None
+
+    def get(self, key: object, assemble: Callable[[], nn.Module]) -> nn.Module:
+        """Return the module, assembling it when there is none yet or `key` (its dtype) differs from last time's."""
+        if self._module is None or key != self._key:
+            self._module = None  # let the old one go before the new one comes
+            self._module, self._key = assemble(), key
+        return self._module
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelHandle:
+    """A diffusion model as it travels between nodes: which file, read how. Copy-on-write: use `dataclasses.replace`.
+
+    Nothing touches the weights until `core.runtime` opens the handle. `dtype` is what the large products compute in;
+    None means bfloat16 where the device has it, float32 on a CPU.
+    """
+
+    checkpoint: Checkpoint
+    identity: Identity
+    family: Family
+    dtype: torch.dtype | None = None
+    weights: Assembled = field(default_factory=Assembled)

@@ -1,0 +1,249 @@
+"""Open checkpoints: what tensors they hold, from their headers alone, and the tensors themselves when asked."""
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Checkpoint, TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+TORCH_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+PICKLES = (".pth", ".pt")
+NESTED_UNDER = ("state_dict", "model")  # where training scripts put the weights
+INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+NOT_WEIGHTS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
+    (b"<", "a web page, probably an error or a log-in page"),
+    (b"PK\x03\x04", "a zip archive, as .pth files are"),
+    (b"GGUF", "a GGUF file"),
+)
+AGAIN = "download it again"
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Return what a checkpoint holds, reading no weights.
+
+    `path` is a .safetensors file, any shard of a set, a set's index, a folder that holds one of these, or a .pth/.pt
+    file, which is read without running code. Raises ValueError for whatever is none of these, or incomplete.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: check the path")
+    if path.suffix in PICKLES:
+        return _gather(path, {path: (_infos(_load_pickle(path)), {})})
+    if path.name.endswith(INDEX):
+        files = _indexed(path)
+    elif shard := SHARD.fullmatch(path.name):
+        index = path.with_name(shard["stem"] + INDEX)
+        files = _indexed(index) if index.is_file() else _siblings(path, shard)
+    elif path.suffix == ".safetensors":
+        files = [path]
+    else:
+        raise ValueError(
+            f"{path}: expected .safetensors, {INDEX}, .pth, .pt or a folder, found {path.suffix or 'a file'!r}"
+        )
+    return _gather(path, {file: read_header(file) for file in files})
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) on the CPU, file by file, memory-mapped: bytes are read when the tensor is first used."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(checkpoint.location[name], []).append(name)
+    for file, inside in by_file.items():
+        if file.suffix in PICKLES:
+            state = _load_pickle(file)
+            yield from ((name, state[name]) for name in inside)
+        else:
+            yield from _read_safetensors(file, inside)
+
+
+def _read_safetensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        for name in names:
+            yield name, opened.get_tensor(name)
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors and the metadata that a safetensors file states, checked against the file's size.
+
+    Format: 8 bytes of header length, little-endian; a JSON header; the tensors' bytes without gaps. Raises ValueError
+    where the file is not that.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        start = opened.read(24)
+        for magic, what in NOT_WEIGHTS:
+            if start.startswith(magic):
+                raise ValueError(f"{file} is {what}: expected safetensors; {AGAIN}")
+        length = int.from_bytes(start[:8], "little")
+        if size < 10 or length > MAX_HEADER_BYTES:
+            raise ValueError(f"{file} ({size} bytes) is empty or not a safetensors file: {AGAIN}")
+        if 8 + length > size:
+            raise ValueError(f"{file} is cut off: its header alone needs {8 + length} bytes, it has {size}: {AGAIN}")
+        opened.seek(8)
+        text = opened.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        _check_spans(file, spans, tensors, size - 8 - length)
+    except (UnicodeDecodeError, RecursionError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: its safetensors header can't be read ({error!r:.120}): {AGAIN}") from error
+    return tensors, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise KeyError("a name occurs twice")
+    return found
+
+
+def _check_spans(file: Path, spans: list[tuple[int, int, str]], tensors: Mapping[str, TensorInfo], held: int) -> None:
+    """Raise unless the tensors' bytes follow one another, have the size of their shapes, and fill the file."""
+    end = 0
+    for begin, stop, name in spans:
+        info = tensors[name]
+        wanted = prod(info.shape) * DTYPE_BYTES.get(info.dtype, 0)
+        if begin != end or stop < begin or (info.dtype in DTYPE_BYTES and stop - begin != wanted):
+            raise ValueError(
+                f"{file}: {name} ({info.dtype} {list(info.shape)}) is said to lie at bytes {begin} to {stop}, which "
+                f"does not fit its size or its neighbour's end at {end}: the file is damaged; {AGAIN}"
+            )
+        end = stop
+    if end > held:
+        raise ValueError(f"{file} is cut off: its header promises {end} bytes of tensors, it has {held}: {AGAIN}")
+    if end < held:
+        raise ValueError(f"{file} has {held - end} bytes more than its header accounts for: {AGAIN}")
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    """Return the state dict of a .pth file, memory-mapped. Anything in it that is not plain data is refused unrun."""
+    try:
+        state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors: reading it would run code, so it was not read. Only plain state dicts "
+            f"are accepted; get the model as .safetensors. ({str(error).splitlines()[0][:120]})"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"{file} is not a whole PyTorch checkpoint ({reason}): {AGAIN} or use .safetensors") from error
+    for key in NESTED_UNDER:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{file}: expected a state dict (names and tensors), found {type(state).__name__}")
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
+        raise ValueError(f"{file}: expected tensors only, found other things under {', '.join(others[:8])}")
+    return state
+
+
+def _infos(state: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in state.items()
+    }
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the shards that an index names; all must be there."""
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [index.parent / name for name in sorted(set(named))]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of shards (no weight_map in it): {AGAIN}") from error
+    if outside := [file for file in files if file.parent != index.parent]:
+        raise ValueError(f"{index} names files of other folders, such as {outside[0]}: {AGAIN}")
+    return _all_there(index, files)
+
+
+def _siblings(path: Path, shard: re.Match[str]) -> list[Path]:
+    """Return the shards of a set that has no index, from the count in their names."""
+    count = int(shard["count"])
+    return _all_there(
+        path, [path.with_name(f"{shard['stem']}-{i:05}-of-{count:05}.safetensors") for i in range(1, count + 1)]
+    )
+
+
+def _all_there(path: Path, files: list[Path]) -> list[Path]:
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(
+            f"{path} belongs to a set of {len(files)} shards, {len(missing)} of which are missing from {path.parent}: "
+            f"{', '.join(missing[:8])}; download them too"
+        )
+    return files
+
+
+def _in_folder(folder: Path) -> Path:
+    """Return the one checkpoint of a folder: an index, a single file, or a shard of a set without an index."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    weights = sorted(folder.glob("*.safetensors"))
+    found = indices + [file for file in weights if not any(_belongs(file, index) for index in indices)]
+    sets = {(shard["stem"], shard["count"]) for file in found if (shard := SHARD.fullmatch(file.name))}
+    if len(sets) == 1 and not indices and all(SHARD.fullmatch(file.name) for file in found):
+        found = found[:1]
+    found = found or sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{folder} holds several checkpoints: {_some(found)}; name the one that is meant")
+    inner = sorted(sub for sub in folder.iterdir() if sub.is_dir() and any(sub.glob("*.safetensors")))
+    advice = f"name one of its folders: {_some(inner)}" if inner else "expected .safetensors, .pth or .pt in it"
+    raise ValueError(f"{folder} holds no checkpoint; {advice}")
+
+
+def _belongs(file: Path, index: Path) -> bool:
+    shard = SHARD.fullmatch(file.name)
+    return shard is not None and shard["stem"] + INDEX == index.name
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:8]) + (", ..." if len(paths) > 8 else "")
+
+
+def _gather(path: Path, files: Mapping[Path, tuple[dict[str, TensorInfo], dict[str, str]]]) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    location: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    for file, (inside, said) in files.items():
+        if twice := tensors.keys() & inside:
+            name = min(twice)
+            raise ValueError(f"{name} is both in {location[name]} and in {file.name}: the shards are not of one set")
+        tensors |= inside
+        location |= dict.fromkeys(inside, file)
+        metadata |= said
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors: {AGAIN}")
+    return Checkpoint(path=path, tensors=tensors, location=location, metadata=metadata, identity=_identity(files))
+
+
+def _identity(files: Iterable[Path]) -> str:
+    """Return a digest of the files' paths, sizes and times of change."""
+    facts = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

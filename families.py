@@ -1,0 +1,45 @@
+"""The families of models that this pack knows, and which of them a checkpoint belongs to."""
+
+from .core.types import Checkpoint, Family, Identity
+from .wan.family import FAMILY as WAN
+from .wan.identify import identify as identify_wan
+
+FAMILIES: tuple[Family, ...] = (WAN,)
+IDENTIFIERS = (identify_wan,)
+SHOWN = 6  # names in an error
+
+# What people put in the wrong socket: a part of a name that tells -> what it is, and what to do.
+STRANGERS = (
+    (".encoded_exponent", "a DFloat11 model, which this version does not read yet"),
+    (".lora_", "a LoRA, not a model: load it with a LoRA node"),
+    (".diff_b", "a LoRA, not a model: load it with a LoRA node"),
+    ("vace_blocks.", "the VACE half of a model alone: use a whole VACE model"),
+    ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
+    ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),
+    ("transformer_blocks.0.img_mod.", "a Qwen-Image model, which this version does not read yet"),
+    ("model.layers.0.self_attn.q_proj.", "a language model, such as Qwen-Image's text encoder"),
+    ("double_blocks.0.", "a Flux or Hunyuan model"),
+    (
+        "first_stage_model.",
+        "an all-in-one checkpoint: this pack takes model, text encoder and VAE as files of their own",
+    ),
+)
+
+
+def identify(checkpoint: Checkpoint) -> Identity:
+    """Return what a checkpoint is; raise ValueError, with what it seems to be, if no family knows it."""
+    for identify_one in IDENTIFIERS:
+        if identity := identify_one(checkpoint):
+            return identity
+    names = list(checkpoint.tensors)
+    stranger = next((what for part, what in STRANGERS if any(part in name for name in names)), None)
+    raise ValueError(
+        f"{checkpoint.path} is none of the models this pack knows (Wan 2.1 diffusion models, VAE, UMT5, CLIP ViT-H)"
+        + (f"; it looks like {stranger}" if stranger else "")
+        + f". It holds {len(names)} tensors: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
+    )
+
+
+def family(name: str) -> Family:
+    """Return the family of an `Identity.family`."""
+    return next(known for known in FAMILIES if known.name == name)

@@ -1,0 +1,52 @@
+"""What there is to say of a checkpoint that has been identified, for people and for programs."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+from .core.ops import formats
+from .core.types import Checkpoint, Identity
+
+SHOWN = 8  # names per line of the text
+
+
+def describe(checkpoint: Checkpoint, identity: Identity) -> dict[str, Any]:
+    """Return the facts as plain JSON values; nothing but the header is read."""
+    files = sorted(set(checkpoint.location.values()))
+    weights = [name for official, name in identity.names.items() if formats.companion(official) is None]
+    return {
+        "path": str(checkpoint.path),
+        "files": [file.name for file in files],
+        "bytes": sum(file.stat().st_size for file in files if file.is_file()),
+        "family": identity.family,
+        "variant": identity.variant,
+        "role": identity.role,
+        "format": identity.weight_format,
+        "spelling": identity.spelling,
+        "config": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(identity.config).items()},
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(prod(checkpoint.tensors[name].shape) for name in weights),
+        "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values()).most_common()),
+        "missing": list(identity.missing),
+        "unexpected": list(identity.unexpected),
+        "ignored": list(identity.ignored),
+        "metadata": sorted(checkpoint.metadata),
+    }
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """Return the facts as lines of text, long lists cut short."""
+    return "\n".join(f"{key + ':':<12}{_line(key, value)}" for key, value in facts.items())
+
+
+def _line(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        shown = ", ".join(value[:SHOWN]) + (", ..." if len(value) > SHOWN else "")
+        return f"{len(value)}: {shown}" if len(value) > 1 else shown or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)

@@ -1,0 +1,47 @@
+"""Write pictures as files people can open. PyAV and Pillow are optional packages, asked for when they are needed."""
+# F frames, H W pixels; pixels are RGB in [0, 1]
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """Return uint8 pixels as Wan's own code rounds them: truncated, not rounded."""
+    return (pixels.clamp(0, 1) * 255).byte().cpu().numpy()
+
+
+def write_mp4(path: Path, frames_FHWC: Tensor, fps: float, *, enlarge: int = 1) -> None:
+    """Write frames [F, H, W, 3] as H.264; every pixel becomes `enlarge` x `enlarge` of them.
+
+    Raises ValueError when PyAV is missing or the size is odd.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("Writing an mp4 needs the package PyAV, which is not installed: pip install av") from error
+    from fractions import Fraction
+
+    frames = to_bytes(frames_FHWC).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs even sizes, got {width} x {height}: choose a size in steps of 16.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "15"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_png(path: Path, image_HWC: Tensor) -> None:
+    """Write one image [H, W, 3]. Raises ValueError when Pillow is missing."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError("Writing a PNG needs the package Pillow, which is not installed: pip install pillow") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_bytes(image_HWC)).save(path)

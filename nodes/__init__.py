@@ -1,0 +1,28 @@
+"""The nodes, as ComfyUI lists them. Each is a schema plus one call; ComfyUI is known here and in core/host.py only."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import VAEDecode, VAEEncode
+from .load import LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .sample import Sampler
+from .text import WanTextEncode
+from .wan import EmptyWanLatent
+
+NODES: tuple[type[io.ComfyNode], ...] = (
+    LoadWanModel,
+    LoadWanTextEncoder,
+    LoadWanVAE,
+    WanTextEncode,
+    EmptyWanLatent,
+    Sampler,
+    VAEDecode,
+    VAEEncode,
+)
+
+
+class Extension(ComfyExtension):
+    """What `comfy_entrypoint` gives to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return every node class of this pack."""
+        return list(NODES)

@@ -1,0 +1,181 @@
+"""The sampler node: from conditioning and noise to latents."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..core.runtime import generate
+from ..core.sampling.solvers import SOLVERS
+from ..core.types import Conditioning, ModelHandle, SampleRequest
+from ..wan.conditioning import ComfyConditioning, from_comfy
+from .types import CATEGORY, WanModel, check_choice, verdict
+
+NOISE_DEVICES = ("cpu", "gpu")
+TO_THE_END = 10000  # as in ComfyUI's advanced sampler
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+class Sampler(io.ComfyNode):
+    """One sampling run, whole or in part."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenSampler",
+            display_name="Sampler (WanQwen)",
+            category=CATEGORY,
+            description="Makes the video, as latents: starts from noise and takes it towards the prompt step by step.",
+            inputs=_inputs(),
+            outputs=[
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="The finished latents, or noisy ones if end_step stopped before the end. For VAE Decode.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, solver: str | None, noise_device: str | None = None) -> bool | str:
+        return verdict(
+            check_choice("solver", solver, SOLVERS),
+            check_choice("noise_device", noise_device, NOISE_DEVICES),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelHandle,
+        positive: ComfyConditioning,
+        latent: dict[str, Any],
+        seed: int,
+        steps: int,
+        guidance: float,
+        shift: float,
+        solver: str,
+        denoise: float,
+        negative: ComfyConditioning | None = None,
+        start_step: int = 0,
+        end_step: int = TO_THE_END,
+        add_noise: bool = True,
+        noise_device: str = "cpu",
+        guidance_schedule: str = "",
+        sigmas: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        request = SampleRequest(
+            latent=clip_of(latent),
+            positive=_prompt("positive", positive, model),
+            negative=None if negative is None else _prompt("negative", negative, model),
+            seed=seed,
+            steps=steps,
+            shift=shift,
+            guidance=guidance_values(guidance, guidance_schedule),
+            solver=solver,
+            sigmas=None if sigmas is None else tuple(sigmas.tolist()),
+            denoise=denoise,
+            start_step=start_step,
+            end_step=None if end_step == TO_THE_END else end_step,
+            add_noise=add_noise,
+            noise_device=noise_device,
+        )
+        return io.NodeOutput({**latent, "samples": generate(model, request)})
+
+
+def clip_of(latent: dict[str, Any]) -> torch.Tensor:
+    """Return the latents [B, C, T, h, w] of a LATENT; a picture [B, C, h, w] becomes one frame.
+
+    Raises ValueError if there is a mask, which this sampler does not carry out.
+    """
+    if latent.get("noise_mask") is not None:
+        raise ValueError(
+            "The latent has a noise mask (Set Latent Noise Mask, VAE Encode for inpainting), and this sampler can't "
+            "keep parts of a latent yet: remove that node, or use ComfyUI's own sampler."
+        )
+    samples = latent["samples"]
+    return samples[:, :, None] if samples.dim() == 4 else samples
+
+
+def guidance_values(constant: float, schedule: str) -> tuple[float, ...]:
+    """Return the values of a list "6, 6, 4", or the constant alone if the list is empty. Raises ValueError."""
+    if not schedule.strip():
+        return (constant,)
+    try:
+        return tuple(float(value) for value in schedule.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"guidance_schedule is {schedule!r}: expected numbers with commas between them, one per step, such as "
+            "6, 6, 5, 4; or nothing, for the same guidance in all steps."
+        ) from error
+
+
+def _prompt(which: str, conditioning: ComfyConditioning, model: ModelHandle) -> Conditioning:
+    prompts = from_comfy(conditioning, model.identity.config.text_dim)
+    if len(prompts) > 1:
+        raise ValueError(
+            f"{which} holds {len(prompts)} prompts (Conditioning Combine, or a batch of them), and this sampler takes one: "
+            "write them as one text, or join them with Conditioning Concat."
+        )
+    return prompts[0]
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        WanModel.Input("model", tooltip="From Load Wan Model."),
+        io.Conditioning.Input("positive", tooltip="What the video shows: from Wan Text Encode, or ComfyUI's Wan CLIP nodes."),
+        io.Latent.Input("latent", tooltip="Size and length of the video (Empty Wan Latent), or a clip to start from."),
+        io.Int.Input(
+            "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
+            tooltip="Number of the random noise: the same seed and settings give the same video.",
+        ),
+        io.Int.Input(
+            "steps", default=30, min=1, max=10000,
+            tooltip="How many steps to take. More take longer and look better, with little gain above 50.",
+        ),
+        io.Float.Input(
+            "guidance", default=5.0, min=0.0, max=100.0, step=0.1,
+            tooltip="How strongly to follow the prompt rather than the negative one. 1 switches this off and takes half "
+            "the time. Wan: 5, or 6 with the 1.3B model.",
+        ),
+        io.Float.Input(
+            "shift", default=5.0, min=0.01, max=100.0, step=0.1,
+            tooltip="More shift spends more of the steps on layout and motion, less on detail. Wan: 5, 3 for 480p; 8 to 12 "
+            "with the 1.3B model.",
+        ),
+        io.Combo.Input(
+            "solver", options=list(SOLVERS), default="unipc",
+            tooltip="How a step is taken. unipc: the best in few steps. dpm++2m: much like it. euler: plain. lcm: for "
+            "distilled models, 4 to 8 steps.",
+        ),
+        io.Float.Input(
+            "denoise", default=1.0, min=0.01, max=1.0, step=0.01,
+            tooltip="1 starts from noise alone. Less keeps more of the clip in latent: 0.5 redoes half of it.",
+        ),
+        io.Conditioning.Input(
+            "negative", optional=True,
+            tooltip="What to steer away from. Without it there is no guidance, as for distilled models.",
+        ),
+        io.Int.Input(
+            "start_step", default=0, min=0, max=10000, optional=True,
+            tooltip="Begin at this step of the schedule, counted from 0: to go on where another sampler stopped.",
+        ),
+        io.Int.Input(
+            "end_step", default=TO_THE_END, min=0, max=TO_THE_END, optional=True,
+            tooltip="Stop before this step and give the latents as noisy as they are. 10000 goes to the end.",
+        ),
+        io.Boolean.Input(
+            "add_noise", default=True, optional=True,
+            tooltip="Switch off when the latent is noisy already, because another sampler stopped before its end.",
+        ),
+        io.Combo.Input(
+            "noise_device", options=list(NOISE_DEVICES), default="cpu", optional=True,
+            tooltip="cpu: a seed gives the same video on every machine. gpu: noise as the official code draws it.",
+        ),
+        io.String.Input(
+            "guidance_schedule", default="", optional=True,
+            tooltip="Guidance for each step, with commas between: 6, 6, 5, 4. Empty: guidance in all of them.",
+        ),
+        io.Sigmas.Input(
+            "sigmas", optional=True,
+            tooltip="Noise levels from a scheduler node, 1 down to 0, instead of steps, shift and denoise.",
+        ),
+    ]  # fmt: skip

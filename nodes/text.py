@@ -1,0 +1,53 @@
+"""Prompts to conditioning."""
+
+from comfy_api.latest import io
+
+from ..wan.conditioning import to_comfy
+from ..wan.config import NEGATIVE_PROMPT
+from ..wan.text_encoder import TextEncoder
+from .types import CATEGORY, WanTextEncoder, tell
+
+
+class WanTextEncode(io.ComfyNode):
+    """Both prompts of a run in one node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenWanTextEncode",
+            display_name="Wan Text Encode",
+            category=CATEGORY,
+            description="Encodes what the video should show and what it should not. ComfyUI's own Wan samplers take the "
+            "result too.",
+            inputs=[
+                WanTextEncoder.Input("text_encoder", tooltip="From Load Wan Text Encoder."),
+                io.String.Input(
+                    "positive",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What the video shows, in English or Chinese: subject, motion, scene, camera, style. At most "
+                    "512 tokens are read.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default=NEGATIVE_PROMPT,
+                    tooltip="What to steer away from. The default is the official one of Wan: garish colours, overexposure, "
+                    "stills, blur, subtitles, bad anatomy, walking backwards...",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
+                io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder: TextEncoder, positive: str, negative: str) -> io.NodeOutput:
+        texts = {"positive": positive, "negative": negative}
+        prompts = text_encoder.encode(list(texts.values()))
+        cuts = {name: text_encoder.tokenise(text).notice for name, text in texts.items()}
+        notices = [f"{name}: {notice}" for name, notice in cuts.items() if notice]
+        return io.NodeOutput(*(to_comfy([prompt]) for prompt in prompts), ui=tell(cls.hidden.unique_id, notices))

@@ -1,0 +1,90 @@
+"""What all nodes share with ComfyUI: sockets of our own, dropdowns of model files, notices to the user."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..core.weights.reader import PICKLES
+from ..loading import DEMO_FOLDER
+
+CATEGORY = "WanQwen"
+
+WanModel = io.Custom("WANQWEN_MODEL")  # carries a core.types.ModelHandle
+WanTextEncoder = io.Custom("WANQWEN_TEXT_ENCODER")  # carries a wan.text_encoder.TextEncoder
+
+READABLE = (".safetensors", *PICKLES)
+DEMO_PREFIX = "demo/"
+# ComfyUI's name of a folder -> the miniature that is listed with its files.
+DEMO_FILES = {
+    "diffusion_models": "wan_dit.safetensors",
+    "text_encoders": "wan_text_encoder.safetensors",
+    "vae": "wan_vae.safetensors",
+}
+
+
+def list_files(folder: str) -> list[str]:
+    """Return what a dropdown offers: the readable files of one of ComfyUI's model folders, then the miniature."""
+    names = [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(READABLE)]
+    demo = DEMO_PREFIX + DEMO_FILES[folder]
+    return names if demo in names or not _demo_path(demo).is_file() else [*names, demo]
+
+
+def find_file(folder: str, name: str) -> Path:
+    """Return the path of a dropdown's entry; a user's own file comes before the miniature of the same name.
+
+    Raises ValueError if there is no such file.
+    """
+    if found := folder_paths.get_full_path(folder, name):
+        return Path(found)
+    if name == DEMO_PREFIX + DEMO_FILES[folder] and _demo_path(name).is_file():
+        return _demo_path(name)
+    places = " or ".join(folder_paths.get_folder_paths(folder))
+    raise ValueError(f"{name} was not found: put the file into {places} and press R to refresh, or choose another.")
+
+
+def file_stamp(folder: str, name: str | None) -> str:
+    """Return what changes when a file is replaced by another of the same name, so that its loader runs again."""
+    if name is None:  # the dropdown is fed by a link
+        return ""
+    facts = find_file(folder, name).stat()
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+def check_file(folder: str, name: str | None) -> str | None:
+    """Return what is wrong with a dropdown's entry, None if it is fine or comes through a link."""
+    try:
+        if name is not None:
+            find_file(folder, name)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_choice(name: str, value: str | None, choices: Iterable[str]) -> str | None:
+    """Return what is wrong with the value of a fixed list; ComfyUI itself does not look at those of V3 nodes."""
+    choices = list(choices)
+    if value is None or value in choices:
+        return None
+    return f"{name} is {value!r}: choose one of {', '.join(choices)}."
+
+
+def verdict(*problems: str | None) -> bool | str:
+    """Return what `validate_inputs` must: True, or the problems in words."""
+    return " ".join(filter(None, problems)) or True
+
+
+def tell(node_id: str | None, notices: Sequence[str]) -> dict[str, list[str]] | None:
+    """Show notices on the node, and return them for the history, which callers of the API read; None if there are none."""
+    if not notices:
+        return None
+    server = sys.modules.get("server")
+    if node_id is not None and server is not None:
+        server.PromptServer.instance.send_progress_text("\n".join(notices), node_id)
+    return {"text": list(notices)}
+
+
+def _demo_path(name: str) -> Path:
+    return DEMO_FOLDER / name.removeprefix(DEMO_PREFIX)

@@ -1,0 +1,83 @@
+"""What a Wan run starts from."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from comfy_api.latest import io
+
+from ..wan.family import LATENT_FORMAT
+from .types import CATEGORY, tell
+
+log = logging.getLogger(__name__)
+
+SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
+FRAMES_STEP = LATENT_FORMAT.temporal_factor  # after the first frame, which stands alone
+
+
+class EmptyWanLatent(io.ComfyNode):
+    """An empty clip of a size that Wan can make."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenEmptyWanLatent",
+            display_name="Empty Wan Latent",
+            category=CATEGORY,
+            description="Says how large and how long the video will be. What Wan can't make is changed to the nearest it "
+            "can, and a message on the node says so.",
+            inputs=[
+                io.Int.Input(
+                    "width", default=832, min=16, max=16384, step=SIZE_STEP,
+                    tooltip="Width in pixels, in steps of 16. The 1.3B model is made for 832 x 480.",
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=16384, step=SIZE_STEP,
+                    tooltip="Height in pixels, in steps of 16. The 14B model can also make 1280 x 720.",
+                ),
+                io.Int.Input(
+                    "frames", default=81, min=1, max=4097, step=FRAMES_STEP,
+                    tooltip="Number of frames: 1, 5, 9... (4n + 1). 81 is what Wan is made for, 5 seconds at 16 per second; "
+                    "1 is a still picture.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many videos to make at once."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler's latent input.")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+        asked = {"width": width, "height": height, "frames": frames}
+        fitted = fit_clip(asked)
+        notices = [f"{name} {asked[name]} changed to {fitted[name]}: {RULES[name]}." for name in asked if asked[name] != fitted[name]]
+        for notice in notices:
+            log.warning(notice)
+        return io.NodeOutput({"samples": empty_latent(fitted, batch_size)}, ui=tell(cls.hidden.unique_id, notices))
+
+
+RULES = {
+    "width": f"Wan needs a multiple of {SIZE_STEP}",
+    "height": f"Wan needs a multiple of {SIZE_STEP}",
+    "frames": f"Wan makes {FRAMES_STEP}n + 1 frames",
+}
+
+
+def fit_clip(asked: Mapping[str, int]) -> dict[str, int]:
+    """Return the nearest width, height and frames that Wan can make; the larger one from half way between two."""
+    return {
+        "width": max(SIZE_STEP, _nearest(asked["width"], SIZE_STEP)),
+        "height": max(SIZE_STEP, _nearest(asked["height"], SIZE_STEP)),
+        "frames": max(0, _nearest(asked["frames"] - 1, FRAMES_STEP)) + 1,
+    }
+
+
+def empty_latent(clip: Mapping[str, int], batch_size: int) -> torch.Tensor:
+    """Return zeros [B, C, T, h, w] for a clip of a size that `fit_clip` gave."""
+    space = LATENT_FORMAT.spatial_factor
+    frames = (clip["frames"] - 1) // FRAMES_STEP + 1
+    return torch.zeros(batch_size, LATENT_FORMAT.channels, frames, clip["height"] // space, clip["width"] // space)
+
+
+def _nearest(value: int, step: int) -> int:
+    return (value + step // 2) // step * step

@@ -1,0 +1,37 @@
+"""Make `wanqwen` mean this checkout, whatever its folder is called, installed or not."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLUGIN = "wanqwen_goldens"  # as pyproject.toml announces it
+
+
+def _import_checkout() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "wanqwen", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = sys.modules["wanqwen"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if "wanqwen" not in sys.modules:
+    _import_checkout()
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add our options where the plugin is not installed; then write `--goldens=DIR`, in one word."""
+    if not pluginmanager.has_plugin(PLUGIN):
+        from wanqwen.tests.goldens import plugin
+
+        pluginmanager.register(plugin, PLUGIN)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to test another checkout than this one."""
+    found = Path(sys.modules["wanqwen"].__file__).resolve().parent
+    if found != ROOT:
+        raise pytest.UsageError(f"wanqwen is installed from {found}, these are the tests of {ROOT}: run make test here")

@@ -1,0 +1,96 @@
+"""Guidance: two velocities become one."""
+
+import math
+
+import pytest
+import torch
+from wanqwen.core.sampling.guidance import classifier_free, guided_velocity, norm_preserving, per_step
+
+
+def velocities() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(2, 5, 8, generator=generator) for _ in range(2))
+
+
+class Counted:
+    """A velocity that counts its calls."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value, self.calls = value, 0
+
+    def __call__(self, x, timestep):
+        self.calls += 1
+        return self.value
+
+
+def test_one_value_serves_every_step_and_a_list_gives_each_its_own():
+    assert per_step((5.0,), 3) == (5.0, 5.0, 5.0)
+    assert per_step([3, 2, 1], 3) == (3.0, 2.0, 1.0)
+    assert per_step((5.0,), 1) == (5.0,)
+
+
+@pytest.mark.parametrize("values", [(), (1.0, 2.0), (1.0, 2.0, 3.0, 4.0)])
+def test_wrong_number_of_values_is_refused(values):
+    with pytest.raises(ValueError, match=f"guidance holds {len(values)} values for 3 steps"):
+        per_step(values, 3)
+
+
+def test_guidance_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"guidance\[1\] is nan"):
+        per_step((1.0, math.nan, 1.0), 3)
+
+
+def test_classifier_free_extrapolates_from_the_negative():
+    positive, negative = torch.tensor([3.0]), torch.tensor([1.0])
+    assert [classifier_free(positive, negative, s).item() for s in (0.0, 1.0, 2.0, 5.0)] == [1.0, 3.0, 5.0, 11.0]
+
+
+def test_norm_preserving_keeps_the_direction_and_the_positive_norm():
+    positive, negative = velocities()
+    guided, plain = norm_preserving(positive, negative, 4.0), classifier_free(positive, negative, 4.0)
+    torch.testing.assert_close(guided.norm(dim=-1), positive.norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cosine_similarity(guided, plain, dim=-1), torch.ones(2, 5), rtol=1e-6, atol=0)
+    assert (plain.norm(dim=-1) > 2 * positive.norm(dim=-1)).any()
+
+
+def test_norm_preserving_along_any_axis_is_the_same_per_token():
+    positive, negative = velocities()
+    last = norm_preserving(positive, negative, 4.0, axis=-1)
+    channel = norm_preserving(positive.transpose(1, 2), negative.transpose(1, 2), 4.0, axis=1)
+    torch.testing.assert_close(channel.transpose(1, 2), last, rtol=1e-6, atol=1e-7)
+    pair = norm_preserving(positive.reshape(2, 5, 2, 4), negative.reshape(2, 5, 2, 4), 4.0, axis=(-2, -1))
+    torch.testing.assert_close(pair.reshape(2, 5, 8), last, rtol=1e-6, atol=1e-7)
+
+
+def test_norm_preserving_leaves_zeros_alone_and_hides_no_nan():
+    zeros = torch.zeros(1, 2, 4)
+    assert norm_preserving(zeros, zeros, 4.0).equal(zeros)
+    assert norm_preserving(zeros, zeros * math.nan, 4.0).isnan().all()
+
+
+@pytest.mark.parametrize("strength, negative_calls", [(1.0, 0), (1.0001, 1), (0.0, 1), (5.0, 1)])
+def test_negative_pass_is_skipped_at_strength_one_only(strength, negative_calls):
+    positive, negative = map(Counted, velocities())
+    v = guided_velocity(torch.zeros(2, 5, 8), torch.zeros(2), strength, positive, negative)
+    assert (positive.calls, negative.calls) == (1, negative_calls)
+    torch.testing.assert_close(v, classifier_free(positive.value, negative.value, strength), rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_negative_there_is_no_guidance():
+    positive, _ = velocities()
+    assert guided_velocity(positive, torch.zeros(2), 5.0, lambda x, t: x, None).equal(positive)
+
+
+def test_sixteen_bit_velocities_are_combined_in_float32():
+    positive, negative = (v.bfloat16() for v in velocities())
+    v = guided_velocity(torch.zeros(2, 5, 8), torch.zeros(2), 5.0, lambda x, t: positive, lambda x, t: negative)
+    assert v.dtype == torch.float32
+    assert v.equal(classifier_free(positive.float(), negative.float(), 5.0))
+
+
+def test_another_rule_of_combining_can_be_chosen():
+    positive, negative = velocities()
+    v = guided_velocity(
+        positive, torch.zeros(2), 4.0, lambda x, t: positive, lambda x, t: negative, combine=norm_preserving
+    )
+    assert v.equal(norm_preserving(positive, negative, 4.0))

@@ -1,0 +1,72 @@
+"""Dropdowns: what they list, what they refuse, and that a wrong file says so."""
+
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def types(nodes):
+    from wanqwen.nodes import types
+
+    return types
+
+
+def test_dropdowns_list_what_can_be_read_and_the_miniature(types, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(types, "DEMO_FOLDER", tmp_path)
+    (models / "vae" / "notes.txt").write_text("no model")
+    assert types.list_files("vae") == ["tiny.safetensors"]
+    (tmp_path / "wan_vae.safetensors").touch()
+    assert types.list_files("vae") == ["tiny.safetensors", "demo/wan_vae.safetensors"]
+    assert types.find_file("vae", "demo/wan_vae.safetensors") == tmp_path / "wan_vae.safetensors"
+
+
+def test_a_missing_file_says_where_it_belongs(types, models):
+    assert types.check_file("vae", None) is None
+    problem = types.check_file("vae", "gone.safetensors")
+    assert problem.startswith("gone.safetensors was not found") and str(models / "vae") in problem
+
+
+def test_validation_covers_every_fixed_list(nodes):
+    assert nodes.LoadWanModel.validate_inputs("tiny.safetensors", "bf16") is True
+    assert nodes.LoadWanModel.validate_inputs(None, None) is True
+    assert "choose one of auto, bf16, fp16, fp32" in nodes.LoadWanModel.validate_inputs("tiny.safetensors", "fp8")
+    assert "was not found" in nodes.LoadWanVAE.validate_inputs("gone.safetensors", "auto")
+    assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu")
+    assert "choose one of unipc" in nodes.Sampler.validate_inputs("heun", "cpu")
+    assert "choose one of auto, tiled" in nodes.VAEDecode.validate_inputs("on")
+
+
+def test_a_replaced_file_is_loaded_again(nodes, models):
+    folder = models / "diffusion_models"
+    shutil.copy(folder / "tiny.safetensors", folder / "other.safetensors")
+    before = nodes.LoadWanModel.fingerprint_inputs("other.safetensors", "auto")
+    assert before == nodes.LoadWanModel.fingerprint_inputs("other.safetensors", "auto")
+    (folder / "other.safetensors").write_bytes(b"replaced")
+    assert before != nodes.LoadWanModel.fingerprint_inputs("other.safetensors", "auto")
+
+
+@pytest.mark.parametrize(
+    ("node", "file", "expected"),
+    [
+        ("LoadWanModel", "vae/tiny.safetensors", "is a VAE"),
+        ("LoadWanVAE", "text_encoders/tiny.safetensors", "is a text encoder"),
+        ("LoadWanTextEncoder", "diffusion_models/tiny.safetensors", "is a diffusion model"),
+    ],
+)
+def test_a_file_in_the_wrong_loader_says_what_it_is(nodes, models, node, file, expected):
+    folder = {"LoadWanModel": "diffusion_models", "LoadWanVAE": "vae", "LoadWanTextEncoder": "text_encoders"}[node]
+    shutil.copy(models / file, models / folder / "wrong.safetensors")
+    settings = ("cpu", 0.0) if node == "LoadWanTextEncoder" else ("auto",)
+    with pytest.raises(ValueError, match=expected) as caught:
+        getattr(nodes, node).execute("wrong.safetensors", *settings)
+    assert "wrong.safetensors" in str(caught.value) and "Expected" in str(caught.value)
+
+
+def test_precision_reaches_the_model_and_the_vae(nodes):
+    [handle] = nodes.LoadWanModel.execute("tiny.safetensors", "fp16").values
+    [codec] = nodes.LoadWanVAE.execute("tiny.safetensors", "bf16").values
+    assert (handle.dtype, codec.dtype) == (torch.float16, torch.bfloat16)
+    [codec] = nodes.LoadWanVAE.execute("tiny.safetensors", "auto").values
+    assert codec.dtype == torch.float32

@@ -1,0 +1,62 @@
+"""What workflows that people saved rely on: node ids, inputs and their order."""
+
+import asyncio
+import json
+from pathlib import Path
+
+SNAPSHOT = Path(__file__).parents[1] / "fixtures" / "schema_snapshot.json"
+
+
+def slots(schema) -> dict[str, list[list[str]]]:
+    """Return a schema as the snapshot holds it: what ComfyUI shows and saves, required inputs first."""
+    inputs = sorted(schema.inputs, key=lambda slot: bool(slot.options.get("optional")))
+    return {
+        "required": [[slot.id, slot.type] for slot in inputs if not slot.options.get("optional")],
+        "optional": [[slot.id, slot.type] for slot in inputs if slot.options.get("optional")],
+        "outputs": [[slot.options["display_name"], slot.type] for slot in schema.outputs],
+    }
+
+
+def all_schemas(nodes) -> list:
+    listed = asyncio.run(nodes.Extension().get_node_list())
+    return [node.define_schema() for node in listed]
+
+
+def test_nobody_s_workflow_breaks(nodes):
+    """Required inputs are frozen; optional inputs and outputs may only be added at the end, new nodes at will."""
+    found = {schema.node_id: slots(schema) for schema in all_schemas(nodes)}
+    for node_id, saved in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items():
+        assert node_id in found, f"{node_id} is gone"
+        now = found[node_id]
+        assert now["required"] == saved["required"], node_id
+        for kind in ("optional", "outputs"):
+            assert now[kind][: len(saved[kind])] == saved[kind], (node_id, kind)
+
+
+def test_the_snapshot_knows_every_input(nodes):
+    """A new node or input goes into the snapshot with the change that adds it."""
+    found = {schema.node_id: slots(schema) for schema in all_schemas(nodes)}
+    assert found == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+def test_every_node_and_input_explains_itself(nodes):
+    for schema in all_schemas(nodes):
+        assert schema.display_name and schema.description and schema.category == "WanQwen", schema.node_id
+        silent = [slot.id for slot in (*schema.inputs, *schema.outputs) if not slot.options.get("tooltip")]
+        assert not silent, f"{schema.node_id}: no tooltip on {silent}"
+
+
+def test_ids_of_inputs_are_unique_and_start_with_the_pack(nodes):
+    for schema in all_schemas(nodes):
+        ids = [slot.id for slot in schema.inputs]
+        assert len(set(ids)) == len(ids) and schema.node_id.startswith("WanQwen")
+
+
+def test_defaults_are_within_their_own_limits(nodes):
+    for schema in all_schemas(nodes):
+        for slot in schema.inputs:
+            default, options = slot.options.get("default"), slot.options
+            if slot.type in ("INT", "FLOAT"):
+                assert options["min"] <= default <= options["max"], (schema.node_id, slot.id)
+            elif slot.type == "COMBO" and default is not None:
+                assert default in options["options"], (schema.node_id, slot.id)

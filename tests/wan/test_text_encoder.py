@@ -1,0 +1,386 @@
+"""The UMT5 encoder: the reference's numbers, every way a file may store them, laziness, caching, streaming."""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from wanqwen.core.ops import formats
+from wanqwen.core.weights import keymap
+from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.wan import text_encoder as module
+from wanqwen.wan.config import TextEncoderConfig
+from wanqwen.wan.identify import identify
+from wanqwen.wan.keymap import TEXT_ENCODER
+from wanqwen.wan.text_encoder import EmbeddingCache, Placement, TextEncoder, activation_bytes, compute_dtype
+from wanqwen.wan.tokenizer import Tokenizer
+
+from .test_tokenizer import spiece  # noqa: F401 - a fixture
+
+GOLDEN = Path(__file__).parents[1] / "fixtures/goldens/umt5_encoder_tiny.safetensors"
+TOLERANCE = 2e-5  # max |out - ref| / max |ref|, float32
+CPU = torch.device("cpu")
+PROMPTS = ["a red disc moves left", "a blue star moves up and a green square moves down"]
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    with safe_open(GOLDEN, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+@pytest.fixture(scope="module")
+def weights(golden) -> dict[str, Tensor]:
+    return {name.removeprefix("weights/"): t for name, t in golden.items() if name.startswith("weights/")}
+
+
+@pytest.fixture(scope="module")
+def config() -> TextEncoderConfig:
+    with safe_open(GOLDEN, "pt") as file:
+        stated = json.loads(file.metadata()["config"])
+    return TextEncoderConfig(**{name: stated[name] for name in TextEncoderConfig.__dataclass_fields__})
+
+
+def to_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    rename = keymap.Renamer(keymap.table(TEXT_ENCODER))
+    return {rename(name): tensor for name, tensor in weights.items()}
+
+
+def quantise(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a scaled fp8 file of the weights as ComfyUI's is, and the weights that it stands for."""
+    stored, meant = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in to_huggingface(weights).items():
+        if tensor.dim() == 2 and "shared" not in name and "relative" not in name:
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.replace(".weight", ".scale_weight")] = scale
+            meant[name] = formats.dequantise(stored[name], scale, torch.float32)
+        else:
+            stored[name] = tensor.half()
+            meant[name] = stored[name].float()
+    return stored, meant
+
+
+class Reads:
+    """`read_tensors` that remembers what it was asked for."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+    def __call__(self, checkpoint, names: Iterable[str]):
+        names = list(names)
+        self.names += names
+        return read_tensors(checkpoint, names)
+
+
+def make_encoder(path: Path, tokenizer: Tokenizer, read=read_tensors, **options) -> TextEncoder:
+    checkpoint = open_checkpoint(path)
+    return TextEncoder(checkpoint, identify(checkpoint), tokenizer, read, **options)
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(spiece) -> Tokenizer:  # noqa: F811
+    return Tokenizer.from_spiece(spiece)
+
+
+@pytest.fixture
+def official(tmp_path, weights) -> Path:
+    return save(weights, tmp_path / "official.safetensors")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def rows_of(encoder: TextEncoder, placement: Placement | None = None) -> list[Tensor]:
+    return [conditioning.text for conditioning in encoder.encode(PROMPTS, placement)]
+
+
+def load(config: TextEncoderConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> module.Weights:
+    return module.load_weights(config, [], weights.items(), dtype=dtype)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_valid_tokens_alone_equal_the_trimmed_reference(golden, weights, config, row):
+    num_valid = int(golden["in/padded/mask"][row].sum())
+    ids = golden["in/padded/ids"][row, :num_valid].tolist()
+    loaded = load(config, weights, torch.float32)
+    expected = golden[f"out/padded/trimmed{row}"]
+    assert expected.shape[0] == num_valid
+    assert relative_error(loaded.run(loaded.embed(ids))[0], expected) <= TOLERANCE
+
+
+def test_long_text_equals_the_reference(golden, weights, config):
+    loaded = load(config, weights, torch.float32)
+    found = loaded.run(loaded.embed(golden["in/long/ids"][0].tolist()))
+    assert relative_error(found, golden["out/long/full"]) <= TOLERANCE
+
+
+def test_bfloat16_is_near_float32(golden, weights, config):
+    loaded = load(config, weights, torch.bfloat16)
+    assert {p.dtype for p in loaded.stack.parameters()} == {torch.bfloat16}
+    found = loaded.run(loaded.embed(golden["in/long/ids"][0].tolist())).float()
+    error = (found - golden["out/long/full"]).square().mean().sqrt() / golden["out/long/full"].square().mean().sqrt()
+    assert error < 2e-2
+
+
+def test_encode_gives_float32_rows_of_the_valid_tokens(official, tokenizer):
+    encoder = make_encoder(official, tokenizer)
+    for prompt, rows in zip(PROMPTS, rows_of(encoder), strict=True):
+        assert rows.shape == (1, len(encoder.tokenise(prompt).ids), 32)
+        assert rows.dtype == torch.float32 and rows.device == CPU and not rows.requires_grad
+        assert rows.std() > 0.1
+
+
+def test_every_spelling_and_container_gives_the_same_rows(tmp_path, official, weights, tokenizer, spiece):  # noqa: F811
+    expected = rows_of(make_encoder(official, tokenizer))
+    huggingface = to_huggingface(weights)
+    torch.save(weights, tmp_path / "models_t5.pth")
+    comfy = huggingface | {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
+    both_embeddings = huggingface | {"encoder.embed_tokens.weight": huggingface["shared.weight"].clone()}
+    folder = tmp_path / "text_encoder"
+    folder.mkdir()
+    save(huggingface, folder / "model.safetensors")
+    files = [
+        tmp_path / "models_t5.pth",
+        save(comfy, tmp_path / "comfy.safetensors"),
+        save(both_embeddings, tmp_path / "tied.safetensors"),
+        folder,
+    ]
+    for path in files:
+        for found, rows in zip(rows_of(make_encoder(path, tokenizer)), expected, strict=True):
+            assert torch.equal(found, rows), path
+
+
+def test_embedded_tokenizer_and_weights_come_from_one_file(tmp_path, weights, spiece):  # noqa: F811
+    tensors = to_huggingface(weights) | {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
+    checkpoint = open_checkpoint(save(tensors, tmp_path / "comfy.safetensors"))
+    encoder = TextEncoder(checkpoint, identify(checkpoint), Tokenizer.find(checkpoint, read_tensors), read_tensors)
+    assert rows_of(encoder)[0].shape == (1, len(encoder.tokenise(PROMPTS[0]).ids), 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_fp8_equals_the_dequantised_weights(tmp_path, weights, tokenizer, dtype):
+    stored, meant = quantise(weights)
+    scaled = make_encoder(save(stored, tmp_path / "fp8.safetensors"), tokenizer, dtype=dtype)
+    plain = make_encoder(save(meant, tmp_path / "meant.safetensors"), tokenizer, dtype=dtype)
+    assert scaled.identity.weight_format == "fp8_scaled"
+    for found, expected in zip(rows_of(scaled), rows_of(plain), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_plain_fp8_equals_its_upcast(tmp_path, weights, tokenizer):
+    stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}
+    cast = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
+    found = rows_of(make_encoder(save(stored, tmp_path / "fp8.safetensors"), tokenizer))
+    expected = rows_of(make_encoder(save(cast, tmp_path / "cast.safetensors"), tokenizer))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_weights_are_read_at_the_first_new_prompt_only(official, tokenizer, monkeypatch):
+    read, runs = Reads(), []
+    original = module.Weights.run
+    monkeypatch.setattr(module.Weights, "run", lambda self, x: (runs.append(1), original(self, x))[1])
+    cache = EmbeddingCache()
+    encoder = make_encoder(official, tokenizer, read, cache=cache)
+    encoder.tokenise(PROMPTS[0])
+    assert read.names == []
+    first = rows_of(encoder)
+    assert len(runs) == 2 and len(read.names) == len(encoder.identity.names)
+    again = rows_of(encoder)
+    assert len(runs) == 2 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    encoder.encode(["  a red   disc moves\nleft ", PROMPTS[1]])  # the same once cleaned
+    assert len(runs) == 2
+    encoder.encode(["a red disc", "a red disc"])
+    assert len(runs) == 3
+
+    other_read = Reads()  # the same file opened once more, with the cache that is still there
+    other = make_encoder(official, tokenizer, other_read, cache=cache)
+    rows_of(other)
+    assert other_read.names == [] and len(runs) == 3
+    make_encoder(official, tokenizer, dtype=torch.bfloat16, cache=cache).encode(PROMPTS[:1])
+    assert len(runs) == 4
+
+
+def test_another_file_is_not_served_from_the_cache(tmp_path, official, weights, tokenizer):
+    changed = {name: tensor * 1.5 if "fc2" in name else tensor for name, tensor in weights.items()}
+    cache = EmbeddingCache()
+    first = rows_of(make_encoder(official, tokenizer, cache=cache))
+    second = rows_of(make_encoder(save(changed, tmp_path / "changed.safetensors"), tokenizer, cache=cache))
+    assert not torch.equal(first[0], second[0])
+
+
+def test_cache_forgets_what_was_unused_longest():
+    cache = EmbeddingCache(max_bytes=3 * 40)
+    for name in "abc":
+        cache.put((name,), torch.zeros(10))
+    cache.get(("a",))
+    cache.put(("d",), torch.zeros(10))
+    assert [cache.get((name,)) is not None for name in "abcd"] == [True, False, True, True]
+    cache.put(("large",), torch.zeros(1000))
+    assert cache.get(("large",)) is None
+
+
+def test_prompts_beyond_the_cache_are_still_returned(official, tokenizer):
+    encoder = make_encoder(official, tokenizer, cache=EmbeddingCache(max_bytes=0))
+    expected = rows_of(make_encoder(official, tokenizer))
+    assert all(torch.equal(a, b) for a, b in zip(rows_of(encoder), expected, strict=True))
+
+
+def streaming_limit(encoder: TextEncoder) -> int:
+    """Return a limit that one block fits in, but not the stack."""
+    loaded = encoder._load(torch.float32)
+    work = activation_bytes(encoder.config, max(len(encoder.tokenise(prompt).ids) for prompt in PROMPTS))
+    limit = work + loaded.block_bytes + 100
+    assert limit < work + loaded.num_bytes
+    return limit
+
+
+def test_streamed_blocks_give_the_same_rows_and_leave_the_weights_in_place(official, tokenizer, monkeypatch):
+    expected = rows_of(make_encoder(official, tokenizer))
+    encoder = make_encoder(official, tokenizer, cache=EmbeddingCache(max_bytes=0))
+    streams = []
+    original = module.streamed
+    monkeypatch.setattr(module, "streamed", lambda *args: (streams.append(1), original(*args))[1])
+    limit = streaming_limit(encoder)
+    for _ in range(2):
+        found = rows_of(encoder, Placement(max_vram_bytes=limit))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(streams) == 2
+    assert {p.device for p in encoder._weights.stack.parameters()} == {CPU}
+    assert all(torch.equal(a, b) for a, b in zip(rows_of(encoder), expected, strict=True))
+    assert len(streams) == 2
+
+
+def test_streaming_copies_no_master_weight(weights, config):
+    loaded = load(config, weights, torch.float32)
+    before = {name: p.data_ptr() for name, p in loaded.stack.named_parameters()}
+    with module.streamed(loaded.stack, CPU) as run:
+        assert all(p.device.type == "meta" for p in loaded.stack.block.parameters())
+        run(loaded.embed([5, 6, 1]))
+        assert all(p.device.type == "meta" for p in loaded.stack.block.parameters())
+    assert {name: p.data_ptr() for name, p in loaded.stack.named_parameters()} == before
+
+
+def test_an_exception_while_streaming_leaves_the_encoder_usable(official, tokenizer):
+    expected = rows_of(make_encoder(official, tokenizer))
+    encoder = make_encoder(official, tokenizer)
+    loaded = encoder._load(torch.float32)
+    with pytest.raises(KeyboardInterrupt), module.streamed(loaded.stack, CPU):
+        raise KeyboardInterrupt
+    assert all(torch.equal(a, b) for a, b in zip(rows_of(encoder), expected, strict=True))
+
+
+def test_too_little_memory_is_said_before_anything_moves(official, tokenizer):
+    with pytest.raises(ValueError, match=r"can't run in max_vram_bytes = 1000 .* or run it on the CPU"):
+        make_encoder(official, tokenizer).encode(PROMPTS, Placement(max_vram_bytes=1000))
+    encoder = make_encoder(official, tokenizer, placement=Placement(max_vram_bytes=1000))
+    with pytest.raises(ValueError, match="can't run in max_vram_bytes = 1000"):
+        encoder.encode(PROMPTS)
+    assert len(encoder.encode(PROMPTS, Placement())) == 2
+
+
+def test_device_copies_run_like_the_masters_and_are_dropped(official, tokenizer):
+    encoder = make_encoder(official, tokenizer)
+    expected = rows_of(make_encoder(official, tokenizer))
+    encoder._weights = encoder._load(torch.float32)
+    for keep in (True, False):
+        for run in encoder._on_device(encoder._weights, Placement(keep=keep)):
+            for prompt, rows in zip(PROMPTS, expected, strict=True):
+                embedded = encoder._weights.embed(encoder.tokenise(prompt).ids)
+                with torch.no_grad():
+                    assert torch.equal(run(embedded), rows)
+        assert (encoder._resident is not None) == keep
+
+
+def test_inference_mode_does_not_spoil_the_encoder(official, tokenizer):
+    expected = rows_of(make_encoder(official, tokenizer))
+    encoder = make_encoder(official, tokenizer, cache=EmbeddingCache(max_bytes=0))
+    limit = streaming_limit(encoder)
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        inside = rows_of(encoder)
+    outside = rows_of(encoder)
+    streamed = rows_of(encoder, Placement(max_vram_bytes=limit))
+    with torch.inference_mode():
+        streamed_inside = rows_of(encoder, Placement(max_vram_bytes=limit))
+    for rows in (inside, outside, streamed, streamed_inside):
+        assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+def test_release_frees_the_weights_and_the_next_prompt_reads_them_again(official, tokenizer):
+    read = Reads()
+    encoder = make_encoder(official, tokenizer, read, cache=EmbeddingCache(max_bytes=0))
+    first = rows_of(encoder)
+    encoder.release()
+    assert encoder._weights is None
+    assert torch.equal(rows_of(encoder)[1], first[1]) and len(read.names) == 2 * len(encoder.identity.names)
+
+
+def test_ten_thousand_words_are_cut_to_512_with_a_notice(official, tokenizer, caplog):
+    encoder = make_encoder(official, tokenizer)
+    with caplog.at_level(logging.WARNING):
+        [conditioning] = encoder.encode(["red " * 10_000])
+    assert conditioning.text.shape == (1, 512, 32)
+    assert any("were cut off" in record.message for record in caplog.records)
+    assert "were cut off" in encoder.tokenise("red " * 10_000).notice
+
+
+def test_umt5_xxl_computes_in_bfloat16_and_a_small_model_in_float32_on_the_cpu(config):
+    cuda = torch.device("cuda")
+    assert compute_dtype(TextEncoderConfig(), CPU) == torch.bfloat16
+    assert compute_dtype(config, CPU) == torch.float32
+    assert compute_dtype(config, cuda) == compute_dtype(TextEncoderConfig(), cuda) == torch.bfloat16
+
+
+def test_umt5_xxl_streams_within_two_gigabytes():
+    config = TextEncoderConfig()
+    block_bytes = 2 * (4 * 4096 * 4096 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64)
+    assert block_bytes + activation_bytes(config) < 2 << 30
+    with torch.device("meta"):
+        block = module.build(replace(config, num_layers=1, vocab_size=8)).encoder.block[0]
+    assert sum(2 * p.numel() for p in block.parameters()) == block_bytes
+
+
+def test_incomplete_or_strange_weights_are_named(config, weights):
+    lacking = {name: tensor for name, tensor in weights.items() if name != "blocks.1.attn.q.weight"}
+    with pytest.raises(ValueError, match=r"encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight is missing"):
+        load(config, lacking, torch.float32)
+    with pytest.raises(ValueError, match=r"blocks\.9\.norm1\.weight is unknown"):
+        load(config, weights | {"blocks.9.norm1.weight": torch.ones(32)}, torch.float32)
+    with pytest.raises(ValueError, match=r"norm\.weight is float32 \[31\], expected floats \[32\]"):
+        load(config, weights | {"norm.weight": torch.ones(31)}, torch.float32)
+    with pytest.raises(ValueError, match=r"norm\.weight is int8 \[32\]"):
+        load(config, weights | {"norm.weight": torch.ones(32, dtype=torch.int8)}, torch.float32)
+    with pytest.raises(ValueError, match=r"the scale of blocks\.9\.attn\.q has no weight"):
+        module.load_weights(
+            config, [("blocks.9.attn.q.scale_weight", torch.ones(()))], weights.items(), dtype=torch.float32
+        )
+
+
+def test_a_file_that_lacks_weights_or_is_another_model_is_refused_unread(tmp_path, official, weights, tokenizer):
+    read = Reads()
+    lacking = {name: tensor for name, tensor in weights.items() if name != "blocks.1.attn.o.weight"}
+    with pytest.raises(ValueError, match=r"not a complete UMT5 encoder\. Missing: blocks\.1\.attn\.o\.weight"):
+        make_encoder(save(lacking, tmp_path / "lacking.safetensors"), tokenizer, read)
+    checkpoint = open_checkpoint(official)
+    vae = replace(identify(checkpoint), role="vae", variant="vae")
+    with pytest.raises(ValueError, match=r"is a vae \(vae\), expected a text encoder"):
+        TextEncoder(checkpoint, vae, tokenizer, read)
+    assert read.names == []
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(official, tokenizer):
+    other = Tokenizer(lambda text: [3], size=32_100, identity="t5", source="t5")
+    with pytest.raises(ValueError, match=r"t5 has 32100 pieces, .* knows 300: they don't belong together"):
+        make_encoder(official, other)

@@ -1,0 +1,255 @@
+"""Which Wan 2.1 model a checkpoint is, from its names and shapes alone."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..core.ops.formats import weight_format
+from ..core.types import Checkpoint, Identity
+from ..core.weights import keymap
+from .config import HEAD_WIDTH, VARIANTS, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from .family import FAMILY
+from .keymap import (
+    DIFFUSION_MODEL_IGNORED,
+    DIFFUSION_MODEL_SPELLINGS,
+    IMAGE_ENCODER_HUGGINGFACE,
+    IMAGE_ENCODER_IGNORED,
+    IMAGE_ENCODER_OFFICIAL,
+    IMAGE_ENCODER_SPELLINGS,
+    TASKS,
+    TEXT_ENCODER,
+    TEXT_ENCODER_IGNORED,
+    TEXT_ENCODER_SPELLINGS,
+    vae_spellings,
+)
+from .vae import WanVAE
+
+METADATA_KEY = "wanqwen"  # JSON in a safetensors header: what the shapes don't tell of our own checkpoints
+METADATA_FIELDS = {"num_heads": int, "text_len": int, "eps": float}
+
+# The name that only this task's models have, the most particular first.
+TELLING = (
+    ("flf2v", "img_emb.emb_pos"),
+    ("i2v", "img_emb.proj.1.weight"),
+    ("vace", "vace_patch_embedding.weight"),
+    ("t2v", "patch_embedding.weight"),
+)
+
+# Rows of each spelling of the image encoder; its stack, and the names that tell its sizes and that it is a CLIP.
+IMAGE_ENCODERS = {
+    "official": (
+        IMAGE_ENCODER_OFFICIAL,
+        (
+            "visual.transformer",
+            "visual.patch_embedding.weight",
+            "visual.pos_embedding",
+            "visual.transformer.0.mlp.0.bias",
+            "visual.cls_embedding",
+        ),
+    ),
+    "huggingface": (
+        IMAGE_ENCODER_HUGGINGFACE,
+        (
+            "vision_model.encoder.layers",
+            "vision_model.embeddings.patch_embedding.weight",
+            "vision_model.embeddings.position_embedding.weight",
+            "vision_model.encoder.layers.0.mlp.fc1.bias",
+            "vision_model.embeddings.class_embedding",
+        ),
+    ),
+}
+
+
+def identify(checkpoint: Checkpoint) -> Identity | None:
+    """Return what a checkpoint of the Wan family is, None if it is none.
+
+    Raises ValueError where the file is one but lacks what tells its size.
+    """
+    for role in (_diffusion_model, _vae, _text_encoder, _image_encoder):
+        if identity := role(checkpoint):
+            return identity
+    return None
+
+
+def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
+    match = keymap.pick(checkpoint.tensors, DIFFUSION_MODEL_SPELLINGS)
+    # The bias tells as well as the weight, which is not there in compressed files.
+    if match is None or "blocks.0.self_attn.q.bias" not in match.names or "head.modulation" not in match.names:
+        return None
+    task = next((task for task, name in TELLING if name in match.names), "t2v")
+    config = _transformer_config(checkpoint, match)
+    rows = TASKS[task]
+    layers = {"blocks": config.num_layers, "vace_blocks": _count(match.names, "vace_blocks.")}
+    size = (task, config.in_dim, config.dim, config.ffn_dim, config.num_layers)
+    custom = "custom" if task == "t2v" else f"{task}-custom"
+    return _identity(
+        checkpoint,
+        keymap.account(match, keymap.expand(rows, layers), DIFFUSION_MODEL_IGNORED),
+        match,
+        role="diffusion_model",
+        variant=VARIANTS.get(size, custom),
+        config=config,
+    )
+
+
+def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfig:
+    shape = _shapes(checkpoint, match.names, "Wan diffusion model")
+    dim, in_dim, *patch = shape("patch_embedding.weight")
+    ours = _own_metadata(checkpoint)
+    if "num_heads" not in ours and dim % HEAD_WIDTH:
+        raise ValueError(
+            f"{checkpoint.path}: a Wan model of width {dim} is not made of heads of {HEAD_WIDTH}, and the file does "
+            f'not say how many it has; the safetensors metadata needs {METADATA_KEY} = {{"num_heads": N}}'
+        )
+    return WanConfig(
+        dim=dim,
+        in_dim=in_dim,
+        patch_size=tuple(patch),
+        ffn_dim=shape("blocks.0.ffn.0.bias")[0],
+        num_layers=_count(match.names, "blocks."),
+        freq_dim=shape("time_embedding.0.weight")[1],
+        text_dim=shape("text_embedding.0.weight")[1],
+        out_dim=shape("head.head.bias")[0] // (patch[0] * patch[1] * patch[2]),
+        **{"num_heads": dim // HEAD_WIDTH, **ours},
+    )
+
+
+def _own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    text = checkpoint.metadata.get(METADATA_KEY, "{}")
+    try:
+        found = json.loads(text)
+        return {key: kind(found[key]) for key, kind in METADATA_FIELDS.items() if key in found}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path}: metadata {METADATA_KEY} is not JSON of numbers: {text[:80]!r}") from error
+
+
+def _vae(checkpoint: Checkpoint) -> Identity | None:
+    up = "decoder.up_blocks.0.resnets."
+    resnets = _count([name[name.find(up) :] for name in checkpoint.tensors if up in name], up)
+    match = keymap.pick(checkpoint.tensors, vae_spellings(max(resnets - 1, 1)), (*keymap.PREFIXES, "vae."))
+    telling = (
+        "encoder.conv1.weight",
+        "decoder.head.2.weight",
+        "conv2.weight",
+        "encoder.downsamples.0.residual.2.weight",
+    )
+    if match is None or not all(name in match.names for name in telling):
+        return None
+    config = _vae_config(checkpoint, match.names)
+    with torch.device("meta"):
+        expected = WanVAE(config).state_dict()
+    found = keymap.account(match, expected)
+    return _identity(checkpoint, found, match, role="vae", variant="vae", config=config)
+
+
+def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
+    """Read the encoder's list of layers: residual blocks, and at the end of each level but the last a resampling."""
+    shape = _shapes(checkpoint, names, "Wan VAE")
+    dim = shape("encoder.conv1.weight")[0]
+    widths, blocks, temporal = [0], [0], []
+    for i in range(_count(names, "encoder.downsamples.")):
+        layer = f"encoder.downsamples.{i}"
+        if f"{layer}.resample.1.weight" in names:
+            temporal.append(f"{layer}.time_conv.weight" in names)
+            widths.append(0)
+            blocks.append(0)
+        else:
+            widths[-1] = shape(f"{layer}.residual.6.bias")[0]
+            blocks[-1] += 1
+    if len(set(blocks)) > 1 or any(width % dim or not width for width in widths):
+        raise ValueError(
+            f"{checkpoint.path}: looks like a Wan VAE, but its encoder has levels of {blocks} blocks and {widths} "
+            f"channels where a Wan VAE has equally many blocks per level and multiples of {dim} channels"
+        )
+    return VAEConfig(
+        dim=dim,
+        z_dim=shape("conv2.weight")[0],
+        dim_mult=tuple(width // dim for width in widths),
+        num_res_blocks=blocks[0],
+        temporal_downsample=tuple(temporal),
+    )
+
+
+def _text_encoder(checkpoint: Checkpoint) -> Identity | None:
+    prefixes = (*keymap.PREFIXES, "text_encoder.", "text_encoders.umt5xxl.transformer.")
+    match = keymap.pick(checkpoint.tensors, TEXT_ENCODER_SPELLINGS, prefixes)
+    if match is None:
+        return None
+    layers = _count(match.names, "blocks.")
+    # A position table in every layer is what sets UMT5 apart from T5, which has one in the first only.
+    if not layers or f"blocks.{layers - 1}.pos_embedding.embedding.weight" not in match.names:
+        return None
+    shape = _shapes(checkpoint, match.names, "UMT5 encoder")
+    vocab_size, dim = shape("token_embedding.weight")
+    num_buckets, num_heads = shape("blocks.0.pos_embedding.embedding.weight")
+    config = TextEncoderConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        dim_attn=shape("blocks.0.attn.q.weight")[0],
+        dim_ffn=shape("blocks.0.ffn.fc1.weight")[0],
+        num_heads=num_heads,
+        num_layers=layers,
+        num_buckets=num_buckets,
+    )
+    found = keymap.account(match, keymap.expand(TEXT_ENCODER, {"blocks": layers}), TEXT_ENCODER_IGNORED)
+    variant = "umt5-xxl" if config == TextEncoderConfig() else "custom"
+    return _identity(checkpoint, found, match, role="text_encoder", variant=variant, config=config)
+
+
+def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
+    match = keymap.pick(checkpoint.tensors, IMAGE_ENCODER_SPELLINGS, ("",))
+    if match is None:
+        return None
+    rows, telling = IMAGE_ENCODERS[match.spelling.name]
+    stack, patch, positions, hidden, class_token = telling
+    if patch not in match.names or class_token not in match.names:
+        return None
+    shape = _shapes(checkpoint, match.names, "CLIP image encoder")
+    config = ImageEncoderConfig(
+        dim=shape(patch)[0],
+        dim_ffn=shape(hidden)[0],
+        num_layers=_count(match.names, f"{stack}."),
+        patch_size=shape(patch)[-1],
+        num_positions=shape(positions)[-2],
+    )
+    expected = keymap.expand({path: (path, leaves) for path, leaves in rows.items()}, {stack: config.num_layers})
+    found = keymap.account(match, expected, IMAGE_ENCODER_IGNORED)
+    variant = "clip-vit-h" if config == ImageEncoderConfig() else "custom"
+    return _identity(checkpoint, found, match, role="image_encoder", variant=variant, config=config)
+
+
+def _identity(
+    checkpoint: Checkpoint, found: keymap.Account, match: keymap.Match, *, role: str, variant: str, config: object
+) -> Identity:
+    prefix = match.spelling.prefix
+    return Identity(
+        family=FAMILY.name,
+        role=role,
+        variant=variant,
+        weight_format=weight_format({official: checkpoint.tensors[name] for official, name in found.names.items()}),
+        spelling=f"{match.spelling.name}, prefix {prefix}" if prefix else match.spelling.name,
+        config=config,
+        names=found.names,
+        missing=found.missing,
+        unexpected=found.unexpected,
+        ignored=found.ignored,
+    )
+
+
+def _count(names: Iterable[str], stack: str) -> int:
+    """Return one more than the highest layer index that follows `stack`, 0 if there is none."""
+    indices = (name[len(stack) :].split(".")[0] for name in names if name.startswith(stack))
+    return max((int(index) + 1 for index in indices if index.isdecimal()), default=0)
+
+
+def _shapes(checkpoint: Checkpoint, names: Mapping[str, str], what: str) -> Callable[[str], tuple[int, ...]]:
+    """Return a look-up of shapes by official name that says clearly what a file lacks or has of an odd rank."""
+
+    def shape(official: str) -> tuple[int, ...]:
+        if official not in names:
+            raise ValueError(f"{checkpoint.path}: looks like a {what}, but lacks {official}: is the file complete?")
+        return checkpoint.tensors[names[official]].shape
+
+    return shape

@@ -1,0 +1,202 @@
+"""How the tools of the field name the tensors of Wan 2.1. Official names are those of the Wan-AI checkpoints.
+
+ComfyUI's files keep the official names of the transformer and the VAE, with or without a prefix.
+"""
+
+from collections.abc import Iterable
+
+from ..core.types import Spelling
+from ..core.weights.keymap import BARE, LAYER, WEIGHT, table, under
+
+# Official and diffusers disagree on the numbers of the block's norms: official norm1 and norm2 have no parameters, and
+# the affine norm3 before the cross-attention is diffusers' norm2.
+_BLOCK = {
+    "modulation": ("scale_shift_table", BARE),
+    "self_attn.q": ("attn1.to_q", LAYER),
+    "self_attn.k": ("attn1.to_k", LAYER),
+    "self_attn.v": ("attn1.to_v", LAYER),
+    "self_attn.o": ("attn1.to_out.0", LAYER),
+    "self_attn.norm_q": ("attn1.norm_q", WEIGHT),
+    "self_attn.norm_k": ("attn1.norm_k", WEIGHT),
+    "norm3": ("norm2", LAYER),
+    "cross_attn.q": ("attn2.to_q", LAYER),
+    "cross_attn.k": ("attn2.to_k", LAYER),
+    "cross_attn.v": ("attn2.to_v", LAYER),
+    "cross_attn.o": ("attn2.to_out.0", LAYER),
+    "cross_attn.norm_q": ("attn2.norm_q", WEIGHT),
+    "cross_attn.norm_k": ("attn2.norm_k", WEIGHT),
+    "ffn.0": ("ffn.net.0.proj", LAYER),
+    "ffn.2": ("ffn.net.2", LAYER),
+}
+T2V = {
+    "patch_embedding": ("patch_embedding", LAYER),
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1", LAYER),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2", LAYER),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1", LAYER),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2", LAYER),
+    "time_projection.1": ("condition_embedder.time_proj", LAYER),
+    **under("blocks.{}", "blocks.{}", _BLOCK),
+    "head.modulation": ("scale_shift_table", BARE),
+    "head.head": ("proj_out", LAYER),
+}
+I2V = {
+    **T2V,
+    "blocks.{}.cross_attn.k_img": ("blocks.{}.attn2.add_k_proj", LAYER),
+    "blocks.{}.cross_attn.v_img": ("blocks.{}.attn2.add_v_proj", LAYER),
+    "blocks.{}.cross_attn.norm_k_img": ("blocks.{}.attn2.norm_added_k", WEIGHT),
+    "img_emb.proj.0": ("condition_embedder.image_embedder.norm1", LAYER),
+    "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj", LAYER),
+    "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2", LAYER),
+    "img_emb.proj.4": ("condition_embedder.image_embedder.norm2", LAYER),
+}
+FLF2V = {**I2V, "img_emb.emb_pos": ("condition_embedder.image_embedder.pos_embed", BARE)}
+VACE = {
+    **T2V,
+    "vace_patch_embedding": ("vace_patch_embedding", LAYER),
+    **under("vace_blocks.{}", "vace_blocks.{}", _BLOCK),
+    "vace_blocks.0.before_proj": ("vace_blocks.0.proj_in", LAYER),
+    "vace_blocks.{}.after_proj": ("vace_blocks.{}.proj_out", LAYER),
+}
+TASKS = {"t2v": T2V, "i2v": I2V, "flf2v": FLF2V, "vace": VACE}
+
+# diffusers' I2V folders hold zeros under norm_added_q, which nothing reads; model_type.* are empty markers.
+DIFFUSION_MODEL_IGNORED = ("blocks.*.attn2.norm_added_q.weight", "model_type.*")
+
+TEXT_ENCODER = {
+    "token_embedding": ("shared", WEIGHT),
+    **under(
+        "blocks.{}",
+        "encoder.block.{}",
+        {
+            "norm1": ("layer.0.layer_norm", WEIGHT),
+            "attn.q": ("layer.0.SelfAttention.q", WEIGHT),
+            "attn.k": ("layer.0.SelfAttention.k", WEIGHT),
+            "attn.v": ("layer.0.SelfAttention.v", WEIGHT),
+            "attn.o": ("layer.0.SelfAttention.o", WEIGHT),
+            "pos_embedding.embedding": ("layer.0.SelfAttention.relative_attention_bias", WEIGHT),
+            "norm2": ("layer.1.layer_norm", WEIGHT),
+            "ffn.gate.0": ("layer.1.DenseReluDense.wi_0", WEIGHT),
+            "ffn.fc1": ("layer.1.DenseReluDense.wi_1", WEIGHT),
+            "ffn.fc2": ("layer.1.DenseReluDense.wo", WEIGHT),
+        },
+    ),
+    "norm": ("encoder.final_layer_norm", WEIGHT),
+}
+# The tokenizer of ComfyUI's files, the second name of the tied embedding, and the decoder of whole UMT5 checkpoints.
+TEXT_ENCODER_IGNORED = ("spiece_model", "encoder.embed_tokens.weight", "decoder.*", "lm_head.weight")
+
+
+# The CLIP visual tower has q, k and v fused in one spelling and apart in the other: each has rows of its own.
+IMAGE_ENCODER_OFFICIAL = {
+    "visual.cls_embedding": BARE,
+    "visual.pos_embedding": BARE,
+    "visual.patch_embedding": WEIGHT,
+    "visual.pre_norm": LAYER,
+    "visual.transformer.{}.norm1": LAYER,
+    "visual.transformer.{}.attn.to_qkv": LAYER,
+    "visual.transformer.{}.attn.proj": LAYER,
+    "visual.transformer.{}.norm2": LAYER,
+    "visual.transformer.{}.mlp.0": LAYER,
+    "visual.transformer.{}.mlp.2": LAYER,
+}
+IMAGE_ENCODER_HUGGINGFACE = {
+    "vision_model.embeddings.class_embedding": BARE,
+    "vision_model.embeddings.position_embedding": WEIGHT,
+    "vision_model.embeddings.patch_embedding": WEIGHT,
+    "vision_model.pre_layrnorm": LAYER,  # sic
+    "vision_model.encoder.layers.{}.layer_norm1": LAYER,
+    "vision_model.encoder.layers.{}.self_attn.q_proj": LAYER,
+    "vision_model.encoder.layers.{}.self_attn.k_proj": LAYER,
+    "vision_model.encoder.layers.{}.self_attn.v_proj": LAYER,
+    "vision_model.encoder.layers.{}.self_attn.out_proj": LAYER,
+    "vision_model.encoder.layers.{}.layer_norm2": LAYER,
+    "vision_model.encoder.layers.{}.mlp.fc1": LAYER,
+    "vision_model.encoder.layers.{}.mlp.fc2": LAYER,
+}
+# Wan takes the rows before the last norm and never compares them with a text.
+IMAGE_ENCODER_IGNORED = (
+    "textual.*",
+    "log_scale",
+    "visual.post_norm.*",
+    "visual.head",
+    "text_model.*",
+    "logit_scale",
+    "text_projection.weight",
+    "vision_model.post_layernorm.*",
+    "vision_model.embeddings.position_ids",
+    "visual_projection.weight",
+)
+
+
+def _same(paths: Iterable[str]) -> dict[str, str]:
+    return {path: path for path in paths}
+
+
+_DIFFUSERS = table(FLF2V | VACE)
+_HUGGINGFACE = table(TEXT_ENCODER)
+
+DIFFUSION_MODEL_SPELLINGS = (
+    Spelling(name="official", table=_same(_DIFFUSERS)),
+    Spelling(name="diffusers", table=_DIFFUSERS),
+)
+TEXT_ENCODER_SPELLINGS = (
+    Spelling(name="official", table=_same(_HUGGINGFACE)),
+    Spelling(name="huggingface", table=_HUGGINGFACE),
+    # Files that keep the tied embedding under its second name only.
+    Spelling(name="huggingface", table=_HUGGINGFACE | {"token_embedding": "encoder.embed_tokens"}),
+)
+IMAGE_ENCODER_SPELLINGS = (
+    Spelling(name="official", table=_same(IMAGE_ENCODER_OFFICIAL)),
+    Spelling(name="huggingface", table=_same(IMAGE_ENCODER_HUGGINGFACE)),
+)
+
+_RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
+_ATTENTION = {path: path for path in ("norm", "to_qkv", "proj")}
+_ENDS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
+_MIDDLE = {
+    "middle.0": ("mid_block.resnets.0", _RESIDUAL),
+    "middle.1": ("mid_block.attentions.0", _ATTENTION),
+    "middle.2": ("mid_block.resnets.1", _RESIDUAL),
+}
+VAE_MAX_LEVELS = 8
+
+
+def vae_spellings(num_res_blocks: int) -> tuple[Spelling, ...]:
+    """Return the spellings of a VAE with this many residual blocks per encoder level (the decoder has one more).
+
+    The number matters to diffusers' decoder alone, which counts levels where the official one counts layers.
+    """
+    diffusers = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+    for part in ("encoder", "decoder"):
+        diffusers |= {f"{part}.{path}": f"{part}.{other}" for path, other in _ENDS.items()}
+        for path, (other, inner) in _MIDDLE.items():
+            diffusers |= _below(f"{part}.{path}", f"{part}.{other}", inner)
+    diffusers |= _below("encoder.downsamples.{}", "encoder.down_blocks.{}", _RESIDUAL | _RESAMPLE)
+    per_level = num_res_blocks + 2
+    for i in range(VAE_MAX_LEVELS * per_level):
+        level, layer = divmod(i, per_level)
+        up = f"decoder.up_blocks.{level}"
+        if layer == per_level - 1:
+            diffusers |= _below(f"decoder.upsamples.{i}", f"{up}.upsamplers.0", _RESAMPLE)
+        else:
+            diffusers |= _below(f"decoder.upsamples.{i}", f"{up}.resnets.{layer}", _RESIDUAL)
+    return Spelling(name="official", table=_official_vae()), Spelling(name="diffusers", table=diffusers)
+
+
+def _official_vae() -> dict[str, str]:
+    paths = ["conv1", "conv2", *(f"{part}.{path}" for part in ("encoder", "decoder") for path in _ENDS)]
+    for part, levels in (("encoder", "downsamples"), ("decoder", "upsamples")):
+        paths += [f"{part}.{path}.{leaf}" for path, (_, inner) in _MIDDLE.items() for leaf in inner]
+        paths += [f"{part}.{levels}.{{}}.{leaf}" for leaf in _RESIDUAL | _RESAMPLE]
+    return _same(paths)
+
+
+def _below(parent: str, other_parent: str, inner: dict[str, str]) -> dict[str, str]:
+    return {f"{parent}.{path}": f"{other_parent}.{other}" for path, other in inner.items()}

@@ -1,0 +1,216 @@
+"""Text as the Wan text encoder wants it: cleaned, cut into sentencepiece ids, closed with `</s>`, at most 512."""
+
+import hashlib
+import html
+import importlib.util
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..core.types import Checkpoint
+from .config import TEXT_LEN
+
+log = logging.getLogger(__name__)
+
+Reader = Callable[[Checkpoint, Iterable[str]], Iterator[tuple[str, Tensor]]]  # core.weights.reader.read_tensors
+
+EOS_ID = 1  # `</s>` of every T5 vocabulary; the pad, 0, is never written because only valid tokens are run
+EMBEDDED_NAME = "spiece_model"  # U8 tensor in ComfyUI's umt5 files: the bytes of spiece.model
+HUB_REPOSITORY = "google/umt5-xxl"
+HUB_REVISION = "66cb9e7e85526fe440a945569e42c72fb6cbc0ad"  # its main branch; has both spiece.model and tokenizer.json
+SPIECE, FAST = "spiece.model", "tokenizer.json"
+# Where a tokenizer lies, seen from the checkpoint's folder: beside it, in an official download, in a diffusers folder.
+FOLDERS = (".", "google/umt5-xxl", "umt5-xxl", "tokenizer", "../tokenizer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """A prompt for the encoder: `text` after cleaning, `ids` with `</s>` last; `notice` says what was cut, if any."""
+
+    text: str
+    ids: tuple[int, ...]
+    notice: str | None = None
+
+
+class Tokenizer:
+    """Turn text into ids of the umT5 vocabulary. Make one with `from_spiece`, `from_folder`, `from_hub` or `find`.
+
+    `size` is the number of pieces, `identity` tells one vocabulary from another, `source` says where it came from.
+    """
+
+    def __init__(self, pieces: Callable[[str], list[int]], *, size: int, identity: str, source: str):
+        self._pieces = pieces
+        self.size, self.identity, self.source = size, identity, source
+
+    @classmethod
+    def from_spiece(cls, model: bytes, source: str = "the given bytes") -> "Tokenizer":
+        """Read a sentencepiece model (the content of a `spiece.model` file).
+
+        Raises ValueError if sentencepiece is not installed, or the bytes are no sentencepiece model of a T5.
+        """
+        if not has_sentencepiece():
+            raise ValueError(f"The tokenizer in {source} needs the package sentencepiece: `pip install sentencepiece`.")
+        import sentencepiece
+
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{source} holds no sentencepiece model ({len(model)} bytes): {error}") from error
+        _check_eos(processor.eos_id(), source)
+        identity = "spiece-" + hashlib.sha256(model).hexdigest()[:16]
+        return cls(processor.encode, size=processor.get_piece_size(), identity=identity, source=source)
+
+    @classmethod
+    def from_fast(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json`; raises ValueError if it is none, or not one of a T5."""
+        from tokenizers import Tokenizer as Fast
+
+        content = path.read_bytes()
+        try:
+            is_tokenizer = "model" in json.loads(content)
+        except ValueError:
+            is_tokenizer = False
+        if not is_tokenizer:
+            raise ValueError(f"{path} is no tokenizer file: expected JSON with a `model`. Download it again.")
+        fast = Fast.from_str(content.decode())
+        fast.no_truncation()
+        fast.no_padding()
+        _check_eos(fast.token_to_id("</s>"), str(path))
+        identity = "fast-" + hashlib.sha256(content).hexdigest()[:16]
+        return cls(
+            lambda text: fast.encode(text, add_special_tokens=False).ids,
+            size=fast.get_vocab_size(),
+            identity=identity,
+            source=str(path),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer in a folder: `spiece.model`, or `tokenizer.json` where that or sentencepiece is missing.
+
+        Raises ValueError if the folder has neither.
+        """
+        spiece, fast = folder / SPIECE, folder / FAST
+        if spiece.is_file() and (has_sentencepiece() or not fast.is_file()):
+            return cls.from_spiece(spiece.read_bytes(), str(spiece))
+        if fast.is_file():
+            return cls.from_fast(fast)
+        raise ValueError(f"No tokenizer in {folder}: expected {SPIECE} or {FAST} there.")
+
+    @classmethod
+    def from_hub(cls, repository: str = HUB_REPOSITORY, revision: str = HUB_REVISION) -> "Tokenizer":
+        """Download the tokenizer from the Hugging Face hub; call it only when the user asked for a download.
+
+        `revision` is the full commit hash, so that the file can't change under us. Raises ValueError if it is not, or
+        if the download fails.
+        """
+        if not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise ValueError(
+                f"The revision of {repository} must be a full commit hash (40 hex digits), got {revision!r}."
+            )
+        from huggingface_hub import hf_hub_download
+
+        name = SPIECE if has_sentencepiece() else FAST
+        try:
+            path = Path(hf_hub_download(repository, name, revision=revision))
+        except OSError as error:
+            raise ValueError(
+                f"Could not download {name} of {repository}: {error}. Put that file next to the text encoder instead."
+            ) from error
+        return cls.from_folder(path.parent)
+
+    @classmethod
+    def find(cls, checkpoint: Checkpoint, read: Reader) -> "Tokenizer":
+        """Return the tokenizer that came with a text encoder: embedded in the file, else in a folder near it.
+
+        `read` is `core.weights.reader.read_tensors`. Never downloads. Raises ValueError with the ways out.
+        """
+        if EMBEDDED_NAME in checkpoint.tensors and has_sentencepiece():
+            [(_, spiece)] = read(checkpoint, [EMBEDDED_NAME])
+            return cls.from_spiece(spiece.numpy().tobytes(), f"{checkpoint.path} ({EMBEDDED_NAME})")
+        home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        for folder in (home / name for name in FOLDERS):
+            if (folder / FAST).is_file() or (folder / SPIECE).is_file():
+                return cls.from_folder(folder)
+        if EMBEDDED_NAME in checkpoint.tensors:
+            raise ValueError(
+                f"{checkpoint.path} carries its tokenizer as a sentencepiece model, which needs the package"
+                f" sentencepiece: `pip install sentencepiece`, or put the {FAST} of {HUB_REPOSITORY} next to the file."
+            )
+        raise ValueError(
+            f"{checkpoint.path} carries no tokenizer and there is none near it ({SPIECE} or {FAST} in {home} or its"
+            f" google/umt5-xxl). Either use ComfyUI's single file (umt5_xxl_*.safetensors), which carries one; or put"
+            f" the {SPIECE} of {HUB_REPOSITORY} next to the file; or ask for the download from the hub."
+        )
+
+    def __call__(self, text: str, max_tokens: int = TEXT_LEN) -> Tokens:
+        """Return the ids of cleaned text, `</s>` always last; what does not fit is cut off, and the notice says so."""
+        pieces = self._pieces(text)
+        kept = pieces[: max_tokens - 1]
+        cut = len(pieces) - len(kept)
+        notice = f"The prompt has {len(pieces)} tokens and Wan reads {len(kept)}: the last {cut} were cut off."
+        return Tokens(text=text, ids=(*kept, EOS_ID), notice=notice if cut else None)
+
+
+def has_sentencepiece() -> bool:
+    """Say whether the optional package sentencepiece is installed."""
+    return importlib.util.find_spec("sentencepiece") is not None
+
+
+def text_cleaner() -> Callable[[str], str]:
+    """Return the function that cleans prompts as for the training of Wan: `ftfy.fix_text`, HTML entities, white space.
+
+    Without the optional package ftfy a smaller repair takes its place, and the log says so. Source: the "whitespace"
+    cleaning of the official tokenizer wrapper.
+    """
+    if importlib.util.find_spec("ftfy") is None:
+        log.warning("ftfy is not installed: prompts get a smaller clean-up (no repair of wrongly decoded text).")
+        return lambda text: _clean(text, repair_text)
+    import ftfy
+
+    return lambda text: _clean(text, ftfy.fix_text)
+
+
+def _clean(text: str, repair: Callable[[str], str]) -> str:
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(repair(text)))).strip()
+
+
+def repair_text(text: str) -> str:
+    """Do what `ftfy.fix_text` does, but for wrongly decoded text (mojibake) and terminal escapes.
+
+    HTML entities (unless there is a `<`), full-width and half-width forms, typographic quotes, Latin ligatures,
+    control characters and surrogates; NFC at the end. It matters: Chinese commas become ASCII ones.
+    """
+    if "<" not in text:
+        text = html.unescape(text)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").translate(_character_repairs())
+    return unicodedata.normalize("NFC", text)
+
+
+def _character_repairs() -> dict[int, str]:
+    """Return the table of characters that are replaced or dropped one by one."""
+    quotes = dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+    dropped = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
+    # Full-width ASCII, half-width kana and Hangul; Latin ligatures; digraph letters, which stand for two letters.
+    forms = [
+        0x3000,
+        *range(0xFF01, 0xFFF0),
+        *range(0xFB00, 0xFB07),
+        0x132,
+        0x133,
+        *range(0x1C4, 0x1CD),
+        *range(0x1F1, 0x1F4),
+    ]
+    table = {code: unicodedata.normalize("NFKC", chr(code)) for code in forms} | quotes | dict.fromkeys(dropped, "")
+    return table | {0x0149: "'n", 0xFB05: "\u017ft"}  # the two where ftfy departs from NFKC
+
+
+def _check_eos(found: int | None, source: str) -> None:
+    if found != EOS_ID:
+        raise ValueError(f"{source} is not a umT5 tokenizer: its `</s>` has id {found}, expected {EOS_ID}.")
