@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 
 TORCH := $(shell sed -n 's/^torch==//p' requirements-dev.txt)
@@ -43,7 +43,7 @@ $(READY): requirements-dev.txt pyproject.toml
 define CPU_TORCH
 if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
   $(PIP) install "torch==$(TORCH)+cpu" >/dev/null 2>&1 || \
-  $(PIP) install --retries 1 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu" || \
+  $(PIP) install --retries 1 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu" >/dev/null 2>&1 || \
   echo "No CPU build of torch $(TORCH) could be had; taking the usual one."; \
 fi
 endef

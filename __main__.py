@@ -110,7 +110,8 @@ def _size(text: str) -> tuple[int, int, int]:
     except ValueError as error:
         raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81") from error
     if len(numbers) > 3 or width < 16 or height < 16 or width % 16 or height % 16 or frames < 1 or frames % 4 != 1:
-        fitting = f"{max(16, round(width / 16) * 16)}x{max(16, round(height / 16) * 16)}x{max(0, round((frames - 1) / 4)) * 4 + 1}"
+        width, height = (max(16, round(side / 16) * 16) for side in (width, height))
+        fitting = f"{width}x{height}x{max(0, round((frames - 1) / 4)) * 4 + 1}"
         raise ValueError(f"--size {text}: width and height must be multiples of 16 and frames 4n + 1; try {fitting}")
     return width, height, frames
 

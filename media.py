@@ -42,6 +42,8 @@ def write_png(path: Path, image_HWC: Tensor) -> None:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ValueError("Writing a PNG needs the package Pillow, which is not installed: pip install pillow") from error
+        raise ValueError(
+            "Writing a PNG needs the package Pillow, which is not installed: pip install pillow"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_bytes(image_HWC)).save(path)

@@ -1,1 +1,1 @@
-"""Side-by-side benchmarks: one file per question, each run pairs ours with another implementation at the same weights."""
+"""Side-by-side benchmarks, one file per question: ours and another implementation at the same weights, in one run."""

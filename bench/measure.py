@@ -55,9 +55,11 @@ def table(title: str, figures: Mapping[str, Figure], ours: str = "ours") -> str:
     own = figures[ours]
     lines = [title]
     for name, figure in figures.items():
-        line = f"  {name:<14}{figure.median_seconds:9.3f} s  (least {figure.least_seconds:.3f})  peak {figure.peak_bytes / 1e6:9.1f} MB"
+        line = f"  {name:<14}{figure.median_seconds:9.3f} s  (least {figure.least_seconds:.3f})"
+        line += f"  peak {figure.peak_bytes / 1e6:9.1f} MB"
         if name != ours:
-            line += f"   ours/{name}: time {own.median_seconds / figure.median_seconds:.2f}, peak {own.peak_bytes / max(1, figure.peak_bytes):.2f}"
+            seconds, peak = own.median_seconds / figure.median_seconds, own.peak_bytes / max(1, figure.peak_bytes)
+            line += f"   ours/{name}: time {seconds:.2f}, peak {peak:.2f}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -44,7 +44,9 @@ def main() -> None:
         ours, theirs = _twins(config, device, DTYPES[name])
         for size in options.size:
             width, height, frames = map(int, size.split("x"))
-            _measure(ours, theirs, (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), DTYPES[name], options.rounds)
+            _measure(
+                ours, theirs, (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), DTYPES[name], options.rounds
+            )
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours, theirs = _twins(VAEConfig(dim=options.dim), device, dtype)
-    codec = VideoCodec(lambda: ours, LATENT_FORMAT, dtype=dtype, device=device)
+    codec = VideoCodec(ours.channels_last, LATENT_FORMAT, dtype=dtype, device=device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"{where}, {options.dtype}, base width {options.dim}, torch {torch.__version__}\n")
     for frames in options.frames:
@@ -52,7 +52,9 @@ def main() -> None:
             "diffusers": lambda latent=latent: _decode(theirs, latent, device, dtype),
         }
         sys.stdout.write(table(f"encode {what}", compare(encode, options.rounds, device)) + "\n")
-        sys.stdout.write(table(f"decode {what} (differs by {error:.1e})", compare(decode, options.rounds, device)) + "\n")
+        sys.stdout.write(
+            table(f"decode {what} (differs by {error:.1e})", compare(decode, options.rounds, device)) + "\n"
+        )
 
 
 def _twins(config: VAEConfig, device: torch.device, dtype: torch.dtype):

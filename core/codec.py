@@ -36,7 +36,7 @@ class CausalVAE(Protocol):
 
 
 class VideoCodec:
-    """Encode and decode with one VAE. Latents are raw, as ComfyUI's LATENT holds them; pixels are [0, 1], channels last.
+    """Encode and decode with one VAE. Latents are raw, as a LATENT of ComfyUI holds them; pixels [0, 1], channels last.
 
     `load` gives the network on the CPU and is called on first use. Memory in use does not grow with the number of
     frames: a chunk is computed on the device and written to its place on the CPU.
@@ -90,7 +90,9 @@ class VideoCodec:
             out.zero_()
             for clip, pixels in zip(latent, out, strict=True):
                 for part in cut(height, width, tile, space):
-                    self._decode_tile(network, clip[None, :, :, part.rows, part.columns], pixels, part, frames_per_chunk)
+                    self._decode_tile(
+                        network, clip[None, :, :, part.rows, part.columns], pixels, part, frames_per_chunk
+                    )
 
         self._with_tiles(run, tile, height, width, frames_per_chunk * self.latent_format.temporal_factor)
         return out
@@ -98,7 +100,7 @@ class VideoCodec:
     def encode(self, pixels: Tensor, *, tile: TileSize | None = None) -> Tensor:
         """Return raw latents [1, C, T, h, w] in float32 on the CPU for one clip [F, H, W, 3] in [0, 1].
 
-        [B, F, H, W, 3] gives one latent per clip. F must be 4n + 1 and sizes multiples of 8: what does not fit is cut off
+        [B, F, H, W, 3] gives one latent per clip. F must be 4n + 1, sizes multiples of 8; what does not fit is cut off
         (the last frames, the borders evenly), and the log says so.
         """
         if pixels.dim() == 5:
@@ -124,7 +126,9 @@ class VideoCodec:
         self._with_tiles(run, tile, height, width, time)
         return out
 
-    def _decode_tile(self, network: CausalVAE, latent: Tensor, pixels_FHWC: Tensor, part, frames_per_chunk: int) -> None:
+    def _decode_tile(
+        self, network: CausalVAE, latent: Tensor, pixels_FHWC: Tensor, part, frames_per_chunk: int
+    ) -> None:
         space = self.latent_format.spatial_factor
         rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
         weight = (part.weight_y[:, None] * part.weight_x)[..., None]
@@ -142,7 +146,7 @@ class VideoCodec:
     def _with_tiles(
         self, run: Callable[[CausalVAE, TileSize], None], tile: TileSize | None, height: int, width: int, frames: int
     ) -> None:
-        """Run over the whole frame, or over tiles when asked for or when memory is short; smaller ones until it fits."""
+        """Run over the whole frame, or over tiles if asked for or if memory is short; smaller ones until it fits."""
         space = self.latent_format.spatial_factor
         with torch.inference_mode(), self._on_device() as network:
             if tile is None:
@@ -152,14 +156,17 @@ class VideoCodec:
                 whole = TileSize(max(2, height), max(2, width), 0)
                 tile = whole if needed <= free else DEFAULT_TILE
                 if tile is DEFAULT_TILE:
-                    log.warning("VAE: a whole frame needs %.1f GB and %.1f GB are free; using tiles", needed / 1e9, free / 1e9)
+                    log.warning(
+                        "VAE: a whole frame needs %.1f GB and %.1f GB are free; using tiles", needed / 1e9, free / 1e9
+                    )
             while True:
                 try:
                     return run(network, tile)
                 except torch.OutOfMemoryError:
                     if max(tile.height, tile.width) <= MIN_TILE:
                         raise
-                    tile = DEFAULT_TILE if tile.height > DEFAULT_TILE.height else tile.halved()
+                    is_large = tile.height > DEFAULT_TILE.height or tile.width > DEFAULT_TILE.width
+                    tile = DEFAULT_TILE if is_large else tile.halved()
                 # Outside the except block, so that the failed attempt's tensors are let go first.
                 gc.collect()
                 host.empty_cache()
@@ -179,13 +186,14 @@ class VideoCodec:
     def _checked_latent(self, latent: Tensor) -> Tensor:
         if latent.dim() not in (4, 5) or latent.shape[1] != self.latent_channels:
             raise ValueError(
-                f"VAE decode: got a latent of shape {tuple(latent.shape)}; this VAE takes [batch, {self.latent_channels}, "
-                "frames, height/8, width/8]. Was it made for another model? Use the VAE that belongs to the sampler's model."
+                f"VAE decode: got a latent of shape {tuple(latent.shape)}; this VAE takes "
+                f"[batch, {self.latent_channels}, frames, height/8, width/8]. Was it made for another model? "
+                "Use the VAE that belongs to the sampler's model."
             )
         if not torch.isfinite(latent).all():
             raise ValueError(
-                "VAE decode: the latent holds NaN or infinite values, so there is no picture in it. The sampler before it "
-                "broke down: lower guidance or shift, or load the model in bf16 or fp32 instead of fp16."
+                "VAE decode: the latent holds NaN or infinite values, so there is no picture in it. The sampler before "
+                "it broke down: lower guidance or shift, or load the model in bf16 or fp32 instead of fp16."
             )
         return latent
 
@@ -196,7 +204,9 @@ class VideoCodec:
         frames, height, width = pixels.shape[:3]
         kept = (frames - (frames - 1) % time, height - height % space, width - width % space)
         if kept[1] == 0 or kept[2] == 0:
-            raise ValueError(f"VAE encode: images of {width} x {height} are smaller than one latent position of {space}")
+            raise ValueError(
+                f"VAE encode: images of {width} x {height} are smaller than one latent position of {space}"
+            )
         if kept != (frames, height, width):
             log.warning("VAE encode: %d frames of %d x %d cut to %d of %d x %d (frames 4n + 1, sizes multiples of %d)",
                         frames, width, height, kept[0], kept[2], kept[1], space)  # fmt: skip
@@ -209,7 +219,7 @@ class VideoCodec:
         self, samples: Tensor, tile_x: int = 32, tile_y: int = 32, overlap: int = 8, tile_t: int | None = None,
         overlap_t: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Decode in tiles of `tile_x` x `tile_y` latent positions. `tile_t` and `overlap_t` are not used: time is whole."""
+        """Decode in tiles of `tile_x` x `tile_y` latent positions. Time is whole whatever `tile_t` says."""
         return self.decode(samples, tile=TileSize(max(2, tile_y), max(2, tile_x), overlap))
 
     def encode_tiled(
@@ -218,7 +228,9 @@ class VideoCodec:
     ) -> Tensor:  # fmt: skip
         """Encode in tiles of `tile_x` x `tile_y` pixels. `tile_t` and `overlap_t` are not used: time is whole."""
         space = self.latent_format.spatial_factor
-        return self.encode(pixel_samples, tile=TileSize(max(2, tile_y // space), max(2, tile_x // space), overlap // space))
+        return self.encode(
+            pixel_samples, tile=TileSize(max(2, tile_y // space), max(2, tile_x // space), overlap // space)
+        )
 
     def spacial_compression_decode(self) -> int:
         """Return how many pixels one latent position is wide (ComfyUI's spelling)."""

@@ -1,7 +1,7 @@
 """The only seam to ComfyUI below nodes/: device, free memory, progress, previews, interruption.
 
-Inside ComfyUI its own functions answer; outside, plain ones do. Which of the two is decided by whether ComfyUI's modules
-are loaded, never by importing them: this file is safe to import anywhere.
+Inside ComfyUI its own functions answer; outside, plain ones do. Which of the two is decided by whether modules of
+ComfyUI are loaded, never by importing them: this file is safe to import anywhere.
 """
 
 import logging
@@ -13,7 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .types import LatentFormat
+
 log = logging.getLogger(__name__)
+
+MAX_PREVIEW_PIXELS = 512  # on the longer side, as ComfyUI's own samplers send
 
 
 class Interrupted(Exception):
@@ -21,9 +25,9 @@ class Interrupted(Exception):
 
 
 class Progress(Protocol):
-    """Told of every finished step; `preview` is an image [H, W, 3] in [0, 1] or None."""
+    """Told of every finished step; `x0` is what the picture would be, normalised latents [B, C, T, h, w]."""
 
-    def update(self, done: int, total: int, preview: Tensor | None) -> None: ...
+    def update(self, done: int, total: int, x0: Tensor) -> None: ...
 
 
 def _comfy(name: str) -> Any | None:
@@ -84,24 +88,46 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def progress(total: int, label: str) -> Progress:
-    """Return where to report steps: ComfyUI's progress bar, else the log with the time left."""
+def progress(total: int, label: str, latent_format: LatentFormat) -> Progress:
+    """Return where to report steps: ComfyUI's progress bar with previews, else the log with the time left."""
     if utils := _comfy("utils"):
-        return _ComfyProgress(utils.ProgressBar(total))
+        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format))
     return LogProgress(label)
 
 
 class _ComfyProgress:
-    def __init__(self, bar: Any):
-        self.bar = bar
+    def __init__(self, bar: Any, preview: Callable[[Tensor], Any] | None):
+        self.bar, self.preview = bar, preview
 
-    def update(self, done: int, total: int, preview: Tensor | None) -> None:
-        image = None
-        if preview is not None:
-            from PIL import Image
+    def update(self, done: int, total: int, x0: Tensor) -> None:
+        middle = x0.shape[2] // 2
+        image = self.preview(x0[:1, :, middle : middle + 1]) if self.preview else None
+        self.bar.update_absolute(done, total, image and ("JPEG", image, MAX_PREVIEW_PIXELS))
 
-            image = ("JPEG", Image.fromarray((preview.clamp(0, 1) * 255).byte().cpu().numpy()), 512)
-        self.bar.update_absolute(done, total, image)
+
+def _previewer(latent_format: LatentFormat) -> Callable[[Tensor], Any] | None:
+    """Return what makes a picture of one latent frame, or None if the user wants none or nothing can."""
+    arguments, latent_preview = _comfy("cli_args"), sys.modules.get("latent_preview")
+    if not arguments or arguments.args.preview_method == arguments.LatentPreviewMethod.NoPreviews:
+        return None
+    if latent_format.rgb:
+        return lambda frame: _picture(latent_format, frame)
+    known = getattr(_comfy("latent_formats"), latent_format.comfy_name, None)
+    previewer = latent_preview.get_previewer(device(), known()) if known and latent_preview else None
+    return previewer and previewer.decode_latent_to_preview
+
+
+def _picture(latent_format: LatentFormat, frame_BCThw: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((colours(latent_format, frame_BCThw) * 255).byte().numpy())
+
+
+def colours(latent_format: LatentFormat, frame_BCThw: Tensor) -> Tensor:
+    """Return an image [h, w, 3] in [0, 1] on the CPU of the first frame of normalised latents."""
+    rgb, bias = torch.tensor(latent_format.rgb), torch.tensor(latent_format.rgb_bias)
+    image = torch.einsum("chw,cr->hwr", frame_BCThw[0, :, 0].float().cpu(), rgb) + bias
+    return ((image + 1) / 2).clamp(0, 1)
 
 
 class LogProgress:
@@ -111,7 +137,7 @@ class LogProgress:
         self.label, self.write = label, write or log.info
         self.started = time.monotonic()
 
-    def update(self, done: int, total: int, preview: Tensor | None) -> None:
+    def update(self, done: int, total: int, x0: Tensor) -> None:
         elapsed = time.monotonic() - self.started
         left = elapsed / done * (total - done)
         self.write(f"{self.label} {done}/{total}, {elapsed:.1f} s gone, {left:.1f} s left")

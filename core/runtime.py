@@ -62,9 +62,17 @@ def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progres
     with torch.inference_mode(), opened(handle, device) as (model, run):
         positive, *negative = handle.family.denoisers(model, run, conditionings, device)
         step_noise = StepNoise(tuple(x.shape), request.seed, request.noise_device, device)
-        on_step = _reporter(progress or host.progress(len(plan.timesteps), "sampling"), latent_format)
+        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
         try:
-            x = sample(x, plan, request.solver, positive, negative[0] if negative else None, step_noise, on_step)
+            x = sample(
+                x,
+                plan,
+                request.solver,
+                positive,
+                negative[0] if negative else None,
+                step_noise,
+                lambda done, total, x0, x: told.update(done, total, x0),
+            )
         except SampleError as error:
             error.latent = latent_format.denormalise(error.latent).cpu()
             raise
@@ -78,32 +86,16 @@ def _assemble(handle: ModelHandle, dtype: torch.dtype) -> nn.Module:
         handle.checkpoint,
         float32=handle.family.float32,
         dtype=dtype,
+        ignored=handle.identity.ignored,
     )
 
 
 def _check_latent(latent: Tensor, latent_format: LatentFormat) -> None:
     if latent.dim() != 5 or latent.shape[1] != latent_format.channels or latent.shape[3] % 2 or latent.shape[4] % 2:
         raise ValueError(
-            f"The sampler got a latent of shape {tuple(latent.shape)}; this model takes [batch, {latent_format.channels}, "
-            "frames, height/8, width/8] with even sizes. Connect an empty latent of this model's own node, or encode a "
-            "video whose width and height are multiples of 16."
+            f"The sampler got a latent of shape {tuple(latent.shape)}; this model takes "
+            f"[batch, {latent_format.channels}, frames, height/8, width/8] with even sizes. Connect "
+            "an empty latent of this model's own node, or encode a video whose width and height are multiples of 16."
         )
     if not torch.isfinite(latent).all():
         raise ValueError("The latent given to the sampler holds NaN or infinite values: look at the node that made it.")
-
-
-def _reporter(progress: host.Progress, latent_format: LatentFormat):
-    def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
-        progress.update(done, total, preview(latent_format, x0))
-
-    return on_step
-
-
-def preview(latent_format: LatentFormat, x0: Tensor) -> Tensor | None:
-    """Return the middle frame of a normalised estimate as an image [h, w, 3] in [0, 1], or None without colours."""
-    if not latent_format.rgb:
-        return None
-    raw = latent_format.denormalise(x0[:1, :, x0.shape[2] // 2])[0]
-    rgb = torch.tensor(latent_format.rgb, device=raw.device)
-    image = torch.einsum("chw,cr->hwr", raw, rgb) + torch.tensor(latent_format.rgb_bias, device=raw.device)
-    return (image + 1) / 2

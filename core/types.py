@@ -15,7 +15,8 @@ class LatentFormat:
     """The latent space of a family: its geometry, its statistics and a linear picture of it.
 
     Raw latents are what the VAE gives (and what a ComfyUI LATENT holds); the transformer works on normalised ones,
-    `(raw - mean) / std` per channel. `rgb` is [channels][3] plus `rgb_bias`: a preview of raw latents in [-1, 1].
+    `(raw - mean) / std` per channel. `rgb` is [channels][3] and `rgb_bias`: colours in [-1, 1] of normalised latents,
+    for previews; without them ComfyUI's own previewer is asked for the space it calls `comfy_name`.
     """
 
     channels: int
@@ -25,6 +26,7 @@ class LatentFormat:
     std: tuple[float, ...]
     rgb: tuple[tuple[float, float, float], ...] = ()
     rgb_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    comfy_name: str = ""
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Return `(raw - mean) / std` of latents [B, C, ...], in float32."""

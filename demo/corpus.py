@@ -91,10 +91,7 @@ def render(batch: list[Scene], generator: torch.Generator) -> Tensor:
     y_BFHW = pixel[:, None] - centre_BF2[..., 1, None, None]
     x_BFHW, y_BFHW = torch.broadcast_tensors(x_BFHW, y_BFHW)
     cover_BFHW = torch.stack(
-        [
-            (0.5 - DISTANCES[scene.shape](x_BFHW[i], y_BFHW[i], radius[i])).clamp(0, 1)
-            for i, scene in enumerate(batch)
-        ]
+        [(0.5 - DISTANCES[scene.shape](x_BFHW[i], y_BFHW[i], radius[i])).clamp(0, 1) for i, scene in enumerate(batch)]
     )
     ink, paper = (
         torch.tensor([table[name] for name in names], dtype=torch.float32)[:, :, None, None, None] / 127.5 - 1

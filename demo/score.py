@@ -19,7 +19,7 @@ MIN_OVERLAP = 0.75  # intersection over union with the nearest ideal shape; a sh
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a clip shows; an attribute is "" where nothing clear can be seen. `overlap` is with the ideal shape, 0..1."""
+    """What a clip shows; an attribute is "" where nothing clear is seen. `overlap` is with the ideal shape, 0..1."""
 
     colour: str
     background: str

@@ -27,9 +27,7 @@ def train_vae(work: Path, schedule: Schedule, seed: int = 0) -> WanVAE:
     torch.manual_seed(seed)
     vae = WanVAE(CONFIG)
     preserve_signal(vae)
-    for parameter in vae.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    vae.channels_last()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0)
     training, held_out = corpus.scenes()
     start = resume(work / "vae.pt", vae, [optimizer])
@@ -38,7 +36,7 @@ def train_vae(work: Path, schedule: Schedule, seed: int = 0) -> WanVAE:
         is_stills = step < schedule.steps // 4 or step % 5 == 0
         clips = corpus.render(rng.choices(training, k=STILLS_BATCH if is_stills else CLIPS_BATCH), generator)
         pixels = clips[:, :, rng.randrange(corpus.FRAMES)][:, :, None] if is_stills else clips
-        loss = _loss(vae, pixels.contiguous(memory_format=torch.channels_last_3d), generator)
+        loss = _loss(vae, pixels, generator)
         schedule.apply(optimizer, step)
         optimizer.zero_grad()
         loss.backward()

@@ -19,8 +19,8 @@ class VAEDecode(io.ComfyNode):
             node_id="WanQwenVAEDecode",
             display_name="VAE Decode (WanQwen)",
             category=CATEGORY,
-            description="Turns latents into the frames of the video. Memory does not grow with the number of frames, and "
-            "time is never cut.",
+            description="Turns latents into the frames of the video. Memory does not grow with the number of frames, "
+            "and time is never cut.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From the sampler."),
                 io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE."),
@@ -28,8 +28,8 @@ class VAEDecode(io.ComfyNode):
                     "tiling",
                     options=list(TILING),
                     default="auto",
-                    tooltip="auto decodes whole frames, and tiles only when memory is short. tiled always cuts frames into "
-                    "tiles with blended borders: least memory.",
+                    tooltip="auto decodes whole frames, and tiles only when memory is short. tiled always cuts frames "
+                    "into tiles with blended borders: least memory.",
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -48,7 +48,9 @@ class VAEDecode(io.ComfyNode):
                     tooltip="How many pixels neighbouring tiles share, for tiling: tiled. Too few show seams.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="The frames; the clips of a batch one after another.")],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The frames; the clips of a batch one after another.")
+            ],
         )
 
     @classmethod
@@ -61,8 +63,8 @@ class VAEDecode(io.ComfyNode):
         _check_is_for_video(vae)
         if samples.shape[1] != vae.latent_channels:
             raise ValueError(
-                f"The latent has {samples.shape[1]} channels and this VAE takes {vae.latent_channels}: use the VAE that "
-                "belongs to the sampler's model (wan_2.1_vae.safetensors for Wan 2.1)."
+                f"The latent has {samples.shape[1]} channels and this VAE takes {vae.latent_channels}: use the VAE "
+                "that belongs to the sampler's model (wan_2.1_vae.safetensors for Wan 2.1)."
             )
         if tiling == "tiled":
             space = vae.spacial_compression_decode()
@@ -86,8 +88,8 @@ class VAEEncode(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "images",
-                    tooltip="The frames of one clip: 4n + 1 of them (1, 5, 9...), width and height multiples of 8. What is "
-                    "too much is cut off, and a message on the node says so.",
+                    tooltip="The frames of one clip: 4n + 1 of them (1, 5, 9...), width and height multiples of 8. "
+                    "What is too much is cut off, and a message on the node says so.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE."),
             ],
@@ -99,7 +101,7 @@ class VAEEncode(io.ComfyNode):
     def execute(cls, images: Tensor, vae: Any) -> io.NodeOutput:
         _check_is_for_video(vae)
         samples = vae.encode(images[..., :3])
-        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, _cut_off(images, samples, vae)))
+        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, _encoded(images, samples, vae)))
 
 
 def _check_is_for_video(vae: Any) -> None:
@@ -109,12 +111,10 @@ def _check_is_for_video(vae: Any) -> None:
         )
 
 
-def _cut_off(images_FHWC: Tensor, samples: Tensor, vae: Any) -> list[str]:
-    """Say what of a clip is not in its latent."""
+def _encoded(images_FHWC: Tensor, samples: Tensor, vae: Any) -> list[str]:
+    """Say what of a clip is in its latent, and what it was cut from."""
     frames, height, width = vae.upscale_ratio
     given = tuple(images_FHWC.shape[:3])
     kept = (frames(samples.shape[-3]), samples.shape[-2] * height, samples.shape[-1] * width)
-    if given == kept:
-        return []
-    shown = ("{0} frames of {2} x {1}".format(*size) for size in (given, kept))
-    return ["{} were cut to {} (4n + 1 frames, sizes in steps of 8).".format(*shown)]
+    shown = ["{0} frames of {2} x {1}".format(*size) for size in (kept, given)]
+    return shown[:1] if given == kept else [f"{shown[0]}, cut from {shown[1]} (4n + 1 frames, sizes in steps of 8)"]

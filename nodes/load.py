@@ -1,10 +1,20 @@
-"""Loaders: from a file in a dropdown to a model, a text encoder, a VAE. They read headers; weights wait for first use."""
+"""Loaders: from a file in a dropdown to a model, text encoder or VAE. They read headers; weights wait for first use."""
 
 import torch
 from comfy_api.latest import io
 
 from ..loading import load_model, load_text_encoder, load_vae
-from .types import CATEGORY, WanModel, WanTextEncoder, check_choice, check_file, file_stamp, find_file, list_files, verdict
+from .types import (
+    CATEGORY,
+    WanModel,
+    WanTextEncoder,
+    check_choice,
+    check_file,
+    file_stamp,
+    find_file,
+    list_files,
+    verdict,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODEL_PRECISIONS = {"auto": None, **DTYPES}
@@ -22,13 +32,13 @@ class LoadWanModel(io.ComfyNode):
             node_id="WanQwenLoadWanModel",
             display_name="Load Wan Model",
             category=CATEGORY,
-            description="Opens a Wan 2.1 text-to-video diffusion model. The weights are read when the sampler first runs.",
+            description="Opens a Wan 2.1 text-to-video model. The weights are read when the sampler first runs.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=list_files("diffusion_models"),
-                    tooltip="A Wan 2.1 T2V file from models/diffusion_models (or models/unet), in the official, ComfyUI or "
-                    "diffusers naming. demo/... is the miniature that comes with this pack.",
+                    tooltip="A Wan 2.1 T2V file from models/diffusion_models (or models/unet), in the official, "
+                    "ComfyUI or diffusers naming. demo/... is the miniature that comes with this pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -66,21 +76,21 @@ class LoadWanTextEncoder(io.ComfyNode):
             node_id="WanQwenLoadWanTextEncoder",
             display_name="Load Wan Text Encoder",
             category=CATEGORY,
-            description="Opens the text encoder of Wan (UMT5-XXL). The weights are read when a new prompt comes; prompts "
-            "seen before cost nothing.",
+            description="Opens the text encoder of Wan (UMT5-XXL). The weights are read when a new prompt comes; "
+            "prompts seen before cost nothing.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=list_files("text_encoders"),
-                    tooltip="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16 or fp8, or the official "
-                    ".pth with its tokenizer beside it. demo/... is the miniature that comes with this pack.",
+                    tooltip="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16 or fp8, or the "
+                    "official .pth with its tokenizer beside it. demo/... is the miniature that comes with this pack.",
                 ),
                 io.Combo.Input(
                     "device",
                     options=list(DEVICES),
                     default="auto",
-                    tooltip="Where prompts are encoded. auto: the GPU if there is one. cpu leaves all VRAM to the video "
-                    "model; umt5-xxl needs 12 GB of RAM there.",
+                    tooltip="Where prompts are encoded. auto: the GPU if there is one. cpu leaves all VRAM to the "
+                    "video model; umt5-xxl needs 12 GB of RAM there.",
                 ),
                 io.Float.Input(
                     "max_vram_gb",
@@ -88,8 +98,8 @@ class LoadWanTextEncoder(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
-                    tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by one. "
-                    "0 is no limit; 2 is enough for umt5-xxl.",
+                    tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by "
+                    "one. 0 is no limit; 2 is enough for umt5-xxl.",
                 ),
             ],
             outputs=[WanTextEncoder.Output(display_name="text_encoder", tooltip="For Wan Text Encode.")],
@@ -129,8 +139,8 @@ class LoadWanVAE(io.ComfyNode):
                     "precision",
                     options=list(VAE_PRECISIONS),
                     default="auto",
-                    tooltip="What the VAE computes in. auto is fp32, the most exact; bf16 and fp16 take half the memory "
-                    "and less time on a GPU.",
+                    tooltip="What the VAE computes in. auto is fp32, the most exact; bf16 and fp16 take half the "
+                    "memory and less time on a GPU.",
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="For VAE Decode and VAE Encode, ours or ComfyUI's.")],

@@ -112,8 +112,8 @@ def _prompt(which: str, conditioning: ComfyConditioning, model: ModelHandle) -> 
     prompts = from_comfy(conditioning, model.identity.config.text_dim)
     if len(prompts) > 1:
         raise ValueError(
-            f"{which} holds {len(prompts)} prompts (Conditioning Combine, or a batch of them), and this sampler takes one: "
-            "write them as one text, or join them with Conditioning Concat."
+            f"{which} holds {len(prompts)} prompts (Conditioning Combine, or a batch of them), and this sampler takes "
+            "one: write them as one text, or join them with Conditioning Concat."
         )
     return prompts[0]
 
@@ -121,7 +121,7 @@ def _prompt(which: str, conditioning: ComfyConditioning, model: ModelHandle) -> 
 def _inputs() -> list[io.Input]:
     return [
         WanModel.Input("model", tooltip="From Load Wan Model."),
-        io.Conditioning.Input("positive", tooltip="What the video shows: from Wan Text Encode, or ComfyUI's Wan CLIP nodes."),
+        io.Conditioning.Input("positive", tooltip="What the video shows: Wan Text Encode, or ComfyUI's own Wan nodes."),
         io.Latent.Input("latent", tooltip="Size and length of the video (Empty Wan Latent), or a clip to start from."),
         io.Int.Input(
             "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
@@ -133,13 +133,13 @@ def _inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "guidance", default=5.0, min=0.0, max=100.0, step=0.1,
-            tooltip="How strongly to follow the prompt rather than the negative one. 1 switches this off and takes half "
-            "the time. Wan: 5, or 6 with the 1.3B model.",
+            tooltip="How strongly to follow the prompt rather than the negative one. 1 switches this off and takes "
+            "half the time. Wan: 5, or 6 with the 1.3B model.",
         ),
         io.Float.Input(
             "shift", default=5.0, min=0.01, max=100.0, step=0.1,
-            tooltip="More shift spends more of the steps on layout and motion, less on detail. Wan: 5, 3 for 480p; 8 to 12 "
-            "with the 1.3B model.",
+            tooltip="More shift spends more of the steps on layout and motion, less on detail. Wan: 5, 3 for 480p; 8 "
+            "to 12 with the 1.3B model.",
         ),
         io.Combo.Input(
             "solver", options=list(SOLVERS), default="unipc",

@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from ..wan.conditioning import to_comfy
-from ..wan.config import NEGATIVE_PROMPT
+from ..wan.config import NEGATIVE_PROMPT, TEXT_LEN
 from ..wan.text_encoder import TextEncoder
+from ..wan.tokenizer import Tokens
 from .types import CATEGORY, WanTextEncoder, tell
 
 
@@ -17,8 +18,8 @@ class WanTextEncode(io.ComfyNode):
             node_id="WanQwenWanTextEncode",
             display_name="Wan Text Encode",
             category=CATEGORY,
-            description="Encodes what the video should show and what it should not. ComfyUI's own Wan samplers take the "
-            "result too.",
+            description="Encodes what the video should show and what it should not. ComfyUI's own Wan samplers take "
+            "the result too.",
             inputs=[
                 WanTextEncoder.Input("text_encoder", tooltip="From Load Wan Text Encoder."),
                 io.String.Input(
@@ -26,15 +27,15 @@ class WanTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What the video shows, in English or Chinese: subject, motion, scene, camera, style. At most "
-                    "512 tokens are read.",
+                    tooltip="What the video shows, in English or Chinese: subject, motion, scene, camera, style. At "
+                    "most 512 tokens are read.",
                 ),
                 io.String.Input(
                     "negative",
                     multiline=True,
                     default=NEGATIVE_PROMPT,
-                    tooltip="What to steer away from. The default is the official one of Wan: garish colours, overexposure, "
-                    "stills, blur, subtitles, bad anatomy, walking backwards...",
+                    tooltip="What to steer away from. The default is the official one of Wan: garish colours, "
+                    "overexposure, stills, blur, subtitles, bad anatomy, walking backwards...",
                 ),
             ],
             outputs=[
@@ -48,6 +49,9 @@ class WanTextEncode(io.ComfyNode):
     def execute(cls, text_encoder: TextEncoder, positive: str, negative: str) -> io.NodeOutput:
         texts = {"positive": positive, "negative": negative}
         prompts = text_encoder.encode(list(texts.values()))
-        cuts = {name: text_encoder.tokenise(text).notice for name, text in texts.items()}
-        notices = [f"{name}: {notice}" for name, notice in cuts.items() if notice]
-        return io.NodeOutput(*(to_comfy([prompt]) for prompt in prompts), ui=tell(cls.hidden.unique_id, notices))
+        lines = [_size(name, text_encoder.tokenise(text)) for name, text in texts.items()]
+        return io.NodeOutput(*(to_comfy([prompt]) for prompt in prompts), ui=tell(cls.hidden.unique_id, lines))
+
+
+def _size(name: str, tokens: Tokens) -> str:
+    return f"{name}: {tokens.notice or f'{len(tokens.ids)} of {TEXT_LEN} tokens'}"

@@ -76,14 +76,15 @@ def verdict(*problems: str | None) -> bool | str:
     return " ".join(filter(None, problems)) or True
 
 
-def tell(node_id: str | None, notices: Sequence[str]) -> dict[str, list[str]] | None:
-    """Show notices on the node, and return them for the history, which callers of the API read; None if there are none."""
-    if not notices:
-        return None
+def tell(node_id: str | None, lines: Sequence[str]) -> dict[str, list[str]]:
+    """Show on the node what it did, and return that for the history, which callers of the API read.
+
+    A node that may have something to say always says something: an old notice would stay on it otherwise.
+    """
     server = sys.modules.get("server")
     if node_id is not None and server is not None:
-        server.PromptServer.instance.send_progress_text("\n".join(notices), node_id)
-    return {"text": list(notices)}
+        server.PromptServer.instance.send_progress_text("\n".join(lines), node_id)
+    return {"text": list(lines)}
 
 
 def _demo_path(name: str) -> Path:

@@ -24,8 +24,8 @@ class EmptyWanLatent(io.ComfyNode):
             node_id="WanQwenEmptyWanLatent",
             display_name="Empty Wan Latent",
             category=CATEGORY,
-            description="Says how large and how long the video will be. What Wan can't make is changed to the nearest it "
-            "can, and a message on the node says so.",
+            description="Says how large and how long the video will be. What Wan can't make is changed to the nearest "
+            "it can, and a message on the node says so.",
             inputs=[
                 io.Int.Input(
                     "width", default=832, min=16, max=16384, step=SIZE_STEP,
@@ -37,8 +37,8 @@ class EmptyWanLatent(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "frames", default=81, min=1, max=4097, step=FRAMES_STEP,
-                    tooltip="Number of frames: 1, 5, 9... (4n + 1). 81 is what Wan is made for, 5 seconds at 16 per second; "
-                    "1 is a still picture.",
+                    tooltip="Number of frames: 1, 5, 9... (4n + 1). 81 is what Wan is made for, 5 seconds at 16 per "
+                    "second; 1 is a still picture.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many videos to make at once."),
             ],
@@ -50,10 +50,16 @@ class EmptyWanLatent(io.ComfyNode):
     def execute(cls, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
         asked = {"width": width, "height": height, "frames": frames}
         fitted = fit_clip(asked)
-        notices = [f"{name} {asked[name]} changed to {fitted[name]}: {RULES[name]}." for name in asked if asked[name] != fitted[name]]
+        notices = [
+            f"{name} {asked[name]} changed to {fitted[name]}: {RULES[name]}."
+            for name in asked
+            if asked[name] != fitted[name]
+        ]
         for notice in notices:
             log.warning(notice)
-        return io.NodeOutput({"samples": empty_latent(fitted, batch_size)}, ui=tell(cls.hidden.unique_id, notices))
+        made = "{width} x {height}, {frames} frames".format(**fitted)
+        latent = {"samples": empty_latent(fitted, batch_size)}
+        return io.NodeOutput(latent, ui=tell(cls.hidden.unique_id, [made, *notices]))
 
 
 RULES = {

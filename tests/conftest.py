@@ -1,6 +1,7 @@
 """Make `wanqwen` mean this checkout, whatever its folder is called, installed or not."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = "wanqwen_goldens"  # as pyproject.toml announces it
+
+# Models this small lose more to threads than they gain, by far when the machine is busy. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _import_checkout() -> None:

@@ -39,8 +39,8 @@ def denoisers(
         width = conditioning.text.shape[-1]
         if width != model.config.text_dim:
             raise ValueError(
-                f"This Wan model takes text rows of width {model.config.text_dim} (UMT5), the conditioning has {width}: "
-                "encode the prompt with the text encoder that belongs to this model."
+                f"This Wan model takes text rows of width {model.config.text_dim} (UMT5), the conditioning has {width}:"
+                " encode the prompt with the text encoder that belongs to this model."
             )
         twin = next((j for j in range(i) if torch.equal(conditionings[j].text, conditioning.text)), None)
         prompts.append(prompts[twin] if twin is not None else model.prompt(conditioning.text.to(device), run))
@@ -55,7 +55,12 @@ def _velocity(model: WanTransformer, prompt: Prompt, run: Run) -> Velocity:
 
 
 LATENT_FORMAT = LatentFormat(
-    channels=LATENT_CHANNELS, spatial_factor=8, temporal_factor=4, mean=LATENT_MEAN, std=LATENT_STD
+    channels=LATENT_CHANNELS,
+    spatial_factor=8,
+    temporal_factor=4,
+    mean=LATENT_MEAN,
+    std=LATENT_STD,
+    comfy_name="Wan21",
 )
 FAMILY = Family(
     name="wan21",

@@ -208,7 +208,7 @@ class Weights:
 
     def copy_to(self, device: torch.device) -> dict[str, Tensor]:
         """Return the parameters of the stack on a device, by name."""
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self._parameters()}
+        return {name: tensor.to(device) for name, tensor in self._parameters()}
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p.detach()) for name, p in self.stack.named_parameters() if not name.startswith(EMBEDDING))

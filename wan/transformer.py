@@ -1,5 +1,6 @@
 """The Wan 2.1 diffusion transformer. Parameter names are those of the official checkpoints."""
-# B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text tokens, N heads, D head width, E width
+# B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text tokens, N heads, D and E widths of
+# a head and of all
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Prompt:
 
 
 class WanTransformer(nn.Module):
-    """Predict the flow velocity (noise - clean latent) of a noisy latent. Source: Wan 2.1 technical report, section 4.2."""
+    """Predict the flow velocity (noise - clean latent) of a noisy latent. Source: Wan 2.1 report, section 4.2."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -57,7 +58,9 @@ class WanTransformer(nn.Module):
         ln(n) stands for n of them.
         """
         if text_BSE.shape[1] > self.config.text_len:
-            raise ValueError(f"Wan takes at most {self.config.text_len} text rows, got {text_BSE.shape[1]}: truncate the prompt")
+            raise ValueError(
+                f"Wan takes at most {self.config.text_len} text rows, got {text_BSE.shape[1]}: truncate the prompt"
+            )
         if key_bias_BS is None:
             text_BSE = F.pad(text_BSE, (0, 0, 0, self.config.text_len - text_BSE.shape[1]))
         return Prompt(self.text_embedding(text_BSE.to(run.dtype)), key_bias_BS)
@@ -112,7 +115,9 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim))
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim)
+        )
 
     def forward(
         self, x: Tensor, time_B6E: Tensor, rope: Rope, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None
@@ -166,7 +171,9 @@ class Head(nn.Module):
         super().__init__()
         self.eps, self.patch = config.eps, config.patch_size
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
-        self.head = Linear(config.dim, config.out_dim * config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
+        self.head = Linear(
+            config.dim, config.out_dim * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        )
 
     def forward(self, x_BLE: Tensor, time_B1E: Tensor, grid: tuple[int, int, int]) -> Tensor:
         shift, scale = (self.modulation.float() + time_B1E).split(1, dim=1)

@@ -1,12 +1,15 @@
 """The Wan 2.1 video VAE (the image VAE of Qwen-Image as well), streamed over time. Official parameter names."""
 # B batch, F pixel frames (4n + 1), T latent frames, H W pixels, h w latent positions (H/8, W/8)
 
-import torch.nn.functional as F
+from itertools import pairwise
+
+import torch
 from torch import Tensor, nn
 
 from .config import VAEConfig
-from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, Past, ResidualBlock, Upsample
+from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, Past, ResidualBlock, Upsample, norm_silu
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 WORKING_TENSORS = 8.0  # tensors of base width at full resolution alive at the peak; see bench/wan_vae.py
 
 
@@ -18,7 +21,7 @@ class Encoder(nn.Module):
         widths = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, widths[0], 3)
         layers: list[nn.Module] = []
-        for level, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (narrow, wide) in enumerate(pairwise(widths)):
             layers += [ResidualBlock(narrow if n == 0 else wide, wide) for n in range(config.num_res_blocks)]
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(wide, config.temporal_downsample[level]))
@@ -40,7 +43,7 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, widths[0], 3)
         self.middle = _middle(widths[0])
         layers: list[nn.Module] = []
-        for level, (last, width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (last, width) in enumerate(pairwise(widths)):
             incoming = last // 2 if level > 0 else last  # the upsampler of the level before halved it
             layers += [ResidualBlock(incoming if n == 0 else width, width) for n in range(config.num_res_blocks + 1)]
             if level < len(config.dim_mult) - 1:
@@ -64,7 +67,7 @@ def _run_stack(part: nn.Module, levels: nn.ModuleList, x: Tensor, past: Past, mi
     x = part.conv1(x, past)
     for layer in [*part.middle, *levels] if middle_first else [*levels, *part.middle]:
         x = layer(x, past)
-    return part.head["2"](F.silu(part.head["0"](x)), past)
+    return part.head["2"](norm_silu(part.head["0"], x), past)
 
 
 class WanVAE(nn.Module):
@@ -78,16 +81,25 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
+    def channels_last(self) -> "WanVAE":
+        """Store every convolution channels last, the order that CPUs and tensor cores want; no number changes."""
+        for parameter in self.parameters():
+            if parameter.dim() in CHANNELS_LAST:
+                parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
+        return self
+
     def new_past(self) -> Past:
         """Return the memory of a clip that starts now."""
         return Past()
 
     def encode_chunk(self, pixels: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, T, h, w] of the next frames: 1 + 4n at first, 4n after, in [-1, 1]."""
+        pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
         return self.conv1(self.encoder(pixels, past), past).chunk(2, dim=1)
 
     def decode_chunk(self, latent: Tensor, past: Past) -> Tensor:
         """Return the pixels of the next latent frames: 1 + 4(n - 1) at first, 4n after; not clamped."""
+        latent = latent.contiguous(memory_format=torch.channels_last_3d)
         return self.decoder(self.conv2(latent, past), past)
 
     def working_bytes(self, height: int, width: int, frames: int) -> int:

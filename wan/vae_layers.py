@@ -42,25 +42,37 @@ class CausalConv3d(nn.Module):
         if depth == 1:
             return F.conv3d(x, self.weight, self.bias, padding=(0, *pad))
         history = past.get(self)
-        starts_with_one_frame = history is None and x.shape[2] == 1
-        if history is None:
-            history = x.new_zeros(*x.shape[:2], depth - 1, *x.shape[3:])
-        frames = torch.cat((history, x), dim=2)
-        past.keep(self, frames[:, :, 1 - depth :])
-        if starts_with_one_frame:  # only the last tap meets anything but zeros
+        if history is None and x.shape[2] == 1:  # only the last tap meets anything but zeros
+            past.keep(self, x)
             return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad).unsqueeze(2)
+        frames = _with_history(history, x, depth - 1)
+        past.keep(self, frames[:, :, 1 - depth :])
         return F.conv3d(frames, self.weight, self.bias, padding=(0, *pad))
 
 
+def _with_history(history: Tensor | None, x: Tensor, count: int) -> Tensor:
+    """Put `count` frames in front of a chunk: those that are known, zeros before them."""
+    known = x[:, :, :0] if history is None else history
+    zeros = torch.zeros_like(x[:, :, :1]).expand(-1, -1, count - known.shape[2], -1, -1)
+    return torch.cat((zeros, known, x), dim=2)
+
+
 class ChannelNorm(nn.Module):
-    """Scale the channel vector of each position to length sqrt(C), times gamma. `dims` is the rank gamma is stored with."""
+    """Scale the channel vector of each position to length sqrt(C), times gamma, which is stored with rank `dims`."""
 
     def __init__(self, channels: int, dims: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * (dims - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (self.gamma * self.gamma.shape[0] ** 0.5)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+        scale = self.gamma * self.gamma.shape[0] ** 0.5
+        return (x / length) * scale if torch.is_grad_enabled() else (x / length).mul_(scale)
+
+
+def norm_silu(norm: ChannelNorm, x: Tensor) -> Tensor:
+    """Return `silu(norm(x))`, in one new tensor where no gradient is needed."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -80,9 +92,10 @@ class ResidualBlock(nn.Module):
             self.shortcut = CausalConv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        hidden = self.residual["2"](F.silu(self.residual["0"](x)), past)
-        hidden = self.residual["6"](F.silu(self.residual["3"](hidden)), past)
-        return hidden + (self.shortcut(x, past) if hasattr(self, "shortcut") else x)
+        hidden = self.residual["2"](norm_silu(self.residual["0"], x), past)
+        hidden = self.residual["6"](norm_silu(self.residual["3"], hidden), past)
+        shortcut = self.shortcut(x, past) if hasattr(self, "shortcut") else x
+        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
 class AttentionBlock(nn.Module):

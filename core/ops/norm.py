@@ -1,4 +1,4 @@
-"""The float32 islands: normalisation, modulation and gates are computed in float32 whatever the weights are stored in."""
+"""The float32 islands: norms, modulation and gates are computed in float32 whatever the weights are stored in."""
 # B batch, L tokens, E width
 
 import torch

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-SETTINGS = HERE.parents[1] / "pyproject.toml"
+GOLDEN_TESTS = Path(__file__).resolve().with_name("test_goldens.py")
+SETTINGS = GOLDEN_TESTS.parents[2] / "pyproject.toml"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,5 +32,5 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out all other tests when a folder is given."""
-    is_other = collection_path.name.startswith("test_") and collection_path.parent != HERE
+    is_other = collection_path.name.startswith("test_") and collection_path != GOLDEN_TESTS
     return True if is_other and config.getoption("goldens") is not None else None

@@ -1,4 +1,4 @@
-"""As much of ComfyUI as our node schemas use: records in place of its input classes, and folders in place of its models."""
+"""As much of ComfyUI as our schemas use: records in place of its input classes, and folders in place of its models."""
 
 import sys
 from dataclasses import dataclass, field

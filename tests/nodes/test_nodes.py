@@ -6,6 +6,9 @@ import pytest
 import torch
 from wanqwen.core.types import Conditioning, ModelHandle
 
+SIZE = {"width": 32, "height": 32, "frames": 5, "batch_size": 1}
+SETTINGS = {"seed": 1, "steps": 2, "guidance": 2.0, "shift": 3.0, "solver": "euler", "denoise": 1.0}
+
 
 def value(output):
     [only] = output.values
@@ -34,12 +37,12 @@ def prompts(nodes, text_encoder):
 
 def sampled(nodes, model, prompts, latent, **options):
     positive, negative = prompts
-    settings = dict(seed=1, steps=2, guidance=2.0, shift=3.0, solver="euler", denoise=1.0, negative=negative) | options
+    settings = SETTINGS | {"negative": negative} | options
     return value(nodes.Sampler.execute(model, positive, latent, **settings))
 
 
 def empty(nodes, **size) -> dict:
-    return value(nodes.EmptyWanLatent.execute(**(dict(width=32, height=32, frames=5, batch_size=1) | size)))
+    return value(nodes.EmptyWanLatent.execute(**(SIZE | size)))
 
 
 def test_from_prompt_to_frames(nodes, model, vae, prompts):
@@ -83,13 +86,14 @@ def test_latents_of_another_model_are_refused(nodes, vae):
 
 def test_encode_takes_the_batch_as_one_clip(nodes, vae):
     output = nodes.VAEEncode.execute(torch.rand(5, 32, 48, 4), vae)
-    assert value(output)["samples"].shape == (1, 16, 2, 4, 6) and output.ui is None
+    assert value(output)["samples"].shape == (1, 16, 2, 4, 6) and output.ui == {"text": ["5 frames of 48 x 32"]}
 
 
 def test_encode_says_what_it_cut(nodes, vae):
     output = nodes.VAEEncode.execute(torch.rand(7, 35, 48, 3), vae)
     assert value(output)["samples"].shape == (1, 16, 2, 4, 6)
-    assert output.ui == {"text": ["7 frames of 48 x 35 were cut to 5 frames of 48 x 32 (4n + 1 frames, sizes in steps of 8)."]}
+    [shown] = output.ui["text"]
+    assert shown == "5 frames of 48 x 32, cut from 7 frames of 48 x 35 (4n + 1 frames, sizes in steps of 8)"
 
 
 def test_sampler_keeps_what_else_a_latent_holds_and_does_not_touch_its_input(nodes, model, prompts):
@@ -117,7 +121,9 @@ def test_guidance_schedule_and_sigmas_reach_the_run(nodes, model, prompts):
     scheduled = sampled(nodes, model, prompts, empty(nodes), guidance=9.0, guidance_schedule=" 2, 2.0")["samples"]
     assert torch.equal(constant, scheduled)
     sigmas = torch.tensor([1.0, 0.75, 0.0])  # what shift 3 makes of two steps
-    assert torch.allclose(sampled(nodes, model, prompts, empty(nodes), steps=9, shift=1.0, sigmas=sigmas)["samples"], constant)
+    assert torch.allclose(
+        sampled(nodes, model, prompts, empty(nodes), steps=9, shift=1.0, sigmas=sigmas)["samples"], constant
+    )
 
 
 def test_without_a_negative_there_is_no_guidance(nodes, model, prompts):
@@ -173,25 +179,27 @@ def test_sampler_refuses_a_broken_latent(nodes, model, prompts):
     ],
 )
 def test_a_size_that_wan_cannot_make_is_corrected_aloud(nodes, asked, shape, notice, caplog):
-    size = dict(width=32, height=32, frames=5, batch_size=1) | asked
+    size = SIZE | asked
     with caplog.at_level(logging.WARNING):
         output = nodes.EmptyWanLatent.execute(**size)
     assert value(output)["samples"].shape == shape
-    [shown] = output.ui["text"]
+    _, shown = output.ui["text"]
     assert shown.startswith(notice) and shown in caplog.text
 
 
 def test_a_size_that_fits_is_left_alone(nodes):
     output = nodes.EmptyWanLatent.execute(832, 480, 81, 2)
-    assert value(output)["samples"].shape == (2, 16, 21, 60, 104) and output.ui is None
+    assert value(output)["samples"].shape == (2, 16, 21, 60, 104)
+    assert output.ui == {"text": ["832 x 480, 81 frames"]}
 
 
 def test_a_prompt_that_is_too_long_is_cut_aloud(nodes, text_encoder):
     output = nodes.WanTextEncode.execute(text_encoder, "red star " * 5000, "")
     positive, negative = output.values
     assert positive[0][0].shape == negative[0][0].shape == (1, 512, 32)
-    [notice] = output.ui["text"]
-    assert notice.startswith("positive: The prompt has ") and "cut off" in notice
+    cut, whole = output.ui["text"]
+    assert cut.startswith("positive: The prompt has ") and "cut off" in cut
+    assert whole == "negative: 1 of 512 tokens"
 
 
 def test_prompts_are_comfyui_conditioning(nodes, text_encoder, prompts):

@@ -12,7 +12,7 @@ from wanqwen.wan.config import TextEncoderConfig, VAEConfig, WanConfig
 from wanqwen.wan.transformer import WanTransformer
 from wanqwen.wan.vae import WanVAE
 
-TEXT = TextEncoderConfig(vocab_size=64, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=2)
+TEXT = TextEncoderConfig(vocab_size=48, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=2)
 MODEL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=TEXT.dim, freq_dim=32)
 VAE = VAEConfig(dim=8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 CORPUS = [
@@ -55,7 +55,7 @@ def _spiece() -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=TEXT.vocab_size,
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=TEXT.vocab_size, hard_vocab_limit=False,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()

@@ -1,0 +1,116 @@
+"""One ComfyUI server for all tests here, with our pack, tiny checkpoints and some bad files in its folders."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from wanqwen.tests.nodes import tiny as checkpoints
+
+from .convert import MODEL, SAMPLER, SIZE, TEXT_ENCODER, TINY, VAE, read_workflow, to_prompt
+from .server import Server, find_comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+DEEP = replace(checkpoints.MODEL, num_layers=16)
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> tuple[Path, Path]:
+    """ComfyUI's folder and its Python; the tests are skipped where there is none."""
+    found = find_comfyui()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "wanqwen").symlink_to(ROOT)
+    write_files(base)
+    server = Server(*comfyui, base)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def object_info(server: Server) -> dict[str, Any]:
+    return server.get("/object_info")
+
+
+@pytest.fixture
+def demo(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The demo workflow as the server takes it."""
+    return to_prompt(read_workflow("demo_text_to_video"), object_info)
+
+
+@pytest.fixture
+def tiny(demo: dict[str, Any]) -> dict[str, Any]:
+    """The demo workflow with random checkpoints, two steps and a smaller clip."""
+    for loader in (MODEL, TEXT_ENCODER, VAE):
+        demo[loader]["inputs"]["file"] = TINY
+    demo[SAMPLER]["inputs"]["steps"] = 2
+    demo[SIZE]["inputs"] |= {"width": 32, "height": 32, "frames": 5}
+    return demo
+
+
+def write_files(base: Path) -> None:
+    """Write good models and bad ones, and a latent of NaN."""
+    for folder in ("input", "output", "models/unet"):
+        (base / folder).mkdir(parents=True)
+    models = base / "models"
+    good = checkpoints.write_model(models / "diffusion_models" / "tiny.safetensors")
+    checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
+    vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
+    encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
+
+    bad = good.parent
+    (bad / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])
+    (bad / "a_vae.safetensors").write_bytes(vae.read_bytes())
+    (models / "vae" / "an_encoder.safetensors").write_bytes(encoder.read_bytes())
+    torch.save({"weight": Touch(base / "code_ran")}, bad / "code.pth")
+    tensors = load_file(good)
+    metadata = {"wanqwen": '{"num_heads": 2}'}
+    save_file(
+        {name: t for name, t in tensors.items() if name != "blocks.1.ffn.2.weight"},
+        bad / "missing.safetensors",
+        metadata,
+    )
+    save_file(tensors | {"blocks.1.surprise.weight": torch.zeros(3)}, bad / "extra.safetensors", metadata)
+    save_file(tensors | image_parts(), bad / "i2v.safetensors", metadata)
+    save_file(
+        {"latent_tensor": torch.full((1, 16, 2, 4, 4), torch.nan), "latent_format_version_0": torch.tensor([])},
+        base / "input" / "nan.latent",
+    )
+
+
+class Touch:
+    """Unpickled, it makes a file: the sign that a checkpoint ran code."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def image_parts() -> dict[str, torch.Tensor]:
+    """What an image-to-video model has besides."""
+    width, image = checkpoints.MODEL.dim, 1280
+    shapes = {
+        "patch_embedding.weight": (width, 36, 1, 2, 2),
+        **{f"img_emb.proj.{i}.{part}": (image,) for i in (0,) for part in ("weight", "bias")},
+        **{"img_emb.proj.1.weight": (image, image), "img_emb.proj.1.bias": (image,)},
+        **{"img_emb.proj.3.weight": (width, image), "img_emb.proj.3.bias": (width,)},
+        **{f"img_emb.proj.4.{part}": (width,) for part in ("weight", "bias")},
+    }
+    for i in range(checkpoints.MODEL.num_layers):
+        block = f"blocks.{i}.cross_attn"
+        shapes |= {f"{block}.{name}.weight": (width, width) for name in ("k_img", "v_img")}
+        shapes |= {f"{block}.{name}.bias": (width,) for name in ("k_img", "v_img")}
+        shapes[f"{block}.norm_k_img.weight"] = (width,)
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -1,0 +1,138 @@
+"""The codec's promises: shapes, tiles, refusals, the names ComfyUI's nodes call, and recovery from short memory."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+from wanqwen.core import codec as codec_module
+from wanqwen.core.codec import VideoCodec
+from wanqwen.core.tiles import TileSize
+from wanqwen.wan.config import VAEConfig
+from wanqwen.wan.family import LATENT_FORMAT
+from wanqwen.wan.vae import WanVAE
+
+
+@pytest.fixture
+def codec() -> VideoCodec:
+    def load() -> WanVAE:
+        torch.manual_seed(0)
+        vae = WanVAE(VAEConfig(dim=4, num_res_blocks=1))
+        for name, parameter in vae.named_parameters():
+            if name.startswith("decoder.head.2"):
+                parameter.data *= 0.2  # random weights would paint everything black or white
+        return vae
+
+    return VideoCodec(load, LATENT_FORMAT, device=torch.device("cpu"))
+
+
+def latent(frames: int = 3, height: int = 8, width: int = 12, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 16, frames, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_shapes_and_range(codec: VideoCodec) -> None:
+    pixels = codec.decode(latent(batch=2))
+    assert pixels.shape == (2, 9, 64, 96, 3)
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    assert codec.encode(pixels[0]).shape == (1, 16, 3, 8, 12)
+    assert codec.encode(pixels).shape == (2, 16, 3, 8, 12)
+    assert codec.decode(latent()[:, :, 0]).shape == (1, 64, 96, 3), "an image latent is a picture"
+
+
+def test_decode_is_the_network_alone(codec: VideoCodec) -> None:
+    """The pixels are those of the network fed with the whole clip, clamped, and moved to [0, 1]."""
+    network = codec.first_stage_model
+    expected = network.decode_chunk(latent(), network.new_past()).clamp(-1, 1)[0].movedim(0, -1) / 2 + 0.5
+    assert (codec.decode(latent())[0] - expected).abs().max() < 1e-5
+    assert (codec.decode(latent(), frames_per_chunk=2)[0] - expected).abs().max() < 1e-5
+
+
+def test_a_tile_that_covers_all_changes_nothing(codec: VideoCodec) -> None:
+    assert torch.equal(codec.decode(latent(), tile=TileSize(8, 12, 2)), codec.decode(latent()))
+
+
+def test_tiles_leave_no_seam_and_never_cut_time(codec: VideoCodec) -> None:
+    """Away from what a tile's own borders reach, a tile is the whole picture; time is whole in every tile."""
+    wide = latent(frames=3, height=8, width=40)
+    whole, tiled = codec.decode(wide), codec.decode(wide, tile=TileSize(8, 24, 12))
+    steps = (tiled[:, :, :, 1:] - tiled[:, :, :, :-1]).abs().amax(dim=(0, 1, 2, 4))
+    plain = (whole[:, :, :, 1:] - whole[:, :, :, :-1]).abs().amax(dim=(0, 1, 2, 4))
+    assert (steps <= plain.max() * 1.05).all(), "an edge stronger than any in the picture: a seam"
+    assert (tiled - whole).abs().mean() < 0.02
+    jumps = (tiled[:, 1:] - tiled[:, :-1]).abs().mean(dim=(0, 2, 3, 4))
+    assert torch.allclose(jumps, (whole[:, 1:] - whole[:, :-1]).abs().mean(dim=(0, 2, 3, 4)), rtol=0.1)
+
+
+def test_stock_names(codec: VideoCodec) -> None:
+    pixels = codec.decode(latent())
+    assert torch.equal(codec.decode_tiled(latent(), tile_x=6, tile_y=4, overlap=1, tile_t=2, overlap_t=1),
+                       codec.decode(latent(), tile=TileSize(4, 6, 1)))  # fmt: skip
+    assert torch.equal(codec.encode_tiled(pixels[0], tile_x=48, tile_y=32, overlap=8),
+                       codec.encode(pixels[0], tile=TileSize(4, 6, 1)))  # fmt: skip
+    assert (codec.spacial_compression_decode(), codec.spacial_compression_encode()) == (8, 8)
+    assert (codec.temporal_compression_decode(), codec.latent_channels, codec.output_channels) == (4, 16, 3)
+    assert (codec.upscale_ratio[0](3), codec.downscale_ratio[0](9)) == (9, 3)
+    assert "decoder.conv1.weight" in codec.get_sd()
+    codec.throw_exception_if_invalid()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused_and_the_next_run_works(codec: VideoCodec, bad: float) -> None:
+    broken = latent()
+    broken[0, 3, 1, 2, 2] = bad
+    with pytest.raises(ValueError, match=r"NaN or infinite.*sampler"):
+        codec.decode(broken)
+    assert codec.decode(latent()).isfinite().all()
+
+
+def test_latents_of_another_model_are_refused(codec: VideoCodec) -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 8, 8\).*another model"):
+        codec.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_pixels_that_do_not_fit_are_cut_with_a_message(codec: VideoCodec, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert codec.encode(torch.rand(7, 45, 83, 4)).shape == (1, 16, 2, 5, 10)
+    assert "7 frames of 83 x 45 cut to 5 of 80 x 40" in caplog.text
+    with pytest.raises(ValueError, match="smaller than one latent position"):
+        codec.encode(torch.rand(1, 4, 80, 3))
+
+
+def test_short_memory_before_decoding_means_tiles(
+    codec: VideoCodec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_module, "DEFAULT_TILE", TileSize(8, 16, 4))
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: 1)
+    wide = latent(width=40)
+    assert torch.equal(codec.decode(wide), codec.decode(wide, tile=TileSize(8, 16, 4)))
+    assert "using tiles" in caplog.text
+
+
+def test_out_of_memory_is_answered_with_smaller_tiles(
+    codec: VideoCodec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = WanVAE.decode_chunk, []
+
+    def decode_chunk(self: WanVAE, part: Tensor, past: object) -> Tensor:
+        seen.append(part.shape[4])
+        if part.shape[4] > 16:
+            raise torch.OutOfMemoryError
+        return original(self, part, past)
+
+    monkeypatch.setattr(WanVAE, "decode_chunk", decode_chunk)
+    wide = latent(width=40)
+    pixels = codec.decode(wide)
+    assert seen[:2] == [40, 32] and seen[-1] == 16
+    assert torch.equal(pixels, codec.decode(wide, tile=TileSize(16, 16, 4)))
+    assert caplog.text.count("out of memory") == 2
+
+
+def test_memory_that_never_suffices_is_an_error(codec: VideoCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_chunk(self: WanVAE, part: Tensor, past: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(WanVAE, "decode_chunk", decode_chunk)
+    with pytest.raises(torch.OutOfMemoryError):
+        codec.decode(latent())
+    monkeypatch.undo()
+    assert codec.decode(latent()).isfinite().all()

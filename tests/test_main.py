@@ -1,0 +1,82 @@
+"""The commands, as a terminal would run them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from wanqwen.__main__ import main
+
+from .nodes import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write_model(folder / "model.safetensors")
+    tiny.write_vae(folder / "vae.safetensors")
+    tiny.write_text_encoder(folder / "text.safetensors")
+    return folder
+
+
+def generate(folder: Path, out: Path, *more: str) -> int:
+    files = ("--model", folder / "model.safetensors", "--vae", folder / "vae.safetensors")
+    text = ("--text-encoder", folder / "text.safetensors", "--prompt", "a red star")
+    return main(["generate", *map(str, (*files, *text, "--out", out, "--steps", 2, *more))])
+
+
+def test_generate_writes_a_video_of_the_size_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    av = pytest.importorskip("av")
+    assert generate(folder, tmp_path / "clip.mp4", "--size", "64x32x5", "--fps", "8") == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "clip.mp4")
+    assert "2/2" in printed.err and "left" in printed.err
+    with av.open(str(tmp_path / "clip.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        assert (len(frames), frames[0].shape, video.streams.video[0].average_rate) == (5, (32, 64, 3), 8)
+
+
+def test_generate_writes_a_still_as_png(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    assert (
+        generate(folder, tmp_path / "still.png", "--size", "32x32x1", "--guidance", "3", "1", "--solver", "euler") == 0
+    )
+    assert (tmp_path / "still.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--size", "100x64x80"), "try 96x64x81"),
+        (("--size", "wide"), "expected WIDTHxHEIGHTxFRAMES"),
+        (("--guidance", "5", "4", "3"), "guidance"),
+        (("--model", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_generate_says_in_one_line_what_is_wrong(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    assert generate(folder, tmp_path / "clip.mp4", *more) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("wanqwen generate:") and message in error
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_inspect_reads_the_header_only(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safetensors.safe_open", None)
+    monkeypatch.setattr(torch, "load", None)
+    assert main(["inspect", "--json", str(folder / "model.safetensors")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["role"], facts["missing"], facts["unexpected"]) == ("diffusion_model", [], [])
+    assert main(["inspect", str(folder / "vae.safetensors")]) == 0
+    assert "vae" in capsys.readouterr().out
+
+
+def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.safetensors").write_text("hello")
+    assert main(["inspect", str(tmp_path / "text.safetensors")]) == 2
+    assert "text.safetensors" in capsys.readouterr().err

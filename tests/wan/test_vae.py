@@ -1,0 +1,96 @@
+"""The Wan VAE's promises beside the goldens (tests/goldens): chunks, stills, bounded memory."""
+
+import pytest
+import torch
+from torch import Tensor
+from wanqwen.bench.measure import peak_bytes
+from wanqwen.core.codec import VideoCodec
+from wanqwen.wan.config import VAEConfig
+from wanqwen.wan.family import LATENT_FORMAT
+from wanqwen.wan.vae import WanVAE
+from wanqwen.wan.vae_layers import CausalConv3d, Past
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["channels first", "channels last"])
+def vae(request: pytest.FixtureRequest) -> WanVAE:
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(dim=8)).eval().requires_grad_(False)
+    return vae.channels_last() if request.param == "channels last" else vae
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    assert out.shape == expected.shape
+    return ((out - expected).abs().max() / expected.abs().max()).item()
+
+
+def decode(vae: WanVAE, latent: Tensor, chunks: list[int]) -> Tensor:
+    past = vae.new_past()
+    return torch.cat([vae.decode_chunk(part, past) for part in latent.split(chunks, dim=2)], dim=2)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 6, [1, 5], [2, 4], [1, 2, 3], [3, 1, 2]])
+def test_decoding_in_chunks_equals_the_whole(vae: WanVAE, chunks: list[int]) -> None:
+    latent = torch.randn(1, 16, 6, 4, 6, generator=torch.Generator().manual_seed(1))
+    assert error(decode(vae, latent, chunks), decode(vae, latent, [6])) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", [[1, 4, 4, 4], [1, 8, 4], [5, 8], [1, 12], [9, 4]])
+def test_encoding_in_chunks_equals_the_whole(vae: WanVAE, chunks: list[int]) -> None:
+    pixels = torch.rand(1, 3, 13, 16, 24, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    past = vae.new_past()
+    parts = [vae.encode_chunk(part, past)[0] for part in pixels.split(chunks, dim=2)]
+    assert error(torch.cat(parts, dim=2), vae.encode_chunk(pixels, vae.new_past())[0]) < 1e-5
+
+
+def test_one_frame_takes_the_2d_path_to_the_same_pixels(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(3))
+    three_d = []
+    original = torch.nn.functional.conv3d
+
+    def counted(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
+        three_d.append(weight.shape[2] > 1)
+        return original(x, weight, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", counted)
+    fast = vae.decode_chunk(latent, Past())
+    assert not any(three_d), "a still went through a convolution over time"
+
+    def in_three_dimensions(self: CausalConv3d, x: Tensor, past: Past) -> Tensor:
+        depth = self.kernel[0] - 1
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, depth, 0))
+        return original(padded, self.weight, self.bias, padding=(0, self.kernel[1] // 2, self.kernel[2] // 2))
+
+    monkeypatch.setattr(CausalConv3d, "forward", in_three_dimensions)
+    assert error(fast, vae.decode_chunk(latent, Past())) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+def test_half_precision_decodes_the_same_picture(vae: WanVAE, dtype: torch.dtype, tolerance: float) -> None:
+    """The bounds are twenty roundings of the format (2^-8 and 2^-11), one for each layer on the way."""
+    latent = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(4))
+    exact = vae.decode_chunk(latent, Past())
+    half = WanVAE(vae.config)
+    half.load_state_dict(vae.state_dict())
+    out = half.eval().requires_grad_(False).to(dtype).decode_chunk(latent.to(dtype), Past())
+    assert out.dtype == dtype
+    assert error(out.float(), exact) < tolerance
+
+
+@pytest.mark.parametrize("work", ["decode", "encode"])
+def test_peak_memory_does_not_grow_with_frames(work: str) -> None:
+    torch.manual_seed(0)
+    codec = VideoCodec(lambda: WanVAE(VAEConfig(dim=16)).channels_last(), LATENT_FORMAT, device=CPU)
+    peaks = []
+    for frames in (17, 81):
+        pixels = torch.rand(frames, 32, 32, 3)
+        latent = torch.randn(1, 16, (frames - 1) // 4 + 1, 4, 4)
+        if work == "decode":
+            result_bytes, call = pixels.nbytes, lambda latent=latent: codec.decode(latent)
+        else:
+            result_bytes, call = latent.nbytes, lambda pixels=pixels: codec.encode(pixels)
+        call()  # the weights are read on first use
+        peaks.append(peak_bytes(call, CPU) - result_bytes)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+    assert peaks[0] > 0
