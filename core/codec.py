@@ -6,14 +6,14 @@ The object also answers to the names that ComfyUI's own VAE nodes call, so it pl
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import host
+from .memory.resident import resident
 from .tiles import TileSize, cut
 from .types import LatentFormat
 
@@ -148,7 +148,7 @@ class VideoCodec:
     ) -> None:
         """Run over the whole frame, or over tiles if asked for or if memory is short; smaller ones until it fits."""
         space = self.latent_format.spatial_factor
-        with torch.inference_mode(), self._on_device() as network:
+        with torch.inference_mode(), resident(self.first_stage_model, self.device) as network:
             if tile is None:
                 needed = network.working_bytes(height * space, width * space, frames)
                 host.make_room(needed, self.device)
@@ -171,17 +171,6 @@ class VideoCodec:
                 gc.collect()
                 host.empty_cache()
                 log.warning("VAE: out of memory, trying again with tiles of %d x %d latents", tile.height, tile.width)
-
-    @contextmanager
-    def _on_device(self) -> Iterator[CausalVAE]:
-        network = self.first_stage_model
-        network.to(self.device)
-        try:
-            yield network
-        finally:
-            network.to("cpu")
-            if self.device.type != "cpu":
-                host.empty_cache()
 
     def _checked_latent(self, latent: Tensor) -> Tensor:
         if latent.dim() not in (4, 5) or latent.shape[1] != self.latent_channels:

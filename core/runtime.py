@@ -1,6 +1,5 @@
 """From a model handle and a request to latents: the one place where weights, memory, blocks and sampling meet."""
 
-import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from . import host
 from .blocks import Run
+from .memory.resident import resident
 from .sampling.sample import SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .types import LatentFormat, ModelHandle, SampleRequest
@@ -33,16 +33,8 @@ def opened(handle: ModelHandle, device: torch.device) -> Iterator[tuple[nn.Modul
     """
     dtype = compute_dtype(handle, device)
     model = handle.weights.get(dtype, lambda: _assemble(handle, dtype))
-    nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    host.make_room(nbytes, device)
-    try:
-        model.to(device)
+    with resident(model, device):
         yield model, Run(dtype=dtype, check_interrupt=host.check_interrupt)
-    finally:
-        model.to("cpu")
-        if device.type != "cpu":
-            gc.collect()
-            host.empty_cache()
 
 
 def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progress | None = None) -> Tensor:

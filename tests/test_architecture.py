@@ -22,7 +22,7 @@ ALLOWED = {
     "core/memory": ("core/ops", "core/host", "core/types"),
     "core/blocks": ("core/memory", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
-    "core/codec": ("core/tiles", "core/ops", "core/host", "core/types"),
+    "core/codec": ("core/tiles", "core/memory", "core/ops", "core/host", "core/types"),
     "core/runtime": (
         *("core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops", "core/host", "core/types"),
     ),

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..core.ops.conv import conv3d
+
 
 class Past:
     """The last frames that each layer saw, keyed by the layer: what a causal layer needs of the chunks before."""
@@ -40,14 +42,14 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         depth, pad = self.kernel[0], (self.kernel[1] // 2, self.kernel[2] // 2)
         if depth == 1:
-            return F.conv3d(x, self.weight, self.bias, padding=(0, *pad))
+            return conv3d(x, self.weight, self.bias, padding=(0, *pad))
         history = past.get(self)
         if history is None and x.shape[2] == 1:  # only the last tap meets anything but zeros
             past.keep(self, x)
             return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad).unsqueeze(2)
         frames = _with_history(history, x, depth - 1)
         past.keep(self, frames[:, :, 1 - depth :])
-        return F.conv3d(frames, self.weight, self.bias, padding=(0, *pad))
+        return conv3d(frames, self.weight, self.bias, padding=(0, *pad))
 
 
 def _with_history(history: Tensor | None, x: Tensor, count: int) -> Tensor:
@@ -142,7 +144,7 @@ class Downsample(nn.Module):
         past.keep(self, x[:, :, -1:])
         if frames.shape[2] < 3:
             return first
-        return torch.cat((first, F.conv3d(frames, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))), dim=2)
+        return torch.cat((first, conv3d(frames, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))), dim=2)
 
 
 class Upsample(nn.Module):

@@ -94,3 +94,14 @@ def test_peak_memory_does_not_grow_with_frames(work: str) -> None:
         peaks.append(peak_bytes(call, CPU) - result_bytes)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
     assert peaks[0] > 0
+
+
+def test_working_bytes_tell_the_measured_peak() -> None:
+    vae = WanVAE(VAEConfig(dim=16)).channels_last()
+    codec = VideoCodec(lambda: vae, LATENT_FORMAT, device=CPU)
+    latent, pixels = torch.randn(1, 16, 4, 8, 8), torch.rand(13, 64, 64, 3)
+    codec.decode(latent)
+    estimate = vae.working_bytes(64, 64, LATENT_FORMAT.temporal_factor)
+    peaks = peak_bytes(lambda: codec.decode(latent), CPU) - pixels.nbytes, peak_bytes(lambda: codec.encode(pixels), CPU)
+    assert all(peak <= estimate for peak in peaks)
+    assert estimate < 1.2 * peaks[0]

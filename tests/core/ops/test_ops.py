@@ -2,8 +2,12 @@
 
 import math
 
+import pytest
 import torch
+import torch.nn.functional as F
+from wanqwen.bench.measure import peak_bytes
 from wanqwen.core.ops.attention import attention
+from wanqwen.core.ops.conv import conv3d
 from wanqwen.core.ops.embed import timestep_embedding
 from wanqwen.core.ops.linear import Linear
 from wanqwen.core.ops.norm import LayerNorm, RMSNorm, gated_add, modulate
@@ -81,3 +85,25 @@ def test_linear_applies_the_scale_of_an_fp8_weight() -> None:
         linear.weight_scale = scale
         expected = x @ (weight.float() * scale.reshape(-1, 1)).T
         assert torch.allclose(linear(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": (0, 1, 1)}, {"stride": (2, 1, 1)}])
+@pytest.mark.parametrize("is_small", [True, False])
+def test_conv3d_gives_the_numbers_of_pytorch(options: dict[str, tuple[int, int, int]], is_small: bool) -> None:
+    side = 5 if is_small else 48
+    x, weight, bias = torch.randn(1, 9, 5, side, side), torch.randn(7, 9, 3, 3, 3), torch.randn(7)
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
+        expected = F.conv3d(x.double(), weight.double(), bias.double(), **options)
+        with torch.no_grad():
+            out = conv3d(x, weight, bias, **options)
+        assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.allclose(conv3d(x.requires_grad_(), weight, bias, **options), out, atol=1e-4), "with gradients"
+        x = x.detach()
+
+
+def test_conv3d_does_not_unfold_small_inputs() -> None:
+    x, weight, bias = torch.randn(1, 32, 6, 16, 16), torch.randn(32, 32, 3, 3, 3), torch.randn(32)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: conv3d(x, weight, bias, padding=(0, 1, 1)), x.device)
+    assert peak < 4 * x.nbytes + weight.nbytes * 2, "27 copies of the input would be more"
