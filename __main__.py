@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from .core.sampling.solvers import SOLVERS
+from .wan.family import fit_clip
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -30,10 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"wanqwen {options.command}: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        return 130
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--count", type=int, default=8, help="how many unseen prompts (default 8)")
+    parser.add_argument("--count", type=_at_least_one, default=8, help="how many unseen prompts (default 8)")
     parser.add_argument("--seed", type=int, help="of prompts and noise; without it they are new every time")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the video and the contact sheet")
     parser.add_argument("--blind", action="store_true", help="zero the text: the score must fall to chance")
@@ -45,20 +49,32 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
     parser.add_argument("--text-encoder", type=Path, default=DEMO_FOLDER / "wan_text_encoder.safetensors")
-    parser.add_argument("--tokenizer", type=Path, help="folder or spiece.model, for a text encoder without its own")
+    parser.add_argument("--tokenizer", help="folder, spiece.model or `hub`, for a text encoder without its own")
+    parser.add_argument(
+        "--text-device", choices=("auto", "cpu", "gpu"), default="auto", help="where to read the prompt"
+    )
+    parser.add_argument("--text-vram-gb", type=float, help="the most VRAM that reading the prompt may take")
     parser.add_argument("--vae", type=Path, default=DEMO_FOLDER / "wan_vae.safetensors")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative", default="", help="what to steer away from")
+    parser.add_argument("--negative", help="what to steer away from (default: Wan's own, nothing for the miniature)")
     parser.add_argument("--out", type=Path, required=True, help="mp4, or png for a single frame")
-    parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHTxFRAMES or WIDTHxHEIGHT (default 64x64x9)")
+    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES (default 832x480x81, for the miniature 64x64x9)")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, nargs="+", default=[5.0], help="one value, or one per step")
     parser.add_argument("--shift", type=float)
     parser.add_argument("--solver", choices=sorted(SOLVERS), default="unipc")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16.0)
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
+    parser.add_argument("--vae-precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     parser.set_defaults(run=_generate)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -79,41 +95,58 @@ def _generate(options: argparse.Namespace) -> int:
     from . import media
     from .core import host, runtime
     from .core.types import SampleRequest
-    from .loading import load_model, load_text_encoder, load_vae
+    from .loading import DEMO_FOLDER, load_model, load_text_encoder, load_vae
+    from .wan.config import NEGATIVE_PROMPT
 
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    width, height, frames = _size(options.size)
-    encoder = load_text_encoder(options.text_encoder, tokenizer=options.tokenizer)
-    positive, negative = encoder.encode([options.prompt, options.negative])
+    is_demo = options.model.parent == DEMO_FOLDER
+    width, height, frames = _size(options.size or ("64x64x9" if is_demo else "832x480x81"))
+    out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
+    media.check_writable(out)
+    model = load_model(options.model, dtypes[options.precision])
+    vae = load_vae(options.vae, dtypes[options.vae_precision] or torch.float32)
+    encoder = load_text_encoder(
+        options.text_encoder,
+        device=options.text_device,
+        max_vram_bytes=None if options.text_vram_gb is None else int(options.text_vram_gb * (1 << 30)),
+        tokenizer=options.tokenizer,
+    )
+    negative_text = options.negative if options.negative is not None else ("" if is_demo else NEGATIVE_PROMPT)
+    positive, negative = encoder.encode([options.prompt, negative_text])
+    encoder.release()
     request = SampleRequest(
-        latent=torch.zeros(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), positive=positive, negative=negative,
-        seed=options.seed, steps=options.steps, shift=options.shift, guidance=tuple(options.guidance),
+        latent=torch.zeros(model.family.latent_format.shape(1, frames, height, width)),
+        positive=positive,
+        negative=negative,
+        seed=options.seed,
+        steps=options.steps,
+        shift=options.shift,
+        guidance=tuple(options.guidance),
         solver=options.solver,
-    )  # fmt: skip
-    bar = host.LogProgress("sampling", _terminal_line)
-    latent = runtime.generate(load_model(options.model, dtypes[options.precision]), request, bar)
+        noise_device=options.noise_device,
+    )
+    latent = runtime.generate(model, request, host.LogProgress("sampling", _terminal_line))
     sys.stderr.write("\n")
-    pixels = load_vae(options.vae).decode(latent)[0]
-    if len(pixels) == 1:
-        media.write_png(options.out.with_suffix(".png"), pixels[0])
+    pixels = vae.decode(latent)[0]
+    if frames == 1:
+        media.write_png(out, pixels[0])
     else:
-        media.write_mp4(options.out, pixels, options.fps)
-    sys.stdout.write(f"{options.out.resolve()}\n")
+        media.write_mp4(out, pixels, options.fps)
+    sys.stdout.write(f"{out.resolve()}\n")
     return 0
 
 
 def _size(text: str) -> tuple[int, int, int]:
-    """Return width, height and frames; 64x64 alone means 9 frames. Raises ValueError for sizes a model can't make."""
+    """Return width, height and frames of WIDTHxHEIGHTxFRAMES. Raises ValueError for sizes that Wan can't make."""
     try:
-        numbers = [int(part) for part in text.lower().split("x")]
-        width, height, frames = [*numbers, 9][:3]
+        width, height, frames = (int(part) for part in text.lower().split("x"))
     except ValueError as error:
         raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81") from error
-    if len(numbers) > 3 or width < 16 or height < 16 or width % 16 or height % 16 or frames < 1 or frames % 4 != 1:
-        width, height = (max(16, round(side / 16) * 16) for side in (width, height))
-        fitting = f"{width}x{height}x{max(0, round((frames - 1) / 4)) * 4 + 1}"
-        raise ValueError(f"--size {text}: width and height must be multiples of 16 and frames 4n + 1; try {fitting}")
-    return width, height, frames
+    fitting = fit_clip(width, height, frames)
+    if fitting != (width, height, frames):
+        found = "x".join(map(str, fitting))
+        raise ValueError(f"--size {text}: width and height must be multiples of 16 and frames 4n + 1; try {found}")
+    return fitting
 
 
 def _terminal_line(text: str) -> None:

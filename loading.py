@@ -26,6 +26,7 @@ ROLES = {
     "text_encoder": "a text encoder (Load Wan Text Encoder)",
     "image_encoder": "an image encoder",
 }
+HUB = "hub"
 SHOWN = 5  # names in an error
 RUNNABLE = ("t2v-1.3B", "t2v-14B", "custom")
 
@@ -71,24 +72,34 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     device: str = "auto",
     max_vram_bytes: int | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Path | str | None = None,
 ) -> TextEncoder:
     """Open a text encoder; its weights are read at the first new prompt. Raises ValueError for any other file.
 
-    `device` is cpu, gpu, or auto (the device the models run on). `tokenizer` is a folder or a `spiece.model`; None
-    takes the one that came with the file.
+    `device` is cpu, gpu, or auto (the device the models run on). `tokenizer` is a folder, a
+    `spiece.model`, or "hub" to download the published one; None takes the one that came with the file.
     """
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"text encoder device is {device!r}: choose auto, cpu or gpu.")
     checkpoint, identity = _opened(path, "text_encoder")
     if tokenizer is None:
         pieces = Tokenizer.find(checkpoint, read_tensors)
-    elif tokenizer.is_dir():
-        pieces = Tokenizer.from_folder(tokenizer)
+    elif tokenizer == HUB:
+        pieces = Tokenizer.from_hub()
+    elif Path(tokenizer).is_dir():
+        pieces = Tokenizer.from_folder(Path(tokenizer))
     else:
-        pieces = Tokenizer.from_spiece(tokenizer.read_bytes(), str(tokenizer))
+        pieces = Tokenizer.from_spiece(Path(tokenizer).read_bytes(), str(tokenizer))
     where = torch.device("cpu") if device == "cpu" else host.device()
-    placement = Placement(device=where, max_vram_bytes=max_vram_bytes)
+
+    def make_room(nbytes: int) -> int:
+        host.make_room(nbytes, where)
+        return host.free_memory(where)
+
+    # On the CPU there is nothing to move and no VRAM to limit.
+    placement = Placement()
+    if where.type != "cpu":
+        placement = Placement(device=where, max_vram_bytes=max_vram_bytes, make_room=make_room)
     return TextEncoder(checkpoint, identity, pieces, read_tensors, dtype=dtype, placement=placement)
 
 

@@ -1,6 +1,8 @@
 """Write pictures as files people can open. PyAV and Pillow are optional packages, asked for when they are needed."""
 # F frames, H W pixels; pixels are RGB in [0, 1]
 
+import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +19,15 @@ def write_mp4(path: Path, frames_FHWC: Tensor, fps: float, *, enlarge: int = 1) 
 
     Raises ValueError when PyAV is missing or the size is odd.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("Writing an mp4 needs the package PyAV, which is not installed: pip install av") from error
+    check_writable(path)
     from fractions import Fraction
+
+    import av
 
     frames = to_bytes(frames_FHWC).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"H.264 needs even sizes, got {width} x {height}: choose a size in steps of 16.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -35,6 +35,16 @@ def write_mp4(path: Path, frames_FHWC: Tensor, fps: float, *, enlarge: int = 1) 
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError or OSError, before any work is done, if the file could not be written."""
+    package, name = ("PIL", "pillow") if path.suffix == ".png" else ("av", "av")
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"Writing {path.name} needs a package that is not installed: pip install {name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"The folder {path.parent} can't be written to: choose another with --out.")
 
 
 def write_png(path: Path, image_HWC: Tensor) -> None:

@@ -34,6 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours, theirs = _twins(VAEConfig(dim=options.dim), device, dtype)
+    ours.to(device)  # both contestants find their weights in place
     codec = VideoCodec(ours.channels_last, LATENT_FORMAT, dtype=dtype, device=device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"{where}, {options.dtype}, base width {options.dim}, torch {torch.__version__}\n")

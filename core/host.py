@@ -7,6 +7,7 @@ ComfyUI are loaded, never by importing them: this file is safe to import anywher
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,10 +19,6 @@ from .types import LatentFormat
 log = logging.getLogger(__name__)
 
 MAX_PREVIEW_PIXELS = 512  # on the longer side, as ComfyUI's own samplers send
-
-
-class Interrupted(Exception):
-    """The user stopped the run (outside ComfyUI; inside, ComfyUI raises its own)."""
 
 
 class Progress(Protocol):
@@ -69,15 +66,40 @@ def make_room(nbytes: int, where: torch.device) -> None:
         management.free_memory(nbytes, where)
 
 
+def prefers_bfloat16(where: torch.device) -> bool:
+    """Say whether a device computes bfloat16 natively and well: a GPU of Ampere's generation or newer."""
+    if where.type == "cpu":
+        return False
+    if management := _comfy("model_management"):
+        return management.should_use_bf16(where)
+    return where.type != "cuda" or torch.cuda.get_device_capability(where)[0] >= 8
+
+
+def block_gate(where: torch.device) -> Callable[[], None]:
+    """Return what to call before every block: it raises if the user asked to stop.
+
+    A GPU is given its work ahead of time; so that a stop takes effect within a block or two, the gate waits until the
+    block before the last one given is done. The device never idles for it.
+    """
+    if where.type != "cuda":
+        return check_interrupt
+    given: deque[torch.cuda.Event] = deque()
+
+    def gate() -> None:
+        check_interrupt()
+        event = torch.cuda.Event()
+        event.record()
+        given.append(event)
+        if len(given) > 2:
+            given.popleft().synchronize()
+
+    return gate
+
+
 def check_interrupt() -> None:
     """Raise if the user asked to stop."""
     if management := _comfy("model_management"):
         management.throw_exception_if_processing_interrupted()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that the device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def empty_cache() -> None:
@@ -89,17 +111,18 @@ def empty_cache() -> None:
 
 
 def progress(total: int, label: str, latent_format: LatentFormat) -> Progress:
-    """Return where to report steps: ComfyUI's progress bar with previews, else the log with the time left."""
+    """Return where to report steps: the log, with the time left, and in ComfyUI its progress bar, with previews."""
     if utils := _comfy("utils"):
-        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format))
+        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format), LogProgress(label))
     return LogProgress(label)
 
 
 class _ComfyProgress:
-    def __init__(self, bar: Any, preview: Callable[[Tensor], Any] | None):
-        self.bar, self.preview = bar, preview
+    def __init__(self, bar: Any, preview: Callable[[Tensor], Any] | None, console: "LogProgress"):
+        self.bar, self.preview, self.console = bar, preview, console
 
     def update(self, done: int, total: int, x0: Tensor) -> None:
+        self.console.update(done, total, x0)
         middle = x0.shape[2] // 2
         image = self.preview(x0[:1, :, middle : middle + 1]) if self.preview else None
         self.bar.update_absolute(done, total, image and ("JPEG", image, MAX_PREVIEW_PIXELS))

@@ -19,22 +19,24 @@ log = logging.getLogger(__name__)
 
 
 def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
-    """Return what the large products compute in: the handle's choice, else bfloat16 on a GPU and float32 on a CPU."""
+    """Return what the large products compute in: the handle's choice, else bfloat16 where it is fast, else float32."""
     if handle.dtype is not None:
         return handle.dtype
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
 
 
 @contextmanager
-def opened(handle: ModelHandle, device: torch.device) -> Iterator[tuple[nn.Module, Run]]:
+def opened(handle: ModelHandle, device: torch.device, latent_shape: tuple[int, ...]) -> Iterator[tuple[nn.Module, Run]]:
     """Give the model on the device with a fresh run, and take it off the device again, also after an error.
 
-    The assembled weights stay in RAM with the handle, for its next run.
+    Room is made for its weights and for work on latents of this shape. The assembled weights stay in RAM with the
+    handle, for its next run.
     """
     dtype = compute_dtype(handle, device)
     model = handle.weights.get(dtype, lambda: _assemble(handle, dtype))
-    with resident(model, device):
-        yield model, Run(dtype=dtype, check_interrupt=host.check_interrupt)
+    working_bytes = handle.family.working_bytes(handle.identity.config, latent_shape, dtype)
+    with resident(model, device, working_bytes):
+        yield model, Run(dtype=dtype, check_interrupt=host.block_gate(device))
 
 
 def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progress | None = None) -> Tensor:
@@ -51,7 +53,7 @@ def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progres
     x = start_of(plan, clean, noise) if request.add_noise else clean
     conditionings = [request.positive, *([request.negative] if request.negative is not None else [])]
     log.info("%s %s: %d steps of %s", handle.family.name, handle.identity.variant, len(plan.timesteps), request.solver)
-    with torch.inference_mode(), opened(handle, device) as (model, run):
+    with torch.inference_mode(), opened(handle, device, tuple(x.shape)) as (model, run):
         positive, *negative = handle.family.denoisers(model, run, conditionings, device)
         step_noise = StepNoise(tuple(x.shape), request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)

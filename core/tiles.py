@@ -22,7 +22,7 @@ class TileSize:
     def halved(self) -> "TileSize":
         """Return the next smaller tile to try when memory is short."""
         height, width = max(8, self.height // 2), max(8, self.width // 2)
-        return TileSize(height, width, min(self.overlap, height // 4, width // 4))
+        return TileSize(height, width, min(height, width) // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ def cut(height: int, width: int, size: TileSize, factor: float) -> Iterator[Tile
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Evenly spread spans of one size with at least `overlap` in common with the next."""
+    """Evenly spread spans of one size; each shares `overlap` or more with the next, or half a tile if that is less."""
     if tile >= length:
         return [(0, length)]
-    overlap = min(overlap, tile - 1)
+    overlap = min(overlap, tile // 2)  # beyond that the number of tiles explodes and no seam gets better
     count = -(-(length - overlap) // (tile - overlap))
     return [(start, start + tile) for start in (round(i * (length - tile) / (count - 1)) for i in range(count))]
 

@@ -28,6 +28,11 @@ class LatentFormat:
     rgb_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     comfy_name: str = ""
 
+    def shape(self, batch: int, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape [B, C, T, h, w] of the latents of clips; what does not fit the factors is rounded down."""
+        latent_frames = (frames - 1) // self.temporal_factor + 1
+        return batch, self.channels, latent_frames, height // self.spatial_factor, width // self.spatial_factor
+
     def normalise(self, raw: Tensor) -> Tensor:
         """Return `(raw - mean) / std` of latents [B, C, ...], in float32."""
         mean, std = self._statistics(raw)
@@ -142,6 +147,7 @@ class Family:
 
     `build(config)` makes the module. `float32(name)` says which parameters stay in float32 whatever the compute dtype.
     `denoisers(model, run, conditionings, device)` returns one `Velocity` per conditioning, sharing work where equal.
+    `working_bytes(config, latent shape, dtype)` estimates what a forward needs besides the weights.
     """
 
     name: str
@@ -150,6 +156,7 @@ class Family:
     build: Callable[[Any], nn.Module]
     float32: Callable[[str], bool]
     denoisers: Callable[..., list[Velocity]]
+    working_bytes: Callable[[Any, tuple[int, ...], torch.dtype], int]
 
 
 class Assembled:

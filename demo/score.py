@@ -57,7 +57,12 @@ def rates(verdicts: list[Verdict], scenes: list[Scene]) -> dict[str, float]:
 
 
 def chance(verdicts: list[Verdict], scenes: list[Scene]) -> dict[str, float]:
-    """Return the rates when every clip is judged against every other clip's prompt: what luck alone would score."""
+    """Return the rates when every clip is judged against every other clip's prompt: what luck alone would score.
+
+    Raises ValueError for a single clip, which has no other.
+    """
+    if len(verdicts) < 2:
+        raise ValueError("chance needs at least 2 clips, got 1: ask for more prompts")
     shifted = [rates(verdicts, scenes[shift:] + scenes[:shift]) for shift in range(1, len(scenes))]
     return {name: sum(row[name] for row in shifted) / len(shifted) for name in (*ATTRIBUTES, "all")}
 

@@ -13,13 +13,14 @@ from .. import media
 from ..core import runtime
 from ..core.types import Conditioning, SampleRequest
 from ..loading import DEMO_FOLDER, load_model, load_text_encoder, load_vae
+from ..wan.family import LATENT_FORMAT
 from . import corpus, score
 from .corpus import Scene
 
 log = logging.getLogger(__name__)
 
-STEPS, GUIDANCE, SHIFT, FPS = 12, 4.0, 3.0, 8
-LATENT_SHAPE = (1, 16, (corpus.FRAMES - 1) // 4 + 1, corpus.SIZE // 8, corpus.SIZE // 8)
+STEPS, GUIDANCE, SHIFT, FPS = 12, 3.0, 3.0, 8
+LATENT_SHAPE = LATENT_FORMAT.shape(1, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
 SHOWN_FRAMES = (0, 4, 8)
 CHINESE_FONTS = ("wqy-microhei.ttc", "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "simhei.ttf")
 
@@ -75,7 +76,8 @@ def generate_clips(count: int, seed: int, blind: bool = False) -> list[Clip]:
 def report(clips: list[Clip]) -> str:
     """Return the score of clips as a table, chance level beside it."""
     verdicts, scenes = [score.judge(clip.frames) for clip in clips], [clip.scene for clip in clips]
-    reached, luck = score.rates(verdicts, scenes), score.chance(verdicts, scenes)
+    reached = score.rates(verdicts, scenes)
+    luck = score.chance(verdicts, scenes) if len(clips) > 1 else dict.fromkeys(reached, float("nan"))
     lines = [f"{len(clips)} unseen prompts, {sum(c.seconds for c in clips) / len(clips):.2f} s a clip"]
     lines += [f"  {name:<11}{reached[name]:6.1%}   chance {luck[name]:6.1%}" for name in (*score.ATTRIBUTES, "all")]
     return "\n".join(lines)
@@ -115,8 +117,10 @@ def _font(fonts):
 
 
 def write_video(path: Path, clips: list[Clip]) -> None:
-    """Write all clips side by side as one mp4, two rows of four for eight of them."""
+    """Write all clips side by side as one mp4, four in a row; what is missing in the last row stays white."""
     columns = min(4, len(clips))
-    rows = [clips[i : i + columns] for i in range(0, len(clips) - len(clips) % columns, columns)]
-    grid = torch.cat([torch.cat([clip.frames for clip in row], dim=2) for row in rows], dim=1)
+    frames = [clip.frames for clip in clips]
+    frames += [torch.ones_like(frames[0])] * (-len(frames) % columns)
+    rows = [torch.cat(frames[i : i + columns], dim=2) for i in range(0, len(frames), columns)]
+    grid = torch.cat(rows, dim=1)
     media.write_mp4(path, grid, FPS, enlarge=4)

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generate(folder: Path, out: Path, *more: str) -> int:
     files = ("--model", folder / "model.safetensors", "--vae", folder / "vae.safetensors")
     text = ("--text-encoder", folder / "text.safetensors", "--prompt", "a red star")
-    return main(["generate", *map(str, (*files, *text, "--out", out, "--steps", 2, *more))])
+    return main(["generate", *map(str, (*files, *text, "--out", out, "--size", "32x32x5", "--steps", 2, *more))])
 
 
 def test_generate_writes_a_video_of_the_size_asked_for(
@@ -38,12 +38,20 @@ def test_generate_writes_a_video_of_the_size_asked_for(
         assert (len(frames), frames[0].shape, video.streams.video[0].average_rate) == (5, (32, 64, 3), 8)
 
 
-def test_generate_writes_a_still_as_png(folder: Path, tmp_path: Path) -> None:
+def test_generate_writes_a_still_as_png(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("PIL")
-    assert (
-        generate(folder, tmp_path / "still.png", "--size", "32x32x1", "--guidance", "3", "1", "--solver", "euler") == 0
-    )
-    assert (tmp_path / "still.png").stat().st_size > 0
+    out = tmp_path / "new folder" / "still.mp4"
+    assert generate(folder, out, "--size", "32x32x1", "--guidance", "3", "1", "--solver", "euler") == 0
+    assert capsys.readouterr().out.strip() == str(out.with_suffix(".png"))
+    assert out.with_suffix(".png").stat().st_size > 0 and not out.exists()
+
+
+def test_a_missing_package_is_said_before_any_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert generate(folder, tmp_path / "clip.mp4", "--size", "64x32x5") == 2
+    assert "pip install av" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Wan 2.1 as core sees it: its latent space, how to build it, how a prompt drives it."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..core.blocks import Run
 from ..core.types import Conditioning, Family, LatentFormat, Velocity
-from .config import LATENT_CHANNELS
+from .config import LATENT_CHANNELS, WanConfig
 from .transformer import Prompt, WanTransformer
 
 # Per latent channel; source: wan/modules/vae.py of the official repository. Qwen-Image's VAE has the same.
@@ -17,6 +19,8 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+
+SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
 FLOAT32_PARTS = ("patch_embedding.", "time_embedding.", "time_projection.", "head.")
@@ -54,6 +58,27 @@ def _velocity(model: WanTransformer, prompt: Prompt, run: Run) -> Velocity:
     return velocity
 
 
+def fit_clip(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """Return the nearest width, height and frames that Wan can make; the larger one from half way between two."""
+    size, time = SIZE_STEP, LATENT_FORMAT.temporal_factor
+    width, height = (max(size, (side + size // 2) // size * size) for side in (width, height))
+    return width, height, max(0, (frames - 1 + time // 2) // time * time) + 1
+
+
+def working_bytes(config: WanConfig, latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Estimate the bytes a forward needs beside the weights: the widest moment of a block, and the keys of two prompts.
+
+    That moment is the feed-forward with its hidden layer twice, or the self-attention with q and k in float32;
+    tests/wan/test_transformer.py holds it against measured peaks.
+    """
+    batch, _, frames, height, width = latent_shape
+    tokens = batch * frames * height * width // math.prod(config.patch_size)
+    feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
+    self_attention = config.dim * (34 + 3 * dtype.itemsize)
+    prompts = 2 * (2 * config.num_layers + 2) * config.text_len * config.dim * dtype.itemsize  # and their rows
+    return tokens * max(feed_forward, self_attention) + prompts
+
+
 LATENT_FORMAT = LatentFormat(
     channels=LATENT_CHANNELS,
     spatial_factor=8,
@@ -69,4 +94,5 @@ FAMILY = Family(
     build=WanTransformer,
     float32=keep_float32,
     denoisers=denoisers,
+    working_bytes=working_bytes,
 )

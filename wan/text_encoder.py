@@ -37,13 +37,19 @@ Run = Callable[[Tensor], Tensor]  # embedded tokens [1, L, E] -> encoded rows [1
 class Placement:
     """Where to encode. With `max_vram_bytes` the blocks go to the device one by one if they don't fit in that together.
 
-    The token embedding always stays on the CPU. `keep` leaves the weights on the device for the next prompt (where they
-    fit); otherwise nothing of the encoder is left there.
+    `make_room(bytes)` asks others to leave the device and returns the bytes that are free then; blocks are streamed as
+    well where all of them don't fit in that. The token embedding always stays on the CPU, and nothing of the encoder
+    stays on the device.
     """
 
     device: torch.device = CPU
     max_vram_bytes: int | None = None
-    keep: bool = False
+    make_room: Callable[[int], int] | None = None
+
+    def limit(self, needed: int) -> int | None:
+        """Return the bytes that may be used on the device, of `needed` ones; None is no limit."""
+        limits = [self.max_vram_bytes, None if self.make_room is None else self.make_room(needed)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 class EmbeddingCache:
@@ -93,7 +99,6 @@ class TextEncoder:
         self.placement = placement or Placement()
         self._read = read
         self._weights: Weights | None = None
-        self._resident: tuple[torch.device, dict[str, Tensor]] | None = None
 
     @cached_property
     def _clean(self) -> Callable[[str], str]:
@@ -124,7 +129,7 @@ class TextEncoder:
 
     def release(self) -> None:
         """Drop the weights, from the device and from memory; the next new prompt reads them again."""
-        self._weights = self._resident = None
+        self._weights = None
 
     def _key(self, prompt: Tokens, dtype: torch.dtype) -> tuple[str, ...]:
         file = self.checkpoint.identity or str(self.checkpoint.path)
@@ -136,36 +141,21 @@ class TextEncoder:
         if self._weights is None or self._weights.table_VE.dtype != dtype:
             self.release()
             self._weights = self._load(dtype)
-        weights, limit = self._weights, placement.max_vram_bytes
-        work = activation_bytes(self.config, num_tokens)
-        if self._resident is not None and self._resident[0] != placement.device:
-            self._resident = None
+        weights, work = self._weights, activation_bytes(self.config, num_tokens)
+        limit = placement.limit(weights.num_bytes + work)
         if limit is not None and weights.num_bytes + work > limit:
-            self._resident = None
             if weights.block_bytes + work > limit:
                 raise ValueError(
-                    f"The text encoder can't run in max_vram_bytes = {limit} ({limit / 2**20:.1f} MiB): one of its"
-                    f" blocks and the work space take {(weights.block_bytes + work) / 2**20:.1f} MiB. Allow that"
-                    " much, or run it on the CPU."
+                    f"The text encoder can't run in {limit} bytes ({limit / 2**20:.1f} MiB), which is the limit given"
+                    " or what is free: one of its blocks and the work space take"
+                    f" {(weights.block_bytes + work) / 2**20:.1f} MiB. Allow that much, or run it on the CPU."
                 )
             with streamed(weights.stack, placement.device) as run:
                 yield run
         elif placement.device.type == "cpu":
             yield weights.run
         else:
-            yield from self._on_device(weights, placement)
-
-    def _on_device(self, weights: "Weights", placement: Placement) -> Iterator[Run]:
-        if self._resident is None:
-            self._resident = (placement.device, weights.copy_to(placement.device))
-        copies = self._resident[1]
-        try:
-            yield (
-                lambda x: torch.func.functional_call(weights.stack, copies, (), {"inputs_embeds": x}).last_hidden_state
-            )
-        finally:
-            if not placement.keep:
-                self._resident = None
+            yield weights.run_on(placement.device)
 
     def _load(self, dtype: torch.dtype) -> "Weights":
         log.info("Reading the text encoder %s (%s) as %s", self.checkpoint.path, self.identity.weight_format, dtype)
@@ -206,9 +196,10 @@ class Weights:
         """Return the encoded rows [1, L, E] of embedded tokens; no token is masked."""
         return self.stack(inputs_embeds=embedded_1LE).last_hidden_state
 
-    def copy_to(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the parameters of the stack on a device, by name."""
-        return {name: tensor.to(device) for name, tensor in self._parameters()}
+    def run_on(self, device: torch.device) -> Run:
+        """Return `run` with copies of the weights on a device, which are gone when the function is."""
+        copies = {name: tensor.to(device) for name, tensor in self._parameters()}
+        return lambda x: torch.func.functional_call(self.stack, copies, (), {"inputs_embeds": x}).last_hidden_state
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p.detach()) for name, p in self.stack.named_parameters() if not name.startswith(EMBEDDING))

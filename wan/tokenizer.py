@@ -146,7 +146,8 @@ class Tokenizer:
         raise ValueError(
             f"{checkpoint.path} carries no tokenizer and there is none near it ({SPIECE} or {FAST} in {home} or its"
             f" google/umt5-xxl). Either use ComfyUI's single file (umt5_xxl_*.safetensors), which carries one; or put"
-            f" the {SPIECE} of {HUB_REPOSITORY} next to the file; or ask for the download from the hub."
+            f" the {SPIECE} of {HUB_REPOSITORY} next to the file; or choose"
+            " tokenizer: hub, which downloads it (--tokenizer hub on the command line)."
         )
 
     def __call__(self, text: str, max_tokens: int = TEXT_LEN) -> Tokens:

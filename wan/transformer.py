@@ -68,7 +68,8 @@ class WanTransformer(nn.Module):
     def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, prompt: Prompt, run: Run) -> Tensor:
         """Return the velocity [B, out_dim, T, H, W] in float32 for timesteps in [0, 1000]."""
         tokens, grid = self.patch_embedding(x_BCTHW, run.dtype)
-        time_B1E = self.time_embedding(timestep_embedding(timestep_B, self.config.freq_dim))[:, None]
+        time = timestep_embedding(timestep_B, self.config.freq_dim).to(x_BCTHW.device)
+        time_B1E = self.time_embedding(time)[:, None]
         modulation = rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6)
         rope = self.rope(grid, x_BCTHW.device)
         tokens = run_blocks(

@@ -67,7 +67,8 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * (dims - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+        smallest = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is zero in float16
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(smallest)
         scale = self.gamma * self.gamma.shape[0] ** 0.5
         return (x / length) * scale if torch.is_grad_enabled() else (x / length).mul_(scale)
 

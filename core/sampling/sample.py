@@ -47,7 +47,7 @@ def sample(
     x, total = x.float(), len(plan.timesteps)
     for i, timestep in enumerate(plan.timesteps):
         sigma, sigma_next, memory.step = plan.sigmas[i], plan.sigmas[i + 1], plan.start + i
-        timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32)  # on the CPU: its angles are formed there
         v = guided_velocity(x, timestep_B, plan.guidance[i], positive, negative, combine)
         following = step(x, v, sigma, sigma_next, memory)
         if not torch.isfinite(following).all():

@@ -22,7 +22,6 @@ def assemble(
     *,
     float32: Callable[[str], bool],
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
     ignored: Collection[str] = (),
 ) -> nn.Module:
     """Return the module with the checkpoint's weights, in eval mode and without gradients.
@@ -47,10 +46,10 @@ def assemble(
         owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
         if isinstance(owner, Linear) and leaf == "weight" and _stays(tensor, float32(official)):
             stored = tensor
-            owner.weight_scale = None if scale is None else scale.to(device)
+            owner.weight_scale = None if scale is None else scale
         else:
             stored = formats.dequantise(tensor, scale, torch.float32 if float32(official) else dtype)
-        owner.register_parameter(leaf, nn.Parameter(stored.to(device), requires_grad=False))
+        owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=False))
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a module may not make buffers itself"
     return module.eval()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 START_SECONDS = 150
 JOB_SECONDS = 90
+HISTORY_SECONDS = 10
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -143,7 +144,12 @@ class Server:
         return job
 
     def outputs(self, job: Job) -> dict[str, Any]:
-        return self.get(f"/history/{job.prompt_id}")[job.prompt_id]["outputs"]
+        """Return what the nodes showed; the history is written a moment after the last message is sent."""
+        until = time.monotonic() + HISTORY_SECONDS
+        while not (found := self.get(f"/history/{job.prompt_id}")):
+            assert time.monotonic() < until, f"{job.prompt_id} is not in the history"
+            time.sleep(0.05)
+        return found[job.prompt_id]["outputs"]
 
     def files(self, job: Job, node: str) -> list[Path]:
         """Return the files that a saving node wrote."""

@@ -283,10 +283,10 @@ def test_an_exception_while_streaming_leaves_the_encoder_usable(official, tokeni
 
 
 def test_too_little_memory_is_said_before_anything_moves(official, tokenizer):
-    with pytest.raises(ValueError, match=r"can't run in max_vram_bytes = 1000 .* or run it on the CPU"):
+    with pytest.raises(ValueError, match=r"can't run in 1000 bytes .* or run it on the CPU"):
         make_encoder(official, tokenizer).encode(PROMPTS, Placement(max_vram_bytes=1000))
     encoder = make_encoder(official, tokenizer, placement=Placement(max_vram_bytes=1000))
-    with pytest.raises(ValueError, match="can't run in max_vram_bytes = 1000"):
+    with pytest.raises(ValueError, match="can't run in 1000 bytes"):
         encoder.encode(PROMPTS)
     assert len(encoder.encode(PROMPTS, Placement())) == 2
 
@@ -295,13 +295,25 @@ def test_device_copies_run_like_the_masters_and_are_dropped(official, tokenizer)
     encoder = make_encoder(official, tokenizer)
     expected = rows_of(make_encoder(official, tokenizer))
     encoder._weights = encoder._load(torch.float32)
-    for keep in (True, False):
-        for run in encoder._on_device(encoder._weights, Placement(keep=keep)):
-            for prompt, rows in zip(PROMPTS, expected, strict=True):
-                embedded = encoder._weights.embed(encoder.tokenise(prompt).ids)
-                with torch.no_grad():
-                    assert torch.equal(run(embedded), rows)
-        assert (encoder._resident is not None) == keep
+    run = encoder._weights.run_on(torch.device("cpu"))
+    for prompt, rows in zip(PROMPTS, expected, strict=True):
+        embedded = encoder._weights.embed(encoder.tokenise(prompt).ids)
+        with torch.no_grad():
+            assert torch.equal(run(embedded), rows)
+
+
+def test_room_is_asked_for_and_too_little_means_streaming(official, tokenizer, monkeypatch):
+    expected = rows_of(make_encoder(official, tokenizer))
+    asked, streams, original = [], [], module.streamed
+    monkeypatch.setattr(module, "streamed", lambda *a: streams.append(1) or original(*a))
+    encoder = make_encoder(official, tokenizer)
+    weights = encoder._load(torch.float32)
+    for free, is_streamed in ((1 << 40, False), (streaming_limit(make_encoder(official, tokenizer)), True)):
+        encoder = make_encoder(official, tokenizer)
+        found = rows_of(encoder, Placement(make_room=lambda needed, free=free: asked.append(needed) or free))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert bool(streams) == is_streamed
+    assert min(asked) > weights.num_bytes
 
 
 def test_inference_mode_does_not_spoil_the_encoder(official, tokenizer):

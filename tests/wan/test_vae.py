@@ -1,5 +1,7 @@
 """The Wan VAE's promises beside the goldens (tests/goldens): chunks, stills, bounded memory."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,9 +10,15 @@ from wanqwen.core.codec import VideoCodec
 from wanqwen.wan.config import VAEConfig
 from wanqwen.wan.family import LATENT_FORMAT
 from wanqwen.wan.vae import WanVAE
-from wanqwen.wan.vae_layers import CausalConv3d, Past
+from wanqwen.wan.vae_layers import CausalConv3d, ChannelNorm, Past
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_in_use() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(scope="module", params=["channels first", "channels last"])
@@ -94,6 +102,14 @@ def test_peak_memory_does_not_grow_with_frames(work: str) -> None:
         peaks.append(peak_bytes(call, CPU) - result_bytes)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
     assert peaks[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_position_of_zeros_stays_zero(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 8, 1, 2, 2, dtype=dtype)
+    x[..., 0, 1] = 0
+    out = ChannelNorm(8, 4).to(dtype)(x)
+    assert out.isfinite().all() and not out[..., 0, 1].any()
 
 
 def test_working_bytes_tell_the_measured_peak() -> None:
