@@ -148,7 +148,7 @@ def _picture(latent_format: LatentFormat, frame_BCThw: Tensor) -> Any:
 
 def colours(latent_format: LatentFormat, frame_BCThw: Tensor) -> Tensor:
     """Return an image [h, w, 3] in [0, 1] on the CPU of the first frame of normalised latents."""
-    rgb, bias = torch.tensor(latent_format.rgb), torch.tensor(latent_format.rgb_bias)
+    rgb, bias = (torch.tensor(row, dtype=torch.float32) for row in (latent_format.rgb, latent_format.rgb_bias))
     image = torch.einsum("chw,cr->hwr", frame_BCThw[0, :, 0].float().cpu(), rgb) + bias
     return ((image + 1) / 2).clamp(0, 1)
 

@@ -1,0 +1,121 @@
+"""The seam to ComfyUI, against stand-ins for the few modules it looks at."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from wanqwen.core import host
+from wanqwen.core.types import LatentFormat
+
+RED_GREEN = LatentFormat(
+    channels=2,
+    spatial_factor=8,
+    temporal_factor=4,
+    mean=(0, 0),
+    std=(1, 1),
+    rgb=((1, 0, 0), (0, 1, 0)),
+    comfy_name="Two",
+)
+CPU = torch.device("cpu")
+
+
+class Bar:
+    def __init__(self, total: int):
+        self.total, self.calls = total, []
+
+    def update_absolute(self, value: int, total: int, preview: object) -> None:
+        self.calls.append((value, total, preview))
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Put minimal modules where ComfyUI's would be; returns what they recorded and can be set to."""
+    state = SimpleNamespace(asked=[], stopped=False, preview_method="auto", bars=[])
+
+    def throw_exception_if_processing_interrupted() -> None:
+        if state.stopped:
+            raise InterruptedError
+
+    def progress_bar(total: int) -> Bar:
+        state.bars.append(Bar(total))
+        return state.bars[-1]
+
+    modules = {
+        "model_management": {
+            "get_torch_device": lambda: torch.device("cuda", 1),
+            "get_free_memory": lambda where: 123,
+            "free_memory": lambda nbytes, where: state.asked.append((nbytes, where)),
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
+            "soft_empty_cache": lambda: state.asked.append("empty"),
+            "should_use_bf16": lambda where: False,
+        },
+        "utils": {"ProgressBar": progress_bar},
+        "cli_args": {"args": state, "LatentPreviewMethod": SimpleNamespace(NoPreviews="none")},
+        "latent_formats": {"Two": lambda: "the format named Two"},
+    }
+    for name, content in modules.items():
+        module = ModuleType(f"comfy.{name}")
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, f"comfy.{name}", module)
+    previews = ModuleType("latent_preview")
+    previews.get_previewer = lambda where, known: SimpleNamespace(
+        decode_latent_to_preview=lambda frame: (known, tuple(frame.shape))
+    )
+    monkeypatch.setitem(sys.modules, "latent_preview", previews)
+    return state
+
+
+def test_comfyui_answers_when_it_is_there(comfy: SimpleNamespace) -> None:
+    assert host.device() == torch.device("cuda", 1)
+    assert host.free_memory(CPU) == 123
+    host.make_room(77, CPU)
+    host.empty_cache()
+    assert comfy.asked == [(77, CPU), "empty"]
+    assert not host.prefers_bfloat16(torch.device("cuda"))
+    host.check_interrupt()
+    comfy.stopped = True
+    with pytest.raises(InterruptedError):
+        host.block_gate(CPU)()
+
+
+def test_plain_answers_without_comfyui() -> None:
+    assert host.free_memory(CPU) > 1 << 20
+    host.make_room(1 << 60, CPU)
+    host.check_interrupt()
+    assert not host.prefers_bfloat16(CPU)
+
+
+def test_progress_shows_the_middle_frame_in_its_own_colours(comfy: SimpleNamespace) -> None:
+    pytest.importorskip("PIL")
+    x0 = torch.zeros(1, 2, 3, 4, 5)
+    x0[:, 0, 1], x0[:, 1, 1] = 1.0, -1.0
+    host.progress(9, "sampling", RED_GREEN).update(2, 9, x0)
+    [(done, total, (kind, image, _))] = comfy.bars[0].calls
+    assert (done, total, kind, image.size) == (2, 9, "JPEG", (5, 4))
+    assert image.getpixel((0, 0)) == (255, 0, 127)
+
+
+def test_progress_asks_comfyui_for_a_space_without_colours(comfy: SimpleNamespace) -> None:
+    plain = LatentFormat(channels=2, spatial_factor=8, temporal_factor=4, mean=(0, 0), std=(1, 1), comfy_name="Two")
+    host.progress(9, "sampling", plain).update(1, 9, torch.zeros(2, 2, 3, 4, 5))
+    assert comfy.bars[0].calls[0][2][1] == ("the format named Two", (1, 2, 1, 4, 5))
+    unknown = LatentFormat(
+        channels=2, spatial_factor=8, temporal_factor=4, mean=(0, 0), std=(1, 1), comfy_name="Nobody"
+    )
+    host.progress(9, "sampling", unknown).update(1, 9, torch.zeros(1, 2, 3, 4, 5))
+    assert comfy.bars[1].calls == [(1, 9, None)]
+
+
+def test_no_preview_where_the_user_wants_none(comfy: SimpleNamespace) -> None:
+    comfy.preview_method = "none"
+    host.progress(9, "sampling", RED_GREEN).update(1, 9, torch.zeros(1, 2, 1, 4, 5))
+    assert comfy.bars[0].calls == [(1, 9, None)]
+
+
+def test_the_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 104.0])
+    monkeypatch.setattr(host.time, "monotonic", lambda: next(now))
+    lines: list[str] = []
+    host.LogProgress("sampling", lines.append).update(2, 10, torch.zeros(1))
+    assert lines == ["sampling 2/10, 4.0 s gone, 16.0 s left"]
