@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..loading import load_model, load_text_encoder, load_vae
+from ..loading import HUB, load_model, load_text_encoder, load_vae
 from .types import (
     CATEGORY,
     WanModel,
@@ -19,6 +19,7 @@ from .types import (
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODEL_PRECISIONS = {"auto": None, **DTYPES}
 VAE_PRECISIONS = {"auto": torch.float32, **DTYPES}
+TOKENIZERS = {"auto": None, "hub": HUB}
 DEVICES = ("auto", "cpu", "gpu")
 GIB = 1 << 30
 
@@ -101,22 +102,37 @@ class LoadWanTextEncoder(io.ComfyNode):
                     tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by "
                     "one. 0 is no limit; 2 is enough for umt5-xxl.",
                 ),
+                io.Combo.Input(
+                    "tokenizer",
+                    options=list(TOKENIZERS),
+                    default="auto",
+                    tooltip="auto: the one inside the file or beside it. hub: download the published one (5 MB, from "
+                    "huggingface.co), for files that come without.",
+                ),
             ],
             outputs=[WanTextEncoder.Output(display_name="text_encoder", tooltip="For Wan Text Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, device: str | None) -> bool | str:
-        return verdict(check_file("text_encoders", file), check_choice("device", device, DEVICES))
+    def validate_inputs(cls, file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
+        return verdict(
+            check_file("text_encoders", file),
+            check_choice("device", device, DEVICES),
+            check_choice("tokenizer", tokenizer, TOKENIZERS),
+        )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None, device: str | None, max_vram_gb: float | None) -> str:
+    def fingerprint_inputs(
+        cls, file: str | None, device: str | None, max_vram_gb: float | None, tokenizer: str | None
+    ) -> str:
         return file_stamp("text_encoders", file)
 
     @classmethod
-    def execute(cls, file: str, device: str, max_vram_gb: float) -> io.NodeOutput:
+    def execute(cls, file: str, device: str, max_vram_gb: float, tokenizer: str) -> io.NodeOutput:
         limit = int(max_vram_gb * GIB) or None
-        return io.NodeOutput(load_text_encoder(find_file("text_encoders", file), device=device, max_vram_bytes=limit))
+        path = find_file("text_encoders", file)
+        chosen = TOKENIZERS[tokenizer]
+        return io.NodeOutput(load_text_encoder(path, device=device, max_vram_bytes=limit, tokenizer=chosen))
 
 
 class LoadWanVAE(io.ComfyNode):

@@ -1,11 +1,16 @@
 """The sampler node: from conditioning and noise to latents."""
 
+import itertools
+from pathlib import Path
 from typing import Any
 
+import folder_paths
 import torch
 from comfy_api.latest import io
+from safetensors.torch import save_file
 
 from ..core.runtime import generate
+from ..core.sampling.sample import SampleError
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, ModelHandle, SampleRequest
 from ..wan.conditioning import ComfyConditioning, from_comfy
@@ -78,7 +83,19 @@ class Sampler(io.ComfyNode):
             add_noise=add_noise,
             noise_device=noise_device,
         )
-        return io.NodeOutput({**latent, "samples": generate(model, request)})
+        try:
+            return io.NodeOutput({**latent, "samples": generate(model, request)})
+        except SampleError as error:
+            raise ValueError(f"{error} The latent of step {error.steps_done} is kept: {_keep(error.latent)}") from error
+
+
+def _keep(samples: torch.Tensor) -> Path:
+    """Write latents where ComfyUI's Load Latent finds them, once moved to its input folder, and return the file."""
+    folder = Path(folder_paths.get_output_directory()) / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next(p for i in itertools.count(1) if not (p := folder / f"wanqwen_stopped_{i:05}.latent").exists())
+    save_file({"latent_tensor": samples.contiguous(), "latent_format_version_0": torch.tensor([])}, path)
+    return path
 
 
 def clip_of(latent: dict[str, Any]) -> torch.Tensor:

@@ -1,17 +1,15 @@
 """What a Wan run starts from."""
 
 import logging
-from collections.abc import Mapping
 
 import torch
 from comfy_api.latest import io
 
-from ..wan.family import LATENT_FORMAT
+from ..wan.family import LATENT_FORMAT, SIZE_STEP, fit_clip
 from .types import CATEGORY, tell
 
 log = logging.getLogger(__name__)
 
-SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
 FRAMES_STEP = LATENT_FORMAT.temporal_factor  # after the first frame, which stands alone
 
 
@@ -48,17 +46,18 @@ class EmptyWanLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
-        asked = {"width": width, "height": height, "frames": frames}
-        fitted = fit_clip(asked)
+        names, asked = ("width", "height", "frames"), (width, height, frames)
+        fitted = fit_clip(*asked)
         notices = [
-            f"{name} {asked[name]} changed to {fitted[name]}: {RULES[name]}."
-            for name in asked
-            if asked[name] != fitted[name]
+            f"{name} {wanted} changed to {made}: {RULES[name]}."
+            for name, wanted, made in zip(names, asked, fitted, strict=True)
+            if wanted != made
         ]
         for notice in notices:
             log.warning(notice)
-        made = "{width} x {height}, {frames} frames".format(**fitted)
-        latent = {"samples": empty_latent(fitted, batch_size)}
+        width, height, frames = fitted
+        latent = {"samples": torch.zeros(LATENT_FORMAT.shape(batch_size, frames, height, width))}
+        made = f"{width} x {height}, {frames} frames"
         return io.NodeOutput(latent, ui=tell(cls.hidden.unique_id, [made, *notices]))
 
 
@@ -67,23 +66,3 @@ RULES = {
     "height": f"Wan needs a multiple of {SIZE_STEP}",
     "frames": f"Wan makes {FRAMES_STEP}n + 1 frames",
 }
-
-
-def fit_clip(asked: Mapping[str, int]) -> dict[str, int]:
-    """Return the nearest width, height and frames that Wan can make; the larger one from half way between two."""
-    return {
-        "width": max(SIZE_STEP, _nearest(asked["width"], SIZE_STEP)),
-        "height": max(SIZE_STEP, _nearest(asked["height"], SIZE_STEP)),
-        "frames": max(0, _nearest(asked["frames"] - 1, FRAMES_STEP)) + 1,
-    }
-
-
-def empty_latent(clip: Mapping[str, int], batch_size: int) -> torch.Tensor:
-    """Return zeros [B, C, T, h, w] for a clip of a size that `fit_clip` gave."""
-    space = LATENT_FORMAT.spatial_factor
-    frames = (clip["frames"] - 1) // FRAMES_STEP + 1
-    return torch.zeros(batch_size, LATENT_FORMAT.channels, frames, clip["height"] // space, clip["width"] // space)
-
-
-def _nearest(value: int, step: int) -> int:
-    return (value + step // 2) // step * step

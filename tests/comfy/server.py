@@ -1,11 +1,13 @@
 """A real ComfyUI as a subprocess, and as much of a client as the tests need. Standard library only."""
 
+import ctypes
 import json
 import os
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -71,6 +73,7 @@ class Server:
             self.process = subprocess.Popen(
                 [*map(str, command), "--disable-auto-launch", "--dont-print-server", "--database-url", "sqlite:///:memory:"],
                 cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_die_with_parent,
             )  # fmt: skip
         self.socket: WebSocket | None = None
         self._wait_until_up()
@@ -184,6 +187,12 @@ class WebSocket:
     def close(self) -> None:
         self.file.close()
         self.socket.close()
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the tests end without cleaning up, as when they are killed themselves."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _free_port() -> int:

@@ -55,6 +55,9 @@ class Folders:
         path = self.root / folder / name
         return str(path) if path.is_file() else None
 
+    def get_output_directory(self) -> str:
+        return str(self.root / "output")
+
 
 def modules(models: Path) -> dict[str, ModuleType | SimpleNamespace]:
     """Return what belongs into `sys.modules` for our nodes to be imported."""

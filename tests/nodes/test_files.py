@@ -33,7 +33,7 @@ def test_validation_covers_every_fixed_list(nodes):
     assert nodes.LoadWanModel.validate_inputs(None, None) is True
     assert "choose one of auto, bf16, fp16, fp32" in nodes.LoadWanModel.validate_inputs("tiny.safetensors", "fp8")
     assert "was not found" in nodes.LoadWanVAE.validate_inputs("gone.safetensors", "auto")
-    assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu")
+    assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu", "auto")
     assert "choose one of unipc" in nodes.Sampler.validate_inputs("heun", "cpu")
     assert "choose one of auto, tiled" in nodes.VAEDecode.validate_inputs("on")
 
@@ -58,7 +58,7 @@ def test_a_replaced_file_is_loaded_again(nodes, models):
 def test_a_file_in_the_wrong_loader_says_what_it_is(nodes, models, node, file, expected):
     folder = {"LoadWanModel": "diffusion_models", "LoadWanVAE": "vae", "LoadWanTextEncoder": "text_encoders"}[node]
     shutil.copy(models / file, models / folder / "wrong.safetensors")
-    settings = ("cpu", 0.0) if node == "LoadWanTextEncoder" else ("auto",)
+    settings = ("cpu", 0.0, "auto") if node == "LoadWanTextEncoder" else ("auto",)
     with pytest.raises(ValueError, match=expected) as caught:
         getattr(nodes, node).execute("wrong.safetensors", *settings)
     assert "wrong.safetensors" in str(caught.value) and "Expected" in str(caught.value)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from wanqwen.core.types import Conditioning, ModelHandle
 
 SIZE = {"width": 32, "height": 32, "frames": 5, "batch_size": 1}
@@ -27,7 +28,7 @@ def vae(nodes):
 
 @pytest.fixture
 def text_encoder(nodes):
-    return value(nodes.LoadWanTextEncoder.execute("tiny.safetensors", "cpu", 0.0))
+    return value(nodes.LoadWanTextEncoder.execute("tiny.safetensors", "cpu", 0.0, "auto"))
 
 
 @pytest.fixture
@@ -100,6 +101,22 @@ def test_sampler_keeps_what_else_a_latent_holds_and_does_not_touch_its_input(nod
     latent = empty(nodes) | {"batch_index": [0]}
     output = sampled(nodes, model, prompts, latent)
     assert output["batch_index"] == [0] and not latent["samples"].any() and output["samples"].any()
+
+
+def test_what_was_sampled_before_a_breakdown_is_kept(nodes, model, prompts, monkeypatch):
+    from wanqwen.wan.transformer import WanTransformer
+
+    original, calls = WanTransformer.forward, []
+    monkeypatch.setattr(
+        WanTransformer,
+        "forward",
+        lambda *a: original(*a) * (float("nan") if calls.append(1) or len(calls) > 4 else 1),
+    )
+    with pytest.raises(ValueError, match=r"step 3 of 4.*The latent of step 2 is kept: .*\.latent") as caught:
+        sampled(nodes, model, prompts, empty(nodes), steps=4)
+    kept = load_file(str(caught.value).rpartition("kept: ")[2])["latent_tensor"]
+    monkeypatch.undo()
+    assert torch.equal(kept, sampled(nodes, model, prompts, empty(nodes), steps=4, end_step=2)["samples"])
 
 
 def test_a_still_latent_is_one_frame(nodes, model, prompts):
