@@ -31,7 +31,7 @@ from .training import Schedule
 log = logging.getLogger(__name__)
 
 VAE_SCHEDULE = Schedule(steps=3050, rate=2e-3, warmup=50)
-DIT_SCHEDULE = Schedule(steps=5600, rate=1.5e-3)
+DIT_SCHEDULE = Schedule(steps=7000, rate=1.5e-3)
 
 
 def main() -> None:
