@@ -19,7 +19,7 @@ from .corpus import Scene
 
 log = logging.getLogger(__name__)
 
-STEPS, GUIDANCE, SHIFT, FPS = 12, 3.0, 3.0, 8
+STEPS, GUIDANCE, SHIFT, FPS = 12, 2.5, 3.0, 8
 LATENT_SHAPE = LATENT_FORMAT.shape(1, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
 SHOWN_FRAMES = (0, 4, 8)
 CHINESE_FONTS = ("wqy-microhei.ttc", "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "simhei.ttf")
