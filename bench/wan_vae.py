@@ -2,7 +2,7 @@
 
     python -m wanqwen.bench.wan_vae [--device cuda] [--dtype bf16] [--size 128] [--frames 17] [--dim 96]
 
-`--frames 17 81` also shows whether the peak grows with the number of frames (ours must not, besides the output).
+`--peak-only --frames 17 81` prints our decode's peak besides its output, which must not grow with the frames.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from ..wan.config import VAEConfig
 from ..wan.family import LATENT_FORMAT
 from ..wan.keymap import vae_spellings
 from ..wan.vae import WanVAE
-from .measure import compare, table
+from .measure import compare, peak_bytes, table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels, both sides")
     parser.add_argument("--frames", type=int, nargs="+", default=[17])
     parser.add_argument("--dim", type=int, default=96, help="base width; 96 is the published one")
+    parser.add_argument("--peak-only", action="store_true", help="our decode's peak memory, and nothing else")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
@@ -39,6 +40,12 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"{where}, {options.dtype}, base width {options.dim}, torch {torch.__version__}\n")
     for frames in options.frames:
+        if options.peak_only:
+            latent = torch.randn(LATENT_FORMAT.shape(1, frames, options.size, options.size))
+            peak = peak_bytes(lambda latent=latent: codec.decode(latent), device)
+            peak -= 12 * frames * options.size**2 if device.type == "cpu" else 0  # the output, float32 RGB on the CPU
+            sys.stdout.write(f"decode {frames} frames of {options.size} x {options.size}: peak {peak / 1e6:.1f} MB\n")
+            continue
         pixels = torch.rand(frames, options.size, options.size, 3, generator=torch.Generator().manual_seed(0))
         latent = codec.encode(pixels)
         own, other = codec.decode(latent)[0], _decode(theirs, latent, device, dtype)
