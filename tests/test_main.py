@@ -12,11 +12,7 @@ from .nodes import tiny
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    tiny.write_model(folder / "model.safetensors")
-    tiny.write_vae(folder / "vae.safetensors")
-    tiny.write_text_encoder(folder / "text.safetensors")
-    return folder
+    return tiny.write_all(tmp_path_factory.mktemp("files"))
 
 
 def generate(folder: Path, out: Path, *more: str) -> int:

@@ -41,6 +41,14 @@ def write_text_encoder(path: Path) -> Path:
     return _write(path, state | {"spiece_model": torch.frombuffer(bytearray(_spiece()), dtype=torch.uint8)})
 
 
+def write_all(folder: Path) -> Path:
+    """Write model.safetensors, vae.safetensors and text.safetensors, and return the folder."""
+    write_model(folder / "model.safetensors")
+    write_vae(folder / "vae.safetensors")
+    write_text_encoder(folder / "text.safetensors")
+    return folder
+
+
 def filled(module: nn.Module) -> nn.Module:
     """Give every parameter small random values, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
