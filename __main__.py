@@ -5,10 +5,27 @@ import json
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
+from .core.types import Conditioning, ModelHandle, SampleRequest
+from .families import FAMILIES
+from .qwen_image import family as qwen_image
+from .qwen_image.conditioning import with_references
+from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
+from .qwen_image.config import VARIANTS
+from .qwen_image.editing import PUBLISHED, SIZES, Edit, lay_out
+from .wan import family as wan
+from .wan.config import NEGATIVE_PROMPT as WAN_NEGATIVE
 from .wan.family import fit_clip
+
+if TYPE_CHECKING:
+    import torch
+
+    from .core.codec import VideoCodec
+    from .qwen_image.text_encoder import TextEncoder as QwenTextEncoder
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -18,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="wanqwen", description="Wan 2.1 and Qwen-Image, from a terminal")
     parser.add_argument("--verbose", action="store_true", help="show what is being done")
     commands = parser.add_subparsers(dest="command", required=True)
-    _demo_arguments(commands.add_parser("demo", help="generate and score clips with the bundled miniature"))
+    _demo_arguments(commands.add_parser("demo", help="generate and score clips, pictures and edits with the bundled miniatures"))
     _generate_arguments(commands.add_parser("generate", help="a prompt to a video"))
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, reading its header only")
     inspect.add_argument("file", type=Path)
@@ -47,27 +64,30 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     from .loading import DEMO_FOLDER
 
-    parser.add_argument("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
-    parser.add_argument("--text-encoder", type=Path, default=DEMO_FOLDER / "wan_text_encoder.safetensors")
-    parser.add_argument("--tokenizer", help="folder, spiece.model or `hub`, for a text encoder without its own")
-    parser.add_argument(
-        "--text-device", choices=("auto", "cpu", "gpu"), default="auto", help="where to read the prompt"
-    )
-    parser.add_argument("--text-vram-gb", type=float, help="the most VRAM that reading the prompt may take")
-    parser.add_argument("--vae", type=Path, default=DEMO_FOLDER / "wan_vae.safetensors")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative", help="what to steer away from (default: Wan's own, nothing for the miniature)")
-    parser.add_argument("--out", type=Path, required=True, help="mp4, or png for a single frame")
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES (default 832x480x81, for the miniature 64x64x9)")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[5.0], help="one value, or one per step")
-    parser.add_argument("--shift", type=float)
-    parser.add_argument("--solver", choices=sorted(SOLVERS), default="unipc")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fps", type=float, default=16.0)
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
-    parser.add_argument("--vae-precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
+    add("--variant", choices=list(VARIANTS), help="which Qwen-Image model the file holds, if it does not tell")
+    add("--text-encoder", type=Path, help="default: the miniature of the model's family")
+    add("--tokenizer", help="folder, file or `hub`, for a text encoder without its own")
+    add("--text-device", choices=("auto", "cpu", "gpu"), default="auto", help="where to read the prompt")
+    add("--text-vram-gb", type=float, help="the most VRAM that reading the prompt may take")
+    add("--vae", type=Path, help="default: the miniature of the model's family")
+    add("--prompt", required=True)
+    add("--negative", help="what to steer away from (default: the published one, nothing for Wan's miniature)")
+    add("--image", type=Path, action="append", default=[], help="a picture to edit; once more for each other")
+    add("--edit-size", choices=SIZES, default=PUBLISHED, help="what decides the size of an edit's result")
+    add("--out", type=Path, required=True, help="mp4, or png for a single frame")
+    add("--size", help="WIDTHxHEIGHTxFRAMES, for pictures WIDTHxHEIGHT (default: the published one)")
+    add("--steps", type=int, help="default: 30 for Wan, 50 for Qwen-Image")
+    add("--guidance", type=float, nargs="+", help="one value, or one per step (default: 5 for Wan, 4 for Qwen-Image)")
+    add("--shift", type=float, help="default: the published schedule")
+    add("--solver", choices=sorted(SOLVERS), help="default: unipc for Wan, euler for Qwen-Image")
+    add("--preset", choices=[name for family in FAMILIES for name in family.presets], help="instead of the four above")
+    add("--seed", type=int, default=0)
+    add("--fps", type=float, default=16.0)
+    add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
+    add("--vae-precision", choices=PRECISIONS, default="fp32")
+    add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     parser.set_defaults(run=_generate)
 
 
@@ -81,12 +101,34 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import show
 
     seed = options.seed if options.seed is not None else time.time_ns() % 1_000_000
-    clips = show.generate_clips(options.count, seed, options.blind)
-    video, sheet = options.out / "demo.mp4", options.out / "demo.png"
-    show.write_video(video, clips)
-    show.write_sheet(sheet, clips)
-    sys.stdout.write(f"{show.report(clips)}\nseed {seed}\nvideo: {video.resolve()}\ncontact sheet: {sheet.resolve()}\n")
+    sys.stdout.write(show.run(options.count, seed, options.out, blind=options.blind))
     return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """What a family's models were published with, and what its miniature was trained for."""
+
+    prefix: str  # of the miniature's files
+    size: str
+    demo_size: str
+    negative: str
+    demo_negative: str
+    steps: int
+    guidance: float
+    solver: str
+
+
+PUBLISHED_SETTINGS = {
+    wan.NAME: Published(
+        prefix="wan", size="832x480x81", demo_size="64x64x9", negative=WAN_NEGATIVE, demo_negative="",
+        steps=30, guidance=5.0, solver="unipc",
+    ),
+    qwen_image.NAME: Published(
+        prefix="qwen", size="1328x1328x1", demo_size="112x112x1", negative=QWEN_NEGATIVE, demo_negative=QWEN_NEGATIVE,
+        steps=50, guidance=4.0, solver="euler",
+    ),
+}  # fmt: skip
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -94,40 +136,38 @@ def _generate(options: argparse.Namespace) -> int:
 
     from . import media
     from .core import host, runtime
-    from .core.types import SampleRequest
     from .loading import DEMO_FOLDER, load_model, load_text_encoder, load_vae
-    from .wan.config import NEGATIVE_PROMPT
 
-    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    model = load_model(options.model, _dtype(options.precision), variant=options.variant)
+    published = PUBLISHED_SETTINGS[model.family.name]
     is_demo = options.model.parent == DEMO_FOLDER
-    width, height, frames = _size(options.size or ("64x64x9" if is_demo else "832x480x81"))
+    width, height, frames = _size(options.size or (published.demo_size if is_demo else published.size), model)
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
     media.check_writable(out)
-    model = load_model(options.model, dtypes[options.precision])
-    vae = load_vae(options.vae, dtypes[options.vae_precision] or torch.float32)
+    vae_file = options.vae or DEMO_FOLDER / f"{published.prefix}_vae.safetensors"
+    vae = load_vae(vae_file, _dtype(options.vae_precision) or torch.float32)
     encoder = load_text_encoder(
-        options.text_encoder,
+        options.text_encoder or DEMO_FOLDER / f"{published.prefix}_text_encoder.safetensors",
+        family=model.family.name,
         device=options.text_device,
         max_vram_bytes=None if options.text_vram_gb is None else int(options.text_vram_gb * (1 << 30)),
         tokenizer=options.tokenizer,
     )
-    negative_text = options.negative if options.negative is not None else ("" if is_demo else NEGATIVE_PROMPT)
-    positive, negative = encoder.encode([options.prompt, negative_text])
+    negative = published.demo_negative if is_demo else published.negative
+    texts = [options.prompt, negative if options.negative is None else options.negative]
+    finish = None
+    if options.image:
+        edit, prompts = _edit(options, model, encoder, vae, texts, (width, height))
+        width, height, finish = edit.width, edit.height, edit.finish
+    else:
+        prompts = encoder.encode(texts)
     encoder.release()
-    request = SampleRequest(
-        latent=torch.zeros(model.family.latent_format.shape(1, frames, height, width)),
-        positive=positive,
-        negative=negative,
-        seed=options.seed,
-        steps=options.steps,
-        shift=options.shift,
-        guidance=tuple(options.guidance),
-        solver=options.solver,
-        noise_device=options.noise_device,
-    )
+    request = _request(options, model, prompts, model.family.latent_format.shape(1, frames, height, width))
     latent = runtime.generate(model, request, host.LogProgress("sampling", _terminal_line))
     sys.stderr.write("\n")
     pixels = vae.decode(latent)[0]
+    if finish is not None:
+        pixels = finish.apply(pixels)
     if frames == 1:
         media.write_png(out, pixels[0])
     else:
@@ -136,13 +176,63 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _size(text: str) -> tuple[int, int, int]:
-    """Return width, height and frames of WIDTHxHEIGHTxFRAMES. Raises ValueError for sizes that Wan can't make."""
+def _request(
+    options: argparse.Namespace, model: ModelHandle, prompts: list[Conditioning], shape: tuple[int, ...]
+) -> SampleRequest:
+    import torch
+
+    published, preset = PUBLISHED_SETTINGS[model.family.name], None
+    if options.preset is not None:
+        preset = model.family.presets.get(options.preset)
+        if preset is None:
+            raise ValueError(f"--preset {options.preset} is not for {model.family.name} models: leave it out")
+    return SampleRequest(
+        latent=torch.zeros(shape),
+        positive=prompts[0],
+        negative=prompts[1],
+        seed=options.seed,
+        steps=preset.steps if preset else options.steps or published.steps,
+        shift=preset.shift if preset else options.shift,
+        guidance=(preset.guidance,) if preset else tuple(options.guidance or (published.guidance,)),
+        solver=preset.solver if preset else options.solver or published.solver,
+        noise_device=options.noise_device,
+    )
+
+
+def _edit(
+    options: argparse.Namespace,
+    model: ModelHandle,
+    encoder: "QwenTextEncoder",
+    vae: "VideoCodec",
+    texts: list[str],
+    size: tuple[int, int],
+) -> tuple[Edit, list[Conditioning]]:
+    """Return the layout of an edit and both prompts with their pictures."""
+    from . import media
+
+    qwen_image.check_is_qwen_image(model.identity)
+    variant = VARIANTS[model.identity.variant]
+    edit = lay_out([media.read_image(path) for path in options.image], variant, options.edit_size, size)
+    for notice in edit.notices:
+        sys.stderr.write(f"{notice}\n")
+    latents = [vae.encode(picture[None]) for picture in edit.references]
+    prompts = encoder.encode_edit(texts, edit.seen, variant.template)
+    return edit, [with_references(prompt, latents) for prompt in prompts]
+
+
+def _dtype(name: str) -> "torch.dtype | None":
+    import torch
+
+    return {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _size(text: str, model: ModelHandle) -> tuple[int, int, int]:
+    """Return width, height and frames of WIDTHxHEIGHT[xFRAMES]. Raises ValueError for sizes that models can't make."""
     try:
-        width, height, frames = (int(part) for part in text.lower().split("x"))
+        width, height, frames = (*(int(part) for part in text.lower().split("x")), 1)[:3]
     except ValueError as error:
-        raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81") from error
-    fitting = fit_clip(width, height, frames)
+        raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT") from error
+    fitting = fit_clip(width, height, 1 if model.family.name == qwen_image.NAME else frames)
     if fitting != (width, height, frames):
         found = "x".join(map(str, fitting))
         raise ValueError(f"--size {text}: width and height must be multiples of 16 and frames 4n + 1; try {found}")

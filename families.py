@@ -1,11 +1,15 @@
 """The families of models that this pack knows, and which of them a checkpoint belongs to."""
 
 from .core.types import Checkpoint, Family, Identity
+from .qwen_image.family import FAMILY as QWEN_IMAGE
+from .qwen_image.identify import identify as identify_qwen_image
+from .qwen_image.identify import variant_of
+from .qwen_image.identify import with_variant as qwen_image_variant
 from .wan.family import FAMILY as WAN
 from .wan.identify import identify as identify_wan
 
-FAMILIES: tuple[Family, ...] = (WAN,)
-IDENTIFIERS = (identify_wan,)
+FAMILIES: tuple[Family, ...] = (WAN, QWEN_IMAGE)
+IDENTIFIERS = (identify_wan, identify_qwen_image)
 SHOWN = 6  # names in an error
 
 # What people put in the wrong socket: a part of a name that tells -> what it is, and what to do.
@@ -16,8 +20,12 @@ STRANGERS = (
     ("vace_blocks.", "the VACE half of a model alone: use a whole VACE model"),
     ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
     ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),
-    ("transformer_blocks.0.img_mod.", "a Qwen-Image model, which this version does not read yet"),
-    ("model.layers.0.self_attn.q_proj.", "a language model, such as Qwen-Image's text encoder"),
+    ("controlnet_blocks.", "a ControlNet, which this version does not read yet"),
+    (".qweight", "a model in Nunchaku's 4-bit format, which this version does not read: use a bf16 or fp8 file"),
+    ("transformer_blocks.0.img_mod.", "a part of a Qwen-Image model, or one repacked in a way that is not known"),
+    ("visual.blocks.0.mlp.fc1.", "Qwen2-VL, not the Qwen2.5-VL of Qwen-Image"),
+    ("visual.blocks.0.mlp.linear_fc1.", "Qwen3-VL, not the Qwen2.5-VL of Qwen-Image"),
+    ("layers.0.self_attn.q_proj.", "a language model, but not the Qwen2.5-VL of Qwen-Image"),
     ("double_blocks.0.", "a Flux or Hunyuan model"),
     (
         "first_stage_model.",
@@ -34,7 +42,8 @@ def identify(checkpoint: Checkpoint) -> Identity:
     names = list(checkpoint.tensors)
     stranger = next((what for part, what in STRANGERS if any(part in name for name in names)), None)
     raise ValueError(
-        f"{checkpoint.path} is none of the models this pack knows (Wan 2.1 diffusion models, VAE, UMT5, CLIP ViT-H)"
+        f"{checkpoint.path} is none of the models this pack knows (Wan 2.1 diffusion models, VAE, UMT5, CLIP ViT-H; "
+        "Qwen-Image diffusion models, VAE, Qwen2.5-VL)"
         + (f"; it looks like {stranger}" if stranger else "")
         + f". It holds {len(names)} tensors: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
     )
@@ -43,3 +52,17 @@ def identify(checkpoint: Checkpoint) -> Identity:
 def family(name: str) -> Family:
     """Return the family of an `Identity.family`."""
     return next(known for known in FAMILIES if known.name == name)
+
+
+def recognised_by(checkpoint: Checkpoint, identity: Identity) -> str:
+    """Return in words where the variant of a checkpoint was recognised from."""
+    if identity.family == QWEN_IMAGE.name and identity.role == "diffusion_model":
+        return variant_of(checkpoint)[1]
+    return "names and shapes of its tensors"
+
+
+def with_variant(identity: Identity, name: str) -> Identity:
+    """Return a diffusion model's identity as the variant that its user says it is. Raises ValueError if it can't be."""
+    if identity.family != QWEN_IMAGE.name:
+        raise ValueError(f"a {identity.family} model tells its variant itself: {identity.variant}, not {name}")
+    return qwen_image_variant(identity, name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .core.ops import formats
 from .core.types import Checkpoint, Identity
+from .families import recognised_by
 
 SHOWN = 8  # names per line of the text
 
@@ -22,10 +23,11 @@ def describe(checkpoint: Checkpoint, identity: Identity) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files if file.is_file()),
         "family": identity.family,
         "variant": identity.variant,
+        "told by": recognised_by(checkpoint, identity),
         "role": identity.role,
         "format": identity.weight_format,
         "spelling": identity.spelling,
-        "config": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(identity.config).items()},
+        "config": _plain(asdict(identity.config)),
         "tensors": len(checkpoint.tensors),
         "parameters": sum(prod(checkpoint.tensors[name].shape) for name in weights),
         "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values()).most_common()),
@@ -41,9 +43,18 @@ def render(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"{key + ':':<12}{_line(key, value)}" for key, value in facts.items())
 
 
+def _plain(value: Any) -> Any:
+    """Return the value with lists for tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
+
+
 def _line(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "none"
+        parts = (f"{name} ({_line(name, inner)})" if isinstance(inner, dict) else f"{name} {inner}"
+                 for name, inner in value.items())  # fmt: skip
+        return ", ".join(parts) or "none"
     if isinstance(value, list):
         shown = ", ".join(value[:SHOWN]) + (", ..." if len(value) > SHOWN else "")
         return f"{len(value)}: {shown}" if len(value) > 1 else shown or "none"

@@ -1,6 +1,5 @@
 """Open a file as what it is meant to be: diffusion model, VAE or text encoder. Shared by nodes and commands."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,40 +7,58 @@ import torch
 
 from .core import host
 from .core.codec import VideoCodec
+from .core.text import Placement
 from .core.types import Checkpoint, Identity, ModelHandle
 from .core.weights.assemble import assemble
+from .core.weights.identity import own_metadata
 from .core.weights.reader import open_checkpoint, read_tensors
-from .families import family, identify
+from .families import family, identify, with_variant
+from .qwen_image.family import NAME as QWEN_IMAGE
+from .qwen_image.text_encoder import TextEncoder as QwenVL
+from .qwen_image.tokenizer import Tokenizer as QwenTokenizer
 from .wan.family import LATENT_FORMAT
-from .wan.identify import METADATA_KEY
-from .wan.text_encoder import Placement, TextEncoder
-from .wan.tokenizer import Tokenizer
+from .wan.family import NAME as WAN
+from .wan.text_encoder import TextEncoder as UMT5
+from .wan.tokenizer import Tokenizer as WanTokenizer
 from .wan.vae import WanVAE
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoints"
 
 ROLES = {
-    "diffusion_model": "a diffusion model (Load Wan Model)",
-    "vae": "a VAE (Load Wan VAE)",
-    "text_encoder": "a text encoder (Load Wan Text Encoder)",
+    "diffusion_model": "a diffusion model (Load Wan Model, Load Qwen-Image Model)",
+    "vae": "a VAE (Load Wan / Qwen-Image VAE)",
+    "text_encoder": "a text encoder (Load Wan Text Encoder, Load Qwen-Image Text Encoder)",
     "image_encoder": "an image encoder",
 }
 HUB = "hub"
 SHOWN = 5  # names in an error
-RUNNABLE = ("t2v-1.3B", "t2v-14B", "custom")
+
+TEXT_ENCODERS = {WAN: (UMT5, WanTokenizer), QWEN_IMAGE: (QwenVL, QwenTokenizer)}
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> ModelHandle:
-    """Open a diffusion model; its weights are read on the first run. Raises ValueError for any other file."""
-    checkpoint, identity = _opened(path, "diffusion_model")
-    if identity.variant not in RUNNABLE or identity.config.in_dim != identity.config.out_dim:
-        raise ValueError(
-            f"{checkpoint.path.name} is Wan 2.1 {identity.variant}, which also takes an image or a control video; this "
-            "version runs text to video only. Choose a T2V file (wan2.1_t2v_1.3B or wan2.1_t2v_14B)."
-        )
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, family_name: str | None = None, variant: str | None = None
+) -> ModelHandle:
+    """Open a diffusion model; its weights are read on the first run. Raises ValueError for any other file.
+
+    `family_name`, if given, is the only one that will do. `variant` is a user's word for what the file does not tell:
+    which of Qwen-Image's models it holds.
+    """
+    checkpoint, identity = _opened(path, "diffusion_model", family_name)
     known = family(identity.family)
-    # A model trained on another VAE than Wan's, such as the miniature, brings the colours of its own latent space.
-    own = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
+    try:
+        if variant is not None:
+            identity = with_variant(identity, variant)
+        known.check(identity)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path.name}: {error}") from error
+    if dtype is not None and dtype not in known.dtypes:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known.dtypes)
+        raise ValueError(
+            f"precision is {str(dtype).removeprefix('torch.')}, in which {known.name} models overflow: choose {names}."
+        )
+    # A model trained on another VAE than the published one, such as a miniature, brings the colours of its own latents.
+    own = own_metadata(checkpoint)
     if "rgb" in own:
         rgb, bias = tuple(tuple(row) for row in own["rgb"]), tuple(own["rgb_bias"])
         known = replace(known, latent_format=replace(known.latent_format, rgb=rgb, rgb_bias=bias))
@@ -69,27 +86,33 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
 def load_text_encoder(
     path: str | Path,
     *,
+    family: str | None = None,
     dtype: torch.dtype | None = None,
     device: str = "auto",
     max_vram_bytes: int | None = None,
     tokenizer: Path | str | None = None,
-) -> TextEncoder:
+) -> UMT5 | QwenVL:
     """Open a text encoder; its weights are read at the first new prompt. Raises ValueError for any other file.
 
-    `device` is cpu, gpu, or auto (the device the models run on). `tokenizer` is a folder, a
-    `spiece.model`, or "hub" to download the published one; None takes the one that came with the file.
+    `family`, if given, is the only one that will do. `device` is cpu, gpu, or auto (the device the models run on).
+    `tokenizer` is a folder, a file (`spiece.model` for Wan, `tokenizer.json` for Qwen-Image), or "hub" to download the
+    published one; None takes the one that came with the file.
     """
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"text encoder device is {device!r}: choose auto, cpu or gpu.")
-    checkpoint, identity = _opened(path, "text_encoder")
+    checkpoint, identity = _opened(path, "text_encoder", family)
+    encoder, tokenizers = TEXT_ENCODERS[identity.family]
     if tokenizer is None:
-        pieces = Tokenizer.find(checkpoint, read_tensors)
+        own = tokenizers.comfy_folder and host.comfy_folder(tokenizers.comfy_folder)
+        pieces = tokenizers.find(checkpoint, read_tensors, [own] if own else [])
     elif tokenizer == HUB:
-        pieces = Tokenizer.from_hub()
+        pieces = tokenizers.from_hub()
     elif Path(tokenizer).is_dir():
-        pieces = Tokenizer.from_folder(Path(tokenizer))
+        pieces = tokenizers.from_folder(Path(tokenizer))
+    elif Path(tokenizer).is_file():
+        pieces = tokenizers.from_file(Path(tokenizer))
     else:
-        pieces = Tokenizer.from_spiece(Path(tokenizer).read_bytes(), str(tokenizer))
+        raise ValueError(f"There is no tokenizer at {tokenizer}: give a folder, a file, or {HUB}.")
     where = torch.device("cpu") if device == "cpu" else host.device()
 
     def make_room(nbytes: int) -> int:
@@ -100,16 +123,21 @@ def load_text_encoder(
     placement = Placement()
     if where.type != "cpu":
         placement = Placement(device=where, max_vram_bytes=max_vram_bytes, make_room=make_room)
-    return TextEncoder(checkpoint, identity, pieces, read_tensors, dtype=dtype, placement=placement)
+    return encoder(checkpoint, identity, pieces, read_tensors, dtype=dtype, placement=placement)
 
 
-def _opened(path: str | Path, role: str) -> tuple[Checkpoint, Identity]:
+def _opened(path: str | Path, role: str, family_name: str | None = None) -> tuple[Checkpoint, Identity]:
     checkpoint = open_checkpoint(path)
     identity = identify(checkpoint)
     if identity.role != role:
         raise ValueError(
             f"{checkpoint.path.name} is {ROLES[identity.role]}: {identity.family} {identity.variant}. "
             f"Expected {ROLES[role]}: choose another file, or load this one where it belongs."
+        )
+    if family_name not in (None, identity.family):
+        raise ValueError(
+            f"{checkpoint.path.name} belongs to {identity.family} ({identity.variant}), and this loader is for "
+            f"{family_name}: choose another file, or use the loader of its own family."
         )
     problems = {"lacks": identity.missing, "holds, beside it,": identity.unexpected}
     listed = [f"{what} {len(names)} tensors ({_some(names)})" for what, names in problems.items() if names]

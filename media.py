@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -45,6 +46,20 @@ def check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"The folder {path.parent} can't be written to: choose another with --out.")
+
+
+def read_image(path: Path) -> Tensor:
+    """Return an image file as [H, W, 3] in [0, 1], turned as its camera says. Raises ValueError if it can't be read."""
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ValueError(f"Reading {path.name} needs the package Pillow: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no image that Pillow can read: give a PNG, JPEG or WebP file.") from error
+    return torch.from_numpy(pixels).float() / 255
 
 
 def write_png(path: Path, image_HWC: Tensor) -> None:

@@ -1,6 +1,7 @@
 """How fast is our Wan VAE, and how much memory does it take, beside diffusers' at the same weights?
 
     python -m wanqwen.bench.wan_vae [--device cuda] [--dtype bf16] [--size 128] [--frames 17] [--dim 96]
+    python -m wanqwen.bench.wan_vae --against qwen --frames 1 --size 256        # a still, as Qwen-Image makes
 
 `--peak-only --frames 17 81` prints our decode's peak besides its output, which must not grow with the frames.
 """
@@ -19,6 +20,7 @@ from ..wan.keymap import vae_spellings
 from ..wan.vae import WanVAE
 from .measure import compare, peak_bytes, table
 
+CLASSES = {"wan": "AutoencoderKLWan", "qwen": "AutoencoderKLQwenImage"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,12 +31,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--size", type=int, default=128, help="pixels, both sides")
     parser.add_argument("--frames", type=int, nargs="+", default=[17])
+    parser.add_argument("--against", choices=CLASSES, default="wan", help="which of diffusers' classes")
     parser.add_argument("--dim", type=int, default=96, help="base width; 96 is the published one")
     parser.add_argument("--peak-only", action="store_true", help="our decode's peak memory, and nothing else")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    ours, theirs = _twins(VAEConfig(dim=options.dim), device, dtype)
+    ours, theirs = _twins(VAEConfig(dim=options.dim), CLASSES[options.against], device, dtype)
     ours.to(device)  # both contestants find their weights in place
     codec = VideoCodec(ours.channels_last, LATENT_FORMAT, dtype=dtype, device=device)
     codec.first_stage_model  # noqa: B018 - reads the weights, which are no part of the peaks
@@ -66,14 +69,14 @@ def main() -> None:
         )
 
 
-def _twins(config: VAEConfig, device: torch.device, dtype: torch.dtype):
-    """Return our network and diffusers' with the same random weights."""
-    from diffusers import AutoencoderKLWan
+def _twins(config: VAEConfig, name: str, device: torch.device, dtype: torch.dtype):
+    """Return our network and diffusers' of that class with the same random weights."""
+    import diffusers
 
     torch.manual_seed(0)
     ours = WanVAE(config)
     rename = Renamer(vae_spellings(config.num_res_blocks)[1].table)
-    theirs = AutoencoderKLWan(
+    theirs = getattr(diffusers, name)(
         base_dim=config.dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult), num_res_blocks=config.num_res_blocks
     )
     theirs.load_state_dict({rename(name): tensor for name, tensor in ours.state_dict().items()})

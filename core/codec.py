@@ -24,9 +24,14 @@ MIN_TILE = 8  # latent positions; below that a tile is mostly border
 
 
 class CausalVAE(Protocol):
-    """A network that takes a clip in chunks; `new_past()` starts a clip, and chunks of any length continue it."""
+    """A network that takes a clip in chunks; `new_past()` starts a clip, and chunks of any length continue it.
 
-    def new_past(self) -> Any: ...
+    A pixel has `channels` numbers. With `whole` one chunk is all of the clip. One frame is a still to `working_bytes`.
+    """
+
+    channels: int
+
+    def new_past(self, *, whole: bool = False) -> Any: ...
 
     def encode_chunk(self, pixels: Tensor, past: Any) -> tuple[Tensor, Tensor]: ...
 
@@ -38,12 +43,12 @@ class CausalVAE(Protocol):
 class VideoCodec:
     """Encode and decode with one VAE. Latents are raw, as a LATENT of ComfyUI holds them; pixels [0, 1], channels last.
 
-    `load` gives the network on the CPU and is called on first use. Memory in use does not grow with the number of
-    frames: a chunk is computed on the device and written to its place on the CPU.
+    A pixel is RGB, or RGB and alpha, as the network has it. `load` gives the network on the CPU and is called on first
+    use. Memory in use does not grow with the number of frames: a chunk is computed on the device and written to its
+    place on the CPU.
     """
 
     latent_dim = 3  # T h w; ComfyUI's word for a video VAE
-    output_channels = 3
 
     def __init__(
         self,
@@ -73,8 +78,13 @@ class VideoCodec:
             self._network = self._load().to(self.dtype).eval().requires_grad_(False)
         return self._network
 
+    @property
+    def output_channels(self) -> int:
+        """Numbers in a pixel: 3, or 4 with alpha (ComfyUI's word). The weights are read to tell."""
+        return self.first_stage_model.channels
+
     def decode(self, latent: Tensor, *, tile: TileSize | None = None, frames_per_chunk: int = 1) -> Tensor:
-        """Return pixels [B, F, H, W, 3] in [0, 1] on the CPU for raw latents [B, C, T, h, w] (or [B, C, h, w]).
+        """Return pixels [B, F, H, W, 3 or 4] in [0, 1] on the CPU for raw latents [B, C, T, h, w] (or [B, C, h, w]).
 
         Whole frames unless `tile` says otherwise or the device has no room for them; time is never cut.
         Raises ValueError for latents of another model and for latents that hold NaN or infinity.
@@ -84,7 +94,8 @@ class VideoCodec:
             return self.decode(latent[:, :, None], tile=tile, frames_per_chunk=frames_per_chunk)[:, 0]
         space = self.latent_format.spatial_factor
         count, _, frames, height, width = latent.shape
-        out = torch.zeros(count, self.upscale_ratio[0](frames), height * space, width * space, 3)
+        out_frames = self.upscale_ratio[0](frames)
+        out = torch.zeros(count, out_frames, height * space, width * space, self.output_channels)
 
         def run(network: CausalVAE, tile: TileSize) -> None:
             out.zero_()
@@ -94,18 +105,21 @@ class VideoCodec:
                         network, clip[None, :, :, part.rows, part.columns], pixels, part, frames_per_chunk
                     )
 
-        self._with_tiles(run, tile, height, width, frames_per_chunk * self.latent_format.temporal_factor)
+        chunk = 1 if frames == 1 else frames_per_chunk * self.latent_format.temporal_factor
+        self._with_tiles(run, tile, height, width, chunk)
         return out
 
     def encode(self, pixels: Tensor, *, tile: TileSize | None = None) -> Tensor:
-        """Return raw latents [1, C, T, h, w] in float32 on the CPU for one clip [F, H, W, 3] in [0, 1].
+        """Return raw latents [1, C, T, h, w] in float32 on the CPU for one clip [F, H, W, 3 or 4] in [0, 1].
 
-        [B, F, H, W, 3] gives one latent per clip. F must be 4n + 1, sizes multiples of 8; what does not fit is cut off
+        [B, F, H, W, 3 or 4] gives one latent per clip. A VAE of RGB drops alpha, which the log says; one of RGB and
+        alpha takes RGB as opaque. F must be 4n + 1, sizes multiples of 8; what does not fit is cut off
         (the last frames, the borders evenly), and the log says so.
         """
         if pixels.dim() == 5:
             return torch.cat([self.encode(clip, tile=tile) for clip in pixels])
         pixels = self._fitted_pixels(pixels)
+        pixels = _with_channels(pixels, self.output_channels)
         space, time = self.latent_format.spatial_factor, self.latent_format.temporal_factor
         frames, height, width = pixels.shape[0], pixels.shape[1] // space, pixels.shape[2] // space
         out = torch.zeros(1, self.latent_channels, self.downscale_ratio[0](frames), height, width)
@@ -115,7 +129,7 @@ class VideoCodec:
             for part in cut(height, width, tile, 1):
                 rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
                 weight = part.weight_y[:, None] * part.weight_x
-                past, done = network.new_past(), 0
+                past, done = network.new_past(whole=frames == 1), 0
                 for chunk in pixels[:, rows, columns].split([1] + [time] * ((frames - 1) // time)):
                     host.check_interrupt()
                     moved = chunk.movedim(-1, 0)[None].to(self.device, self.dtype) * 2 - 1
@@ -123,7 +137,7 @@ class VideoCodec:
                     out[:, :, done : done + mean.shape[2], part.rows, part.columns] += mean * weight
                     done += mean.shape[2]
 
-        self._with_tiles(run, tile, height, width, time)
+        self._with_tiles(run, tile, height, width, 1 if frames == 1 else time)
         return out
 
     def _decode_tile(
@@ -132,7 +146,7 @@ class VideoCodec:
         space = self.latent_format.spatial_factor
         rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
         weight = (part.weight_y[:, None] * part.weight_x)[..., None]
-        past, done = network.new_past(), 0
+        past, done = network.new_past(whole=latent.shape[2] == 1), 0
         # The first latent frame is one pixel frame and stands alone: it takes the cheap path of a still.
         for chunk in [latent[:, :, :1], *latent[:, :, 1:].split(frames_per_chunk, dim=2)]:
             if chunk.shape[2] == 0:
@@ -187,8 +201,8 @@ class VideoCodec:
         return latent
 
     def _fitted_pixels(self, pixels: Tensor) -> Tensor:
-        if pixels.dim() != 4 or pixels.shape[-1] < 3:
-            raise ValueError(f"VAE encode: expected images [frames, height, width, 3], got {tuple(pixels.shape)}")
+        if pixels.dim() != 4 or pixels.shape[-1] not in (3, 4):
+            raise ValueError(f"VAE encode: expected images [frames, height, width, 3 or 4], got {tuple(pixels.shape)}")
         space, time = self.latent_format.spatial_factor, self.latent_format.temporal_factor
         frames, height, width = pixels.shape[:3]
         kept = (frames - (frames - 1) % time, height - height % space, width - width % space)
@@ -200,7 +214,7 @@ class VideoCodec:
             log.warning("VAE encode: %d frames of %d x %d cut to %d of %d x %d (frames 4n + 1, sizes multiples of %d)",
                         frames, width, height, kept[0], kept[2], kept[1], space)  # fmt: skip
         top, left = (height - kept[1]) // 2, (width - kept[2]) // 2
-        return pixels[: kept[0], top : top + kept[1], left : left + kept[2], :3]
+        return pixels[: kept[0], top : top + kept[1], left : left + kept[2]]
 
     # What ComfyUI's own nodes call besides encode and decode. Sizes of tiles come in as they give them.
 
@@ -237,3 +251,14 @@ class VideoCodec:
     def get_sd(self) -> dict[str, Tensor]:
         """Return the state dict in official names."""
         return self.first_stage_model.state_dict()
+
+
+def _with_channels(pixels_FHWC: Tensor, channels: int) -> Tensor:
+    """Return pixels of that many channels: without their alpha, or with an opaque one."""
+    given = pixels_FHWC.shape[-1]
+    if given > channels:
+        log.warning("VAE encode: the image has an alpha channel, which this VAE does not take; it is dropped")
+        return pixels_FHWC[..., :channels]
+    if given < channels:
+        return torch.cat((pixels_FHWC, torch.ones_like(pixels_FHWC[..., : channels - given])), dim=-1)
+    return pixels_FHWC

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,13 @@ class Progress(Protocol):
 
 def _comfy(name: str) -> Any | None:
     return sys.modules.get(f"comfy.{name}")
+
+
+def comfy_folder(relative: str) -> Path | None:
+    """Return a folder of ComfyUI's own, seen from its package `comfy`; None outside ComfyUI or where it has none."""
+    file = getattr(_comfy("model_management"), "__file__", None)
+    folder = Path(file).parent / relative if file else None
+    return folder if folder and folder.is_dir() else None
 
 
 def device() -> torch.device:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from . import host
 from .blocks import Run
 from .memory.resident import resident
-from .sampling.sample import SampleError, StepNoise, draw_noise, sample, start_of
+from .sampling.guidance import Guided, combination
+from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .types import LatentFormat, ModelHandle, SampleRequest
 from .weights.assemble import assemble
@@ -26,17 +27,25 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def opened(handle: ModelHandle, device: torch.device, latent_shape: tuple[int, ...]) -> Iterator[tuple[nn.Module, Run]]:
+def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Iterator[tuple[nn.Module, Run]]:
     """Give the model on the device with a fresh run, and take it off the device again, also after an error.
 
-    Room is made for its weights and for work on latents of this shape. The assembled weights stay in RAM with the
-    handle, for its next run.
+    Room is made for its weights and for `working_bytes` beside them. The assembled weights stay in RAM with the handle,
+    for its next run.
     """
     dtype = compute_dtype(handle, device)
-    model = handle.weights.get(dtype, lambda: _assemble(handle, dtype))
-    working_bytes = handle.family.working_bytes(handle.identity.config, latent_shape, dtype)
+    model = handle.weights.get((dtype, handle.identity.config), lambda: _assemble(handle, dtype))
     with resident(model, device, working_bytes):
         yield model, Run(dtype=dtype, check_interrupt=host.block_gate(device))
+
+
+def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest, list[str]]:
+    """Return the request as it will be run, and what was corrected or has no effect, in words.
+
+    Raises ValueError for a request that the model can't run.
+    """
+    _check_latent(request.latent, handle.family.latent_format)
+    return handle.family.prepare(handle.identity, request)
 
 
 def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progress | None = None) -> Tensor:
@@ -45,32 +54,49 @@ def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progres
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way.
     """
-    latent_format, device = handle.family.latent_format, host.device()
-    _check_latent(request.latent, latent_format)
-    plan = plan_steps(request, handle.family.default_shift)
+    family, config = handle.family, handle.identity.config
+    latent_format, device = family.latent_format, host.device()
+    request, notices = prepared(handle, request)
+    for notice in notices:
+        log.warning(notice)
+    shape = tuple(request.latent.shape)
+    plan = plan_steps(request, family.schedule(config, shape))
     clean = latent_format.normalise(request.latent.to(device))
-    noise = draw_noise(tuple(clean.shape), request.seed, request.noise_device, device)
+    noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     conditionings = [request.positive, *([request.negative] if request.negative is not None else [])]
-    log.info("%s %s: %d steps of %s", handle.family.name, handle.identity.variant, len(plan.timesteps), request.solver)
-    with torch.inference_mode(), opened(handle, device, tuple(x.shape)) as (model, run):
-        positive, *negative = handle.family.denoisers(model, run, conditionings, device)
-        step_noise = StepNoise(tuple(x.shape), request.seed, request.noise_device, device)
+    log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
+    combine = combination(family.guidance_patch(config))
+    working_bytes = family.working_bytes(config, shape, conditionings, compute_dtype(handle, device))
+    with torch.inference_mode(), opened(handle, device, working_bytes) as (model, run):
+        positive, *negative = family.denoisers(model, run, conditionings, device)
+        step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
         try:
             x = sample(
                 x,
                 plan,
                 request.solver,
-                positive,
-                negative[0] if negative else None,
+                Guided(positive=positive, negative=negative[0] if negative else None, combine=combine),
                 step_noise,
                 lambda done, total, x0, x: told.update(done, total, x0),
+                _hold(request, clean),
             )
         except SampleError as error:
             error.latent = latent_format.denormalise(error.latent).cpu()
             raise
         return latent_format.denormalise(x).cpu()
+
+
+def _hold(request: SampleRequest, clean: Tensor) -> Hold | None:
+    if request.mask is None:
+        return None
+    if not request.add_noise:
+        raise ValueError(
+            "The latent has a mask and add_noise is off: what the mask keeps is not known of a noisy latent. Sample "
+            "the masked latent in one run, or take the mask off for the second part."
+        )
+    return Hold(mask=request.mask.to(clean), clean=clean)
 
 
 def _assemble(handle: ModelHandle, dtype: torch.dtype) -> nn.Module:

@@ -1,7 +1,7 @@
 """The frozen records that cross folders. They hold what is, never how it is done."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,14 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditioning:
-    """What steers a run, without its strength: text encoder rows [1, S, E], valid rows only, never padded."""
+    """What steers a run, without its strength.
+
+    `text` holds text encoder rows [1, S, E], valid rows only, never padded. `references` are raw latents
+    [1, C, 1, h, w] of the pictures that an edit refers to, in order, each of its own size.
+    """
 
     text: Tensor
+    references: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +125,7 @@ class SampleRequest:
     `shift` (descending, last 0 unless the run ends early). `denoise` < 1 starts from `latent` noised part of the way.
     `start_step` and `end_step` run a part of the schedule; with `add_noise` False the latent is taken as noisy already.
     `noise_device` is "cpu" (same noise on every machine) or "gpu" (drawn on the device, as the official code does).
+    `mask` [B or 1, 1, T or 1, h, w], if given, says what to make anew: 1 there, 0 where `latent` stays as it is.
     """
 
     latent: Tensor
@@ -136,27 +142,63 @@ class SampleRequest:
     end_step: int | None = None
     add_noise: bool = True
     noise_device: str = "cpu"
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """The noise levels that a model was published with, as `sampling.schedule` makes them.
+
+    `shift` moves levels towards noise. `terminal` is the last sigma before 0, or None to take what the shift gives.
+    `whole_timesteps` cuts the fraction off the timestep that the model sees; the solver keeps the exact sigma.
+    """
+
+    shift: float
+    terminal: float | None = None
+    whole_timesteps: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Settings that a distilled model was made for and that only work together."""
+
+    steps: int
+    shift: float
+    guidance: float
+    solver: str
 
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (normalised x [B, C, T, h, w], timestep [B] in 0..1000) -> velocity
+Combine = Callable[[Tensor, Tensor, float], Tensor]  # (with the prompt, without it, strength) -> velocity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What core needs to know of a family to run its diffusion model.
+    """What core needs to know of a family to run its diffusion model; `config` is the family's own record.
 
-    `build(config)` makes the module. `float32(name)` says which parameters stay in float32 whatever the compute dtype.
+    `build(config)` makes the module. `float32(name)` says which parameters stay in float32 whatever the compute dtype,
+    `dtypes` what it may be. `schedule(config, latent shape)` is the published one.
     `denoisers(model, run, conditionings, device)` returns one `Velocity` per conditioning, sharing work where equal.
-    `working_bytes(config, latent shape, dtype)` estimates what a forward needs besides the weights.
+    `guidance_patch(config)` is None for plain classifier-free guidance; n keeps the length of every token of n x n
+    latent positions as the prompt alone has it. `working_bytes(config, latent shape, conditionings, dtype)` estimates
+    what a forward needs besides the weights. `conditionings(config, rows)` reads what ComfyUI passes between nodes.
+    `check(identity)` raises ValueError for a model that can't be run; `prepare(identity, request)` does for a request,
+    and returns the request as it will be run with what was corrected, in words.
     """
 
     name: str
     latent_format: LatentFormat
-    default_shift: float
     build: Callable[[Any], nn.Module]
     float32: Callable[[str], bool]
+    schedule: Callable[[Any, tuple[int, ...]], Schedule]
     denoisers: Callable[..., list[Velocity]]
-    working_bytes: Callable[[Any, tuple[int, ...], torch.dtype], int]
+    guidance_patch: Callable[[Any], int | None]
+    working_bytes: Callable[[Any, tuple[int, ...], Sequence[Conditioning], torch.dtype], int]
+    conditionings: Callable[[Any, Any], list[Conditioning]]
+    check: Callable[[Identity], None]
+    prepare: Callable[[Identity, SampleRequest], tuple[SampleRequest, list[str]]]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    presets: Mapping[str, Preset] = field(default_factory=dict)
 
 
 class Assembled:

@@ -1,11 +1,15 @@
-"""What the training scripts share: a learning-rate schedule and checkpoints to resume from."""
+"""What the training scripts share: a learning-rate schedule, checkpoints to resume from, and files to publish."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,3 +51,10 @@ def resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     return saved["step"]
+
+
+def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Write a checkpoint to publish, with `facts` as its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **facts})
+    log.info("%s: %.2f MB", path, path.stat().st_size / 1e6)

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .decode import VAEDecode, VAEEncode
-from .load import LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .decode import InpaintLatent, VAEDecode, VAEEncode
+from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
 from .wan import EmptyWanLatent
@@ -17,6 +18,12 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     Sampler,
     VAEDecode,
     VAEEncode,
+    LoadQwenImageModel,
+    LoadQwenImageTextEncoder,
+    QwenImageTextEncode,
+    QwenImageEditEncode,
+    EmptyQwenImageLatent,
+    InpaintLatent,
 )
 
 

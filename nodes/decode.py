@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from .types import CATEGORY, check_choice, tell, verdict
+from ..core.picture import Finish, lay_out_inpainting
+from .types import CATEGORY, FINISH, check_choice, check_is_for_video, dropped_alpha, tell, verdict
 
 TILING = ("auto", "tiled")
+BATCHES = ("clip", "pictures")
 
 
 class VAEDecode(io.ComfyNode):
@@ -19,11 +22,11 @@ class VAEDecode(io.ComfyNode):
             node_id="WanQwenVAEDecode",
             display_name="VAE Decode (WanQwen)",
             category=CATEGORY,
-            description="Turns latents into the frames of the video. Memory does not grow with the number of frames, "
-            "and time is never cut.",
+            description="Turns latents into pictures or the frames of a video. Memory does not grow with the number of "
+            "frames, and time is never cut. What Edit Encode and Inpaint Latent keep is put back exactly.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From the sampler."),
-                io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE."),
+                io.Vae.Input("vae", tooltip="From Load Wan / Qwen-Image VAE, or ComfyUI's Load VAE."),
                 io.Combo.Input(
                     "tiling",
                     options=list(TILING),
@@ -60,11 +63,11 @@ class VAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, latent: dict[str, Any], vae: Any, tiling: str, tile_size: int, tile_overlap: int) -> io.NodeOutput:
         samples = latent["samples"]
-        _check_is_for_video(vae)
+        check_is_for_video(vae)
         if samples.shape[1] != vae.latent_channels:
             raise ValueError(
                 f"The latent has {samples.shape[1]} channels and this VAE takes {vae.latent_channels}: use the VAE "
-                "that belongs to the sampler's model (wan_2.1_vae.safetensors for Wan 2.1)."
+                "that belongs to the sampler's model (wan_2.1_vae or qwen_image_vae)."
             )
         if tiling == "tiled":
             space = vae.spacial_compression_decode()
@@ -72,7 +75,9 @@ class VAEDecode(io.ComfyNode):
             frames = vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile_overlap // space)
         else:
             frames = vae.decode(samples)
-        return io.NodeOutput(frames.reshape(-1, *frames.shape[-3:]))
+        pictures = frames.reshape(-1, *frames.shape[-3:])
+        finish: Finish | None = latent.get(FINISH)
+        return io.NodeOutput(pictures if finish is None else finish.apply(pictures))
 
 
 class VAEEncode(io.ComfyNode):
@@ -84,37 +89,93 @@ class VAEEncode(io.ComfyNode):
             node_id="WanQwenVAEEncode",
             display_name="VAE Encode (WanQwen)",
             category=CATEGORY,
-            description="Turns images, taken as the frames of one clip, into a latent.",
+            description="Turns images into latents: as the frames of one clip, or each as a picture of its own.",
             inputs=[
                 io.Image.Input(
                     "images",
                     tooltip="The frames of one clip: 4n + 1 of them (1, 5, 9...), width and height multiples of 8. "
                     "What is too much is cut off, and a message on the node says so.",
                 ),
-                io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE."),
+                io.Vae.Input("vae", tooltip="From Load Wan / Qwen-Image VAE, or ComfyUI's Load VAE."),
+                io.Combo.Input(
+                    "batch",
+                    options=list(BATCHES),
+                    default="clip",
+                    optional=True,
+                    tooltip="What a batch of images is. clip: the frames of one video. pictures: each on "
+                    "its own, one latent each, as for Qwen-Image.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler's latent input.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, images: Tensor, vae: Any) -> io.NodeOutput:
-        _check_is_for_video(vae)
-        samples = vae.encode(images[..., :3])
-        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, _encoded(images, samples, vae)))
+    def validate_inputs(cls, batch: str | None = None) -> bool | str:
+        return verdict(check_choice("batch", batch, BATCHES))
+
+    @classmethod
+    def execute(cls, images: Tensor, vae: Any, batch: str = "clip") -> io.NodeOutput:
+        check_is_for_video(vae)
+        if batch == "pictures":
+            samples = torch.cat([vae.encode(picture) for picture in images.split(1)])
+        else:
+            samples = vae.encode(images)
+        lines = _encoded(images, samples, vae, batch) + dropped_alpha(images, vae)
+        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))
 
 
-def _check_is_for_video(vae: Any) -> None:
-    if vae.latent_dim != 3:
-        raise ValueError(
-            "This VAE is for pictures, not for video: use Load Wan VAE, or Load VAE with wan_2.1_vae.safetensors."
+class InpaintLatent(io.ComfyNode):
+    """A picture of which a part is made anew."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenInpaintLatent",
+            display_name="Inpaint Latent (WanQwen)",
+            category=CATEGORY,
+            description="Makes a latent of a picture of which the sampler remakes only what the mask covers. Our VAE "
+            "Decode puts everything else back exactly as it was, pixel by pixel.",
+            inputs=[
+                io.Image.Input("image", tooltip="One picture, of any size."),
+                io.Mask.Input("mask", tooltip="What to make anew: white. Paint it with Open in MaskEditor."),
+                io.Vae.Input("vae", tooltip="From Load Wan / Qwen-Image VAE, or ComfyUI's Load VAE."),
+                io.Int.Input(
+                    "soft_edge",
+                    default=8,
+                    min=0,
+                    max=256,
+                    tooltip="Over how many pixels inside the mask's edge new and old are blended. Outside the mask "
+                    "nothing changes.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler's latent input.")],
+            hidden=[io.Hidden.unique_id],
         )
 
+    @classmethod
+    def execute(cls, image: Tensor, mask: Tensor, vae: Any, soft_edge: int) -> io.NodeOutput:
+        check_is_for_video(vae)
+        layout = lay_out_inpainting(image, mask, soft_edge)
+        samples = vae.encode(layout.padded[None])
+        latent = {"samples": samples, "noise_mask": layout.noise_mask, FINISH: layout.finish}
+        width, height = layout.finish.kept
+        share = layout.noise_mask[..., :height, :width].gt(0).float().mean().item()
+        made = f"{width} x {height}, {share:.0%} of it made anew"
+        lines = [made, *layout.notices, *dropped_alpha(image, vae)]
+        return io.NodeOutput(latent, ui=tell(cls.hidden.unique_id, lines))
 
-def _encoded(images_FHWC: Tensor, samples: Tensor, vae: Any) -> list[str]:
-    """Say what of a clip is in its latent, and what it was cut from."""
+
+def _encoded(images_FHWC: Tensor, samples: Tensor, vae: Any, batch: str) -> list[str]:
+    """Say what of the images is in their latent, and what it was cut from."""
     frames, height, width = vae.upscale_ratio
+    is_clip = batch == "clip"
     given = tuple(images_FHWC.shape[:3])
-    kept = (frames(samples.shape[-3]), samples.shape[-2] * height, samples.shape[-1] * width)
-    shown = ["{0} frames of {2} x {1}".format(*size) for size in (kept, given)]
-    return shown[:1] if given == kept else [f"{shown[0]}, cut from {shown[1]} (4n + 1 frames, sizes in steps of 8)"]
+    kept = (
+        frames(samples.shape[-3]) if is_clip else samples.shape[0],
+        samples.shape[-2] * height,
+        samples.shape[-1] * width,
+    )
+    what, rule = ("frames", "4n + 1 frames, sizes in steps of 8") if is_clip else ("pictures", "sizes in steps of 8")
+    shown = [f"{size[0]} {what} of {size[2]} x {size[1]}" for size in (kept, given)]
+    return shown[:1] if given == kept else [f"{shown[0]}, cut from {shown[1]} ({rule})"]

@@ -3,9 +3,14 @@
 import torch
 from comfy_api.latest import io
 
+from ..families import recognised_by
 from ..loading import HUB, load_model, load_text_encoder, load_vae
+from ..qwen_image.config import VARIANTS
+from ..qwen_image.family import NAME as QWEN_IMAGE
+from ..wan.family import NAME as WAN
 from .types import (
     CATEGORY,
+    QwenTextEncoder,
     WanModel,
     WanTextEncoder,
     check_choice,
@@ -13,6 +18,7 @@ from .types import (
     file_stamp,
     find_file,
     list_files,
+    tell,
     verdict,
 )
 
@@ -20,6 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODEL_PRECISIONS = {"auto": None, **DTYPES}
 VAE_PRECISIONS = {"auto": torch.float32, **DTYPES}
 TOKENIZERS = {"auto": None, "hub": HUB}
+QWEN_PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # float16 overflows
+QWEN_VARIANTS = ("auto", *VARIANTS)
 DEVICES = ("auto", "cpu", "gpu")
 GIB = 1 << 30
 
@@ -37,7 +45,7 @@ class LoadWanModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=list_files("diffusion_models"),
+                    options=list_files("diffusion_models", "wan_"),
                     tooltip="A Wan 2.1 T2V file from models/diffusion_models (or models/unet), in the official, "
                     "ComfyUI or diffusers naming. demo/... is the miniature that comes with this pack.",
                 ),
@@ -65,7 +73,7 @@ class LoadWanModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(load_model(find_file("diffusion_models", file), MODEL_PRECISIONS[precision]))
+        return io.NodeOutput(load_model(find_file("diffusion_models", file), MODEL_PRECISIONS[precision], WAN))
 
 
 class LoadWanTextEncoder(io.ComfyNode):
@@ -82,7 +90,7 @@ class LoadWanTextEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=list_files("text_encoders"),
+                    options=list_files("text_encoders", "wan_"),
                     tooltip="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16 or fp8, or the "
                     "official .pth with its tokenizer beside it. demo/... is the miniature that comes with this pack.",
                 ),
@@ -132,24 +140,25 @@ class LoadWanTextEncoder(io.ComfyNode):
         limit = int(max_vram_gb * GIB) or None
         path = find_file("text_encoders", file)
         chosen = TOKENIZERS[tokenizer]
-        return io.NodeOutput(load_text_encoder(path, device=device, max_vram_bytes=limit, tokenizer=chosen))
+        return io.NodeOutput(load_text_encoder(path, device=device, max_vram_bytes=limit, tokenizer=chosen, family=WAN))
 
 
 class LoadWanVAE(io.ComfyNode):
-    """The video VAE of Wan; its output fits ComfyUI's own VAE nodes too."""
+    """The VAE of Wan and of Qwen-Image; its output fits ComfyUI's own VAE nodes too."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WanQwenLoadWanVAE",
-            display_name="Load Wan VAE",
+            display_name="Load Wan / Qwen-Image VAE",
             category=CATEGORY,
-            description="Opens the Wan 2.1 video VAE. ComfyUI's own VAE nodes can use it as well.",
+            description="Opens the VAE of Wan 2.1 or of Qwen-Image. ComfyUI's own VAE nodes can use it as well.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=list_files("vae"),
-                    tooltip="A Wan 2.1 VAE from models/vae. demo/... is the miniature that comes with this pack.",
+                    tooltip="A Wan 2.1 or Qwen-Image VAE from models/vae: the one that belongs to the model. demo/... "
+                    "are the miniatures that come with this pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -173,3 +182,138 @@ class LoadWanVAE(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
         return io.NodeOutput(load_vae(find_file("vae", file), VAE_PRECISIONS[precision]))
+
+
+class LoadQwenImageModel(io.ComfyNode):
+    """A Qwen-Image diffusion model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenLoadQwenImageModel",
+            display_name="Load Qwen-Image Model",
+            category=CATEGORY,
+            description="Opens a Qwen-Image model: text to image, or one of the Edit models. The weights are read when "
+            "the sampler first runs.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_files("diffusion_models", "qwen_"),
+                    tooltip="A Qwen-Image file from models/diffusion_models (or models/unet): Qwen-Image, 2512, Edit, "
+                    "Edit-2509 or Edit-2511. demo/... are the miniatures that come with this pack.",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=list(QWEN_VARIANTS),
+                    default="auto",
+                    tooltip="Which of the models the file holds; they have the same weights' names. auto: from a mark "
+                    "in the file, else from its name. The node says what was found. Choose if that is wrong: 2511 run "
+                    "as 2509 gives plausible, but wrong edits.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(QWEN_PRECISIONS),
+                    default="auto",
+                    tooltip="What the model computes in. auto: bf16 on a GPU, fp32 on a CPU. There is no fp16: this "
+                    "model overflows in it.",
+                ),
+            ],
+            outputs=[
+                WanModel.Output(display_name="model", tooltip="The diffusion model, for Sampler and Edit Encode.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None, variant: str | None, precision: str | None) -> bool | str:
+        return verdict(
+            check_file("diffusion_models", file),
+            check_choice("variant", variant, QWEN_VARIANTS),
+            check_choice("precision", precision, QWEN_PRECISIONS),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, variant: str | None, precision: str | None) -> str:
+        return file_stamp("diffusion_models", file)
+
+    @classmethod
+    def execute(cls, file: str, variant: str, precision: str) -> io.NodeOutput:
+        chosen = None if variant == "auto" else variant
+        path = find_file("diffusion_models", file)
+        handle = load_model(path, QWEN_PRECISIONS[precision], QWEN_IMAGE, chosen)
+        source = "as chosen" if chosen else f"by {recognised_by(handle.checkpoint, handle.identity)}"
+        line = f"{VARIANTS[handle.identity.variant].title}, {source}"
+        return io.NodeOutput(handle, ui=tell(cls.hidden.unique_id, [line]))
+
+
+class LoadQwenImageTextEncoder(io.ComfyNode):
+    """The text encoder of Qwen-Image, with its tokenizer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenLoadQwenImageTextEncoder",
+            display_name="Load Qwen-Image Text Encoder",
+            category=CATEGORY,
+            description="Opens the text encoder of Qwen-Image (Qwen2.5-VL-7B), which also looks at the pictures of an "
+            "edit. The weights are read when a new prompt comes; prompts seen before cost nothing.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_files("text_encoders", "qwen_"),
+                    tooltip="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16 or fp8. demo/... is "
+                    "the miniature that comes with this pack.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=list(DEVICES),
+                    default="auto",
+                    tooltip="Where prompts are encoded. auto: the GPU if there is one. cpu leaves all VRAM to the "
+                    "image model; the 7B encoder needs 17 GB of RAM there.",
+                ),
+                io.Float.Input(
+                    "max_vram_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by "
+                    "one. 0 is no limit.",
+                ),
+                io.Combo.Input(
+                    "tokenizer",
+                    options=list(TOKENIZERS),
+                    default="auto",
+                    tooltip="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
+                    "one (7 MB, from huggingface.co).",
+                ),
+            ],
+            outputs=[
+                QwenTextEncoder.Output(
+                    display_name="text_encoder", tooltip="For Qwen-Image Text Encode and Edit Encode."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
+        return verdict(
+            check_file("text_encoders", file),
+            check_choice("device", device, DEVICES),
+            check_choice("tokenizer", tokenizer, TOKENIZERS),
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, file: str | None, device: str | None, max_vram_gb: float | None, tokenizer: str | None
+    ) -> str:
+        return file_stamp("text_encoders", file)
+
+    @classmethod
+    def execute(cls, file: str, device: str, max_vram_gb: float, tokenizer: str) -> io.NodeOutput:
+        limit = int(max_vram_gb * GIB) or None
+        path = find_file("text_encoders", file)
+        chosen = TOKENIZERS[tokenizer]
+        return io.NodeOutput(
+            load_text_encoder(path, device=device, max_vram_bytes=limit, tokenizer=chosen, family=QWEN_IMAGE)
+        )

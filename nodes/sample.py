@@ -1,6 +1,7 @@
 """The sampler node: from conditioning and noise to latents."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,20 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import save_file
 
-from ..core.runtime import generate
+from ..core.conditioning import ComfyConditioning
+from ..core.picture import latent_mask
+from ..core.runtime import generate, prepared
 from ..core.sampling.sample import SampleError
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, ModelHandle, SampleRequest
-from ..wan.conditioning import ComfyConditioning, from_comfy
-from .types import CATEGORY, WanModel, check_choice, verdict
+from ..families import FAMILIES
+from .types import CATEGORY, WanModel, check_choice, tell, verdict
 
 NOISE_DEVICES = ("cpu", "gpu")
 TO_THE_END = 10000  # as in ComfyUI's advanced sampler
+NO_PRESET = "none"
+PRESETS = (NO_PRESET, *(name for family in FAMILIES for name in family.presets))
+AUTO_SHIFT = 0.0
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
@@ -30,7 +36,8 @@ class Sampler(io.ComfyNode):
             node_id="WanQwenSampler",
             display_name="Sampler (WanQwen)",
             category=CATEGORY,
-            description="Makes the video, as latents: starts from noise and takes it towards the prompt step by step.",
+            description="Makes the picture or video, as latents: starts from noise and takes it towards the prompt "
+            "step by step.",
             inputs=_inputs(),
             outputs=[
                 io.Latent.Output(
@@ -38,13 +45,17 @@ class Sampler(io.ComfyNode):
                     tooltip="The finished latents, or noisy ones if end_step stopped before the end. For VAE Decode.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, solver: str | None, noise_device: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, solver: str | None, noise_device: str | None = None, preset: str | None = None
+    ) -> bool | str:
         return verdict(
             check_choice("solver", solver, SOLVERS),
             check_choice("noise_device", noise_device, NOISE_DEVICES),
+            check_choice("preset", preset, PRESETS),
         )
 
     @classmethod
@@ -66,14 +77,17 @@ class Sampler(io.ComfyNode):
         noise_device: str = "cpu",
         guidance_schedule: str = "",
         sigmas: torch.Tensor | None = None,
+        preset: str = NO_PRESET,
     ) -> io.NodeOutput:
+        samples = clip_of(latent)
+        mask = latent.get("noise_mask")
         request = SampleRequest(
-            latent=clip_of(latent),
+            latent=samples,
             positive=_prompt("positive", positive, model),
             negative=None if negative is None else _prompt("negative", negative, model),
             seed=seed,
             steps=steps,
-            shift=shift,
+            shift=None if shift == AUTO_SHIFT else shift,
             guidance=guidance_values(guidance, guidance_schedule),
             solver=solver,
             sigmas=None if sigmas is None else tuple(sigmas.tolist()),
@@ -82,9 +96,16 @@ class Sampler(io.ComfyNode):
             end_step=None if end_step == TO_THE_END else end_step,
             add_noise=add_noise,
             noise_device=noise_device,
+            mask=None if mask is None else latent_mask(mask, tuple(samples.shape)),
         )
+        lines = []
+        if preset != NO_PRESET:
+            request, said = with_preset(request, model, preset)
+            lines.append(said)
+        lines += prepared(model, request)[1]
+        shown = tell(cls.hidden.unique_id, lines or [f"{_count(request)} steps"])
         try:
-            return io.NodeOutput({**latent, "samples": generate(model, request)})
+            return io.NodeOutput({**latent, "samples": generate(model, request)}, ui=shown)
         except SampleError as error:
             raise ValueError(f"{error} The latent of step {error.steps_done} is kept: {_keep(error.latent)}") from error
 
@@ -99,17 +120,30 @@ def _keep(samples: torch.Tensor) -> Path:
 
 
 def clip_of(latent: dict[str, Any]) -> torch.Tensor:
-    """Return the latents [B, C, T, h, w] of a LATENT; a picture [B, C, h, w] becomes one frame.
-
-    Raises ValueError if there is a mask, which this sampler does not carry out.
-    """
-    if latent.get("noise_mask") is not None:
-        raise ValueError(
-            "The latent has a noise mask (Set Latent Noise Mask, VAE Encode for inpainting), and this sampler can't "
-            "keep parts of a latent yet: remove that node, or use ComfyUI's own sampler."
-        )
+    """Return the latents [B, C, T, h, w] of a LATENT; a picture [B, C, h, w] becomes one frame."""
     samples = latent["samples"]
     return samples[:, :, None] if samples.dim() == 4 else samples
+
+
+def with_preset(request: SampleRequest, model: ModelHandle, name: str) -> tuple[SampleRequest, str]:
+    """Return the request with the settings of a preset, and what they are.
+
+    Raises ValueError if it is another model's.
+    """
+    found = model.family.presets.get(name)
+    if found is None:
+        raise ValueError(
+            f"preset is {name}, which is not for {model.family.name} models: choose "
+            f"{' or '.join([*model.family.presets, NO_PRESET])}."
+        )
+    request = replace(
+        request, steps=found.steps, shift=found.shift, guidance=(found.guidance,), solver=found.solver, sigmas=None
+    )
+    said = (
+        f"{name}: {found.steps} steps of {found.solver}, shift {found.shift:g}, guidance {found.guidance:g}; the "
+        "node's own steps, shift, guidance, solver and sigmas are not used."
+    )
+    return request, said
 
 
 def guidance_values(constant: float, schedule: str) -> tuple[float, ...]:
@@ -125,8 +159,12 @@ def guidance_values(constant: float, schedule: str) -> tuple[float, ...]:
         ) from error
 
 
+def _count(request: SampleRequest) -> int:
+    return request.steps if request.sigmas is None else len(request.sigmas) - 1
+
+
 def _prompt(which: str, conditioning: ComfyConditioning, model: ModelHandle) -> Conditioning:
-    prompts = from_comfy(conditioning, model.identity.config.text_dim)
+    prompts = model.family.conditionings(model.identity.config, conditioning)
     if len(prompts) > 1:
         raise ValueError(
             f"{which} holds {len(prompts)} prompts (Conditioning Combine, or a batch of them), and this sampler takes "
@@ -137,12 +175,18 @@ def _prompt(which: str, conditioning: ComfyConditioning, model: ModelHandle) -> 
 
 def _inputs() -> list[io.Input]:
     return [
-        WanModel.Input("model", tooltip="From Load Wan Model."),
-        io.Conditioning.Input("positive", tooltip="What the video shows: Wan Text Encode, or ComfyUI's own Wan nodes."),
-        io.Latent.Input("latent", tooltip="Size and length of the video (Empty Wan Latent), or a clip to start from."),
+        WanModel.Input("model", tooltip="From Load Wan Model or Load Qwen-Image Model."),
+        io.Conditioning.Input(
+            "positive", tooltip="What to show: from the Text Encode node of the model's kind, or ComfyUI's own."
+        ),
+        io.Latent.Input(
+            "latent",
+            tooltip="Size and length (an Empty Latent node), or a picture or clip to start from; a mask on it says "
+            "what to make anew.",
+        ),
         io.Int.Input(
             "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True,
-            tooltip="Number of the random noise: the same seed and settings give the same video.",
+            tooltip="Number of the random noise: the same seed and settings give the same picture.",
         ),
         io.Int.Input(
             "steps", default=30, min=1, max=10000,
@@ -151,21 +195,22 @@ def _inputs() -> list[io.Input]:
         io.Float.Input(
             "guidance", default=5.0, min=0.0, max=100.0, step=0.1,
             tooltip="How strongly to follow the prompt rather than the negative one. 1 switches this off and takes "
-            "half the time. Wan: 5, or 6 with the 1.3B model.",
+            "half the time. Wan: 5, or 6 with the 1.3B model. Qwen-Image: 4.",
         ),
         io.Float.Input(
-            "shift", default=5.0, min=0.01, max=100.0, step=0.1,
-            tooltip="More shift spends more of the steps on layout and motion, less on detail. Wan: 5, 3 for 480p; 8 "
-            "to 12 with the 1.3B model.",
+            "shift", default=AUTO_SHIFT, min=AUTO_SHIFT, max=100.0, step=0.1,
+            tooltip="More shift spends more of the steps on layout and motion, less on detail. 0 takes the schedule "
+            "that the model was published with (Wan: 5; Qwen-Image: by the size of the picture). Wan for 480p: 3; with "
+            "the 1.3B model: 8 to 12.",
         ),
         io.Combo.Input(
             "solver", options=list(SOLVERS), default="unipc",
-            tooltip="How a step is taken. unipc: the best in few steps. dpm++2m: much like it. euler: plain. lcm: for "
-            "distilled models, 4 to 8 steps.",
+            tooltip="How a step is taken. unipc: the best in few steps. dpm++2m: much like it. euler: plain, what "
+            "Qwen-Image was published with. lcm: for distilled Wan models, 4 to 8 steps.",
         ),
         io.Float.Input(
             "denoise", default=1.0, min=0.01, max=1.0, step=0.01,
-            tooltip="1 starts from noise alone. Less keeps more of the clip in latent: 0.5 redoes half of it.",
+            tooltip="1 starts from noise alone. Less keeps more of what is in latent: 0.5 redoes half of it.",
         ),
         io.Conditioning.Input(
             "negative", optional=True,
@@ -185,7 +230,7 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "noise_device", options=list(NOISE_DEVICES), default="cpu", optional=True,
-            tooltip="cpu: a seed gives the same video on every machine. gpu: noise as the official code draws it.",
+            tooltip="cpu: a seed gives the same picture on every machine. gpu: noise as the official code draws it.",
         ),
         io.String.Input(
             "guidance_schedule", default="", optional=True,
@@ -194,5 +239,10 @@ def _inputs() -> list[io.Input]:
         io.Sigmas.Input(
             "sigmas", optional=True,
             tooltip="Noise levels from a scheduler node, 1 down to 0, instead of steps, shift and denoise.",
+        ),
+        io.Combo.Input(
+            "preset", options=list(PRESETS), default=NO_PRESET, optional=True,
+            tooltip="Settings of distilled models, instead of steps, shift, guidance and solver above. lightning-4, "
+            "lightning-8: Qwen-Image-Lightning.",
         ),
     ]  # fmt: skip

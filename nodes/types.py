@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..core.weights.reader import PICKLES
 from ..loading import DEMO_FOLDER
@@ -14,22 +16,28 @@ CATEGORY = "WanQwen"
 
 WanModel = io.Custom("WANQWEN_MODEL")  # carries a core.types.ModelHandle
 WanTextEncoder = io.Custom("WANQWEN_TEXT_ENCODER")  # carries a wan.text_encoder.TextEncoder
+QwenTextEncoder = io.Custom("WANQWEN_QWEN_TEXT_ENCODER")  # carries a qwen_image.text_encoder.TextEncoder
+
+FINISH = "wanqwen_finish"  # in a LATENT of ours: a core.picture.Finish, which VAE Decode carries out
 
 READABLE = (".safetensors", *PICKLES)
 DEMO_PREFIX = "demo/"
-# ComfyUI's name of a folder -> the miniature that is listed with its files.
+# ComfyUI's name of a folder -> the miniatures that are listed with its files.
 DEMO_FILES = {
-    "diffusion_models": "wan_dit.safetensors",
-    "text_encoders": "wan_text_encoder.safetensors",
-    "vae": "wan_vae.safetensors",
+    "diffusion_models": ("wan_dit", "qwen_dit", "qwen_edit_dit"),
+    "text_encoders": ("wan_text_encoder", "qwen_text_encoder"),
+    "vae": ("wan_vae", "qwen_vae"),
 }
 
 
-def list_files(folder: str) -> list[str]:
-    """Return what a dropdown offers: the readable files of one of ComfyUI's model folders, then the miniature."""
+def list_files(folder: str, demo: str = "") -> list[str]:
+    """Return what a dropdown offers: the readable files of one of ComfyUI's model folders, then the miniatures.
+
+    Of those only the ones whose names begin with `demo`.
+    """
     names = [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(READABLE)]
-    demo = DEMO_PREFIX + DEMO_FILES[folder]
-    return names if demo in names or not _demo_path(demo).is_file() else [*names, demo]
+    bundled = [name for name in _bundled(folder) if name.startswith(DEMO_PREFIX + demo) and _demo_path(name).is_file()]
+    return names + [name for name in bundled if name not in names]
 
 
 def find_file(folder: str, name: str) -> Path:
@@ -39,7 +47,7 @@ def find_file(folder: str, name: str) -> Path:
     """
     if found := folder_paths.get_full_path(folder, name):
         return Path(found)
-    if name == DEMO_PREFIX + DEMO_FILES[folder] and _demo_path(name).is_file():
+    if name in _bundled(folder) and _demo_path(name).is_file():
         return _demo_path(name)
     places = " or ".join(folder_paths.get_folder_paths(folder))
     raise ValueError(f"{name} was not found: put the file into {places} and press R to refresh, or choose another.")
@@ -71,6 +79,20 @@ def check_choice(name: str, value: str | None, choices: Iterable[str]) -> str | 
     return f"{name} is {value!r}: choose one of {', '.join(choices)}."
 
 
+def check_is_for_video(vae: Any) -> None:
+    """Raise ValueError for a VAE of ComfyUI's that is not of the kind that Wan and Qwen-Image have."""
+    if vae.latent_dim != 3:
+        raise ValueError(
+            "This VAE is for other models: use Load Wan / Qwen-Image VAE, or Load VAE with wan_2.1_vae.safetensors or "
+            "qwen_image_vae.safetensors."
+        )
+
+
+def dropped_alpha(images: Tensor, vae: Any) -> list[str]:
+    """Return what to tell of images [..., channels] that have an alpha channel which the VAE does not take."""
+    return ["The image's alpha channel was dropped."] if images.shape[-1] > vae.output_channels else []
+
+
 def verdict(*problems: str | None) -> bool | str:
     """Return what `validate_inputs` must: True, or the problems in words."""
     return " ".join(filter(None, problems)) or True
@@ -85,6 +107,10 @@ def tell(node_id: str | None, lines: Sequence[str]) -> dict[str, list[str]]:
     if node_id is not None and server is not None:
         server.PromptServer.instance.send_progress_text("\n".join(lines), node_id)
     return {"text": list(lines)}
+
+
+def _bundled(folder: str) -> list[str]:
+    return [f"{DEMO_PREFIX}{name}.safetensors" for name in DEMO_FILES[folder]]
 
 
 def _demo_path(name: str) -> Path:

@@ -1,6 +1,7 @@
 """The architecture, checked by reading the code: imports go down only, sizes stay small, nothing swallows or hides."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOT_OURS = {"tests", "build"}
 
+FAMILY = (
+    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity"),
+    *("core/conditioning", "core/picture", "core/text", "core/types"),
+)
 # Layer (the longest name that fits a module) -> the layers below, which it may import. A layer may import itself.
 ALLOWED = {
     "kernels": (),
     "core": (),
     "core/types": (),
     "core/tiles": ("core/types",),
+    "core/picture": ("core/types",),
     "core/host": ("core/types",),
+    "core/conditioning": ("core/types",),
+    "core/text": ("core/weights", "core/ops", "core/memory", "core/host", "core/types"),
     "core/ops": ("kernels", "core/types"),
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
@@ -26,8 +34,9 @@ ALLOWED = {
     "core/runtime": (
         *("core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops", "core/host", "core/types"),
     ),
-    "wan": ("core/ops", "core/blocks", "core/weights/keymap", "core/types"),
-    "qwen_image": ("core/ops", "core/blocks", "core/weights/keymap", "core/types", "wan/vae"),
+    "wan": FAMILY,
+    "qwen_image": FAMILY,
+    "qwen_image/family": (*FAMILY, "qwen_image", "wan/vae"),  # the same VAE in the world too
     "families": ("wan", "qwen_image", "core/types"),
     "loading": ("families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
@@ -46,6 +55,8 @@ HEAVY = {
     *("triton", "diffusers", "gguf", "cupy", "sageattention", "flash_attn", "xformers", "bitsandbytes"),
 }
 TALKS_TO_A_TERMINAL = {"__main__", "demo", "bench"}
+SERVES_ALL = ("core/sampling", "core/memory", "core/ops")
+FAMILY_NAME = re.compile(r"(?<![a-z])wan(?!t)|qwen|umt5|lightning", re.IGNORECASE)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 500, 80, 8
 
 
@@ -197,6 +208,16 @@ def test_nothing_is_swallowed_or_hidden(module: Module) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@each_module
+def test_no_family_is_named_where_all_are_served(module: Module) -> None:
+    """In text, names and comments: what runs any model must not be shaped by one."""
+    if not module.name.startswith(SERVES_ALL):
+        return
+    lines = module.path.read_text(encoding="utf-8").splitlines()
+    wrong = [f"line {i}: {line.strip()}" for i, line in enumerate(lines, 1) if FAMILY_NAME.search(line)]
+    assert not wrong, "\n".join(wrong)
+
+
 def _functions(module: Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
@@ -216,6 +237,7 @@ BAD = {
     test_imports_go_down: ("core/ops/x.py", "from ...wan import config", "must not import wan/config"),
     test_imports_from_outside: ("wan/x.py", "import transformers", "inside the function"),
     test_sizes: ("wan/x.py", "def f(a, b, c, d, e, f, g, h, i): ...", "pass a record"),
+    test_no_family_is_named_where_all_are_served: ("core/ops/x.py", "if family == 'wan21': ...", "line 1"),
     test_nothing_is_swallowed_or_hidden: ("wan/x.py", "try: pass\nexcept Exception: pass", "name the errors"),
 }
 

@@ -17,17 +17,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LOADERS = {"model": load_model, "vae": load_vae, "text": load_text_encoder}
+FAMILIES = {"": "wan21", "qwen_": "qwen-image"}  # what precedes the names of a family's files
 
 
+@pytest.mark.parametrize("of", FAMILIES)
 @pytest.mark.parametrize("file", LOADERS)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_each_loader_takes_its_own_file_only(folder: Path, file: str, loader: str) -> None:
-    path = folder / f"{file}.safetensors"
+def test_each_loader_takes_its_own_file_only(folder: Path, loader: str, file: str, of: str) -> None:
+    path = folder / f"{of}{file}.safetensors"
     if file == loader:
         LOADERS[loader](path)
         return
-    with pytest.raises(ValueError, match=rf"{file}.safetensors is a .*Expected a .*Load Wan"):
+    with pytest.raises(ValueError, match=rf"{of}{file}.safetensors is a .*Expected a .*Load Wan"):
         LOADERS[loader](path)
+
+
+@pytest.mark.parametrize("of", FAMILIES)
+def test_a_file_of_the_other_family_is_refused_by_name(folder: Path, of: str) -> None:
+    own, [other] = FAMILIES[of], [name for name in FAMILIES.values() if name != FAMILIES[of]]
+    assert load_model(folder / f"{of}model.safetensors", family_name=own).identity.family == own
+    assert (
+        load_text_encoder(folder / f"{of}text.safetensors", family=own).checkpoint.path.name == f"{of}text.safetensors"
+    )
+    for file, load in (
+        ("model", lambda path: load_model(path, family_name=other)),
+        ("text", lambda path: load_text_encoder(path, family=other)),
+    ):
+        with pytest.raises(ValueError, match=rf"{of}{file}.safetensors belongs to {own} .*this loader is for {other}"):
+            load(folder / f"{of}{file}.safetensors")
+
+
+def test_qwen_image_is_not_run_in_float16(folder: Path) -> None:
+    with pytest.raises(ValueError, match="precision is float16, in which qwen-image models overflow: choose bfloat16"):
+        load_model(folder / "qwen_model.safetensors", torch.float16)
+    assert load_model(folder / "model.safetensors", torch.float16).dtype == torch.float16
+
+
+def test_a_user_can_say_which_variant_a_file_holds(folder: Path) -> None:
+    path = folder / "qwen_model.safetensors"
+    assert load_model(path).identity.variant == "t2i"
+    chosen = load_model(path, variant="edit-2511").identity
+    assert chosen.variant == "edit-2511" and chosen.config.zero_cond_t
+    with pytest.raises(ValueError, match=r"qwen_model.safetensors: .*'layered' does not fit this file"):
+        load_model(path, variant="layered")
 
 
 def test_a_model_that_takes_an_image_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
@@ -43,7 +75,7 @@ def test_a_model_that_takes_an_image_is_refused_by_name(folder: Path, tmp_path: 
         tensors[f"img_emb.proj.{name}.weight"] = torch.zeros(shape)
         tensors[f"img_emb.proj.{name}.bias"] = torch.zeros(shape[0])
     save_file(tensors, tmp_path / "i2v.safetensors", {"wanqwen": json.dumps({"num_heads": tiny.MODEL.num_heads})})
-    with pytest.raises(ValueError, match=r"i2v.safetensors is Wan 2.1 i2v.*Choose a T2V file"):
+    with pytest.raises(ValueError, match=r"i2v.safetensors: this is Wan 2.1 i2v.*Choose a T2V file"):
         load_model(tmp_path / "i2v.safetensors")
 
 

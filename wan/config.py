@@ -38,13 +38,17 @@ class WanConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAEConfig:
-    """Shape of one Wan VAE. `temporal_downsample[i]` says whether level i halves time as well as space."""
+    """Shape of one Wan VAE. `temporal_downsample[i]` says whether level i halves time as well as space.
+
+    `channels` of a pixel: 3 are RGB; 4 are RGB and alpha (the VAE of Qwen-Image-Layered).
+    """
 
     dim: int = 96
     z_dim: int = LATENT_CHANNELS
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    channels: int = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,3 +85,4 @@ VARIANTS = {
     ("vace", 16, 1536, 8960, 30): "vace-1.3B",
     ("vace", 16, 5120, 13824, 40): "vace-14B",
 }
+VAE_VARIANTS = {3: "vae", 4: "vae-rgba"}  # by channels of a pixel

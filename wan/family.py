@@ -1,26 +1,22 @@
 """Wan 2.1 as core sees it: its latent space, how to build it, how a prompt drives it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.types import Conditioning, Family, LatentFormat, Velocity
-from .config import LATENT_CHANNELS, WanConfig
+from ..core.types import Conditioning, Family, Identity, SampleRequest, Schedule, Velocity
+from .conditioning import from_comfy
+from .config import WanConfig
 from .transformer import Prompt, WanTransformer
+from .vae import LATENT_FORMAT
 
-# Per latent channel; source: wan/modules/vae.py of the official repository. Qwen-Image's VAE has the same.
-LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-
+NAME = "wan21"
 SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
+
+RUNNABLE = ("t2v-1.3B", "t2v-14B", "custom")
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
 FLOAT32_PARTS = ("patch_embedding.", "time_embedding.", "time_projection.", "head.")
@@ -65,8 +61,34 @@ def fit_clip(width: int, height: int, frames: int) -> tuple[int, int, int]:
     return width, height, max(0, (frames - 1 + time // 2) // time * time) + 1
 
 
-def working_bytes(config: WanConfig, latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Estimate the bytes a forward needs beside the weights: the widest moment of a block, and the keys of two prompts.
+def schedule(config: WanConfig, latent_shape: tuple[int, ...]) -> Schedule:
+    """Return the published schedule: shift 5 at every size (generate.py); the README advises 8 to 12 for the 1.3B."""
+    return Schedule(shift=5.0)
+
+
+def check(identity: Identity) -> None:
+    """Raise ValueError for a model of the family that can't be run yet."""
+    if identity.variant not in RUNNABLE or identity.config.in_dim != identity.config.out_dim:
+        raise ValueError(
+            f"this is Wan 2.1 {identity.variant}, which also takes an image or a control video; this version runs text "
+            "to video only. Choose a T2V file (wan2.1_t2v_1.3B or wan2.1_t2v_14B)."
+        )
+
+
+def prepare(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, list[str]]:
+    """Return the request as it is run, and nothing to say. Raises ValueError for reference pictures."""
+    if any(c is not None and c.references for c in (request.positive, request.negative)):
+        raise ValueError(
+            f"Wan 2.1 {identity.variant} takes no reference pictures, and the conditioning has some: encode the prompt "
+            "with Wan Text Encode, or choose a Qwen-Image-Edit model."
+        )
+    return request, []
+
+
+def working_bytes(
+    config: WanConfig, latent_shape: tuple[int, ...], conditionings: Sequence[Conditioning], dtype: torch.dtype
+) -> int:
+    """Estimate the bytes a forward needs beside the weights: the widest moment of a block, and the keys of the prompts.
 
     That moment is the feed-forward with its hidden layer twice, or the self-attention with q and k in float32;
     tests/wan/test_transformer.py holds it against measured peaks.
@@ -75,24 +97,22 @@ def working_bytes(config: WanConfig, latent_shape: tuple[int, ...], dtype: torch
     tokens = batch * frames * height * width // math.prod(config.patch_size)
     feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
     self_attention = config.dim * (34 + 3 * dtype.itemsize)
-    prompts = 2 * (2 * config.num_layers + 2) * config.text_len * config.dim * dtype.itemsize  # and their rows
+    prompts = (
+        len(conditionings) * (2 * config.num_layers + 2) * config.text_len * config.dim * dtype.itemsize
+    )  # and their rows
     return tokens * max(feed_forward, self_attention) + prompts
 
 
-LATENT_FORMAT = LatentFormat(
-    channels=LATENT_CHANNELS,
-    spatial_factor=8,
-    temporal_factor=4,
-    mean=LATENT_MEAN,
-    std=LATENT_STD,
-    comfy_name="Wan21",
-)
 FAMILY = Family(
-    name="wan21",
+    name=NAME,
     latent_format=LATENT_FORMAT,
-    default_shift=5.0,  # generate.py of the official repository; its README advises 8 to 12 for the 1.3B
     build=WanTransformer,
     float32=keep_float32,
+    schedule=schedule,
     denoisers=denoisers,
+    guidance_patch=lambda config: None,
     working_bytes=working_bytes,
+    conditionings=lambda config, rows: from_comfy(rows, config.text_dim),
+    check=check,
+    prepare=prepare,
 )

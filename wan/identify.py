@@ -1,15 +1,13 @@
 """Which Wan 2.1 model a checkpoint is, from its names and shapes alone."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from ..core.ops.formats import weight_format
 from ..core.types import Checkpoint, Identity
 from ..core.weights import keymap
-from .config import HEAD_WIDTH, VARIANTS, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from ..core.weights.identity import METADATA_KEY, count, identity, own_values, positive, shapes
+from .config import HEAD_WIDTH, VAE_VARIANTS, VARIANTS, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
 from .family import FAMILY
 from .keymap import (
     DIFFUSION_MODEL_IGNORED,
@@ -26,8 +24,7 @@ from .keymap import (
 )
 from .vae import WanVAE
 
-METADATA_KEY = "wanqwen"  # JSON in a safetensors header: what the shapes don't tell of our own checkpoints
-METADATA_FIELDS = {"num_heads": int, "text_len": int, "eps": float}
+METADATA_FIELDS = {"num_heads": positive, "text_len": positive, "eps": float}
 
 # The name that only this task's models have, the most particular first.
 TELLING = (
@@ -68,8 +65,8 @@ def identify(checkpoint: Checkpoint) -> Identity | None:
     Raises ValueError where the file is one but lacks what tells its size.
     """
     for role in (_diffusion_model, _vae, _text_encoder, _image_encoder):
-        if identity := role(checkpoint):
-            return identity
+        if found := role(checkpoint):
+            return found
     return None
 
 
@@ -81,13 +78,14 @@ def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
     task = next((task for task, name in TELLING if name in match.names), "t2v")
     config = _transformer_config(checkpoint, match)
     rows = TASKS[task]
-    layers = {"blocks": config.num_layers, "vace_blocks": _count(match.names, "vace_blocks.")}
+    layers = {"blocks": config.num_layers, "vace_blocks": count(match.names, "vace_blocks.")}
     size = (task, config.in_dim, config.dim, config.ffn_dim, config.num_layers)
     custom = "custom" if task == "t2v" else f"{task}-custom"
-    return _identity(
+    return identity(
         checkpoint,
-        keymap.account(match, keymap.expand(rows, layers), DIFFUSION_MODEL_IGNORED),
         match,
+        keymap.account(match, keymap.expand(rows, layers), DIFFUSION_MODEL_IGNORED),
+        family=FAMILY.name,
         role="diffusion_model",
         variant=VARIANTS.get(size, custom),
         config=config,
@@ -95,9 +93,9 @@ def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
 
 
 def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfig:
-    shape = _shapes(checkpoint, match.names, "Wan diffusion model")
+    shape = shapes(checkpoint, match.names, "Wan diffusion model")
     dim, in_dim, *patch = shape("patch_embedding.weight")
-    ours = _own_metadata(checkpoint)
+    ours = own_values(checkpoint, METADATA_FIELDS)
     if "num_heads" not in ours and dim % HEAD_WIDTH:
         raise ValueError(
             f"{checkpoint.path}: a Wan model of width {dim} is not made of heads of {HEAD_WIDTH}, and the file does "
@@ -108,7 +106,7 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
         in_dim=in_dim,
         patch_size=tuple(patch),
         ffn_dim=shape("blocks.0.ffn.0.bias")[0],
-        num_layers=_count(match.names, "blocks."),
+        num_layers=count(match.names, "blocks."),
         freq_dim=shape("time_embedding.0.weight")[1],
         text_dim=shape("text_embedding.0.weight")[1],
         out_dim=shape("head.head.bias")[0] // (patch[0] * patch[1] * patch[2]),
@@ -116,18 +114,9 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
     )
 
 
-def _own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    text = checkpoint.metadata.get(METADATA_KEY, "{}")
-    try:
-        found = json.loads(text)
-        return {key: kind(found[key]) for key, kind in METADATA_FIELDS.items() if key in found}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint.path}: metadata {METADATA_KEY} is not JSON of numbers: {text[:80]!r}") from error
-
-
 def _vae(checkpoint: Checkpoint) -> Identity | None:
     up = "decoder.up_blocks.0.resnets."
-    resnets = _count([name[name.find(up) :] for name in checkpoint.tensors if up in name], up)
+    resnets = count([name[name.find(up) :] for name in checkpoint.tensors if up in name], up)
     match = keymap.pick(checkpoint.tensors, vae_spellings(max(resnets - 1, 1)), (*keymap.PREFIXES, "vae."))
     telling = (
         "encoder.conv1.weight",
@@ -141,15 +130,23 @@ def _vae(checkpoint: Checkpoint) -> Identity | None:
     with torch.device("meta"):
         expected = WanVAE(config).state_dict()
     found = keymap.account(match, expected)
-    return _identity(checkpoint, found, match, role="vae", variant="vae", config=config)
+    return identity(
+        checkpoint,
+        match,
+        found,
+        family=FAMILY.name,
+        role="vae",
+        variant=VAE_VARIANTS[config.channels],
+        config=config,
+    )
 
 
 def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
     """Read the encoder's list of layers: residual blocks, and at the end of each level but the last a resampling."""
-    shape = _shapes(checkpoint, names, "Wan VAE")
-    dim = shape("encoder.conv1.weight")[0]
+    shape = shapes(checkpoint, names, "Wan VAE")
+    dim, channels = shape("encoder.conv1.weight")[:2]
     widths, blocks, temporal = [0], [0], []
-    for i in range(_count(names, "encoder.downsamples.")):
+    for i in range(count(names, "encoder.downsamples.")):
         layer = f"encoder.downsamples.{i}"
         if f"{layer}.resample.1.weight" in names:
             temporal.append(f"{layer}.time_conv.weight" in names)
@@ -163,12 +160,18 @@ def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
             f"{checkpoint.path}: looks like a Wan VAE, but its encoder has levels of {blocks} blocks and {widths} "
             f"channels where a Wan VAE has equally many blocks per level and multiples of {dim} channels"
         )
+    if channels not in VAE_VARIANTS:
+        raise ValueError(
+            f"{checkpoint.path}: looks like a Wan VAE, but for pixels of {channels} channels where 3 (RGB) or 4 (RGB "
+            "and alpha) are expected"
+        )
     return VAEConfig(
         dim=dim,
         z_dim=shape("conv2.weight")[0],
         dim_mult=tuple(width // dim for width in widths),
         num_res_blocks=blocks[0],
         temporal_downsample=tuple(temporal),
+        channels=channels,
     )
 
 
@@ -177,11 +180,11 @@ def _text_encoder(checkpoint: Checkpoint) -> Identity | None:
     match = keymap.pick(checkpoint.tensors, TEXT_ENCODER_SPELLINGS, prefixes)
     if match is None:
         return None
-    layers = _count(match.names, "blocks.")
+    layers = count(match.names, "blocks.")
     # A position table in every layer is what sets UMT5 apart from T5, which has one in the first only.
     if not layers or f"blocks.{layers - 1}.pos_embedding.embedding.weight" not in match.names:
         return None
-    shape = _shapes(checkpoint, match.names, "UMT5 encoder")
+    shape = shapes(checkpoint, match.names, "UMT5 encoder")
     vocab_size, dim = shape("token_embedding.weight")
     num_buckets, num_heads = shape("blocks.0.pos_embedding.embedding.weight")
     config = TextEncoderConfig(
@@ -195,7 +198,7 @@ def _text_encoder(checkpoint: Checkpoint) -> Identity | None:
     )
     found = keymap.account(match, keymap.expand(TEXT_ENCODER, {"blocks": layers}), TEXT_ENCODER_IGNORED)
     variant = "umt5-xxl" if config == TextEncoderConfig() else "custom"
-    return _identity(checkpoint, found, match, role="text_encoder", variant=variant, config=config)
+    return identity(checkpoint, match, found, family=FAMILY.name, role="text_encoder", variant=variant, config=config)
 
 
 def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
@@ -206,50 +209,15 @@ def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
     stack, patch, positions, hidden, class_token = telling
     if patch not in match.names or class_token not in match.names:
         return None
-    shape = _shapes(checkpoint, match.names, "CLIP image encoder")
+    shape = shapes(checkpoint, match.names, "CLIP image encoder")
     config = ImageEncoderConfig(
         dim=shape(patch)[0],
         dim_ffn=shape(hidden)[0],
-        num_layers=_count(match.names, f"{stack}."),
+        num_layers=count(match.names, f"{stack}."),
         patch_size=shape(patch)[-1],
         num_positions=shape(positions)[-2],
     )
     expected = keymap.expand({path: (path, leaves) for path, leaves in rows.items()}, {stack: config.num_layers})
     found = keymap.account(match, expected, IMAGE_ENCODER_IGNORED)
     variant = "clip-vit-h" if config == ImageEncoderConfig() else "custom"
-    return _identity(checkpoint, found, match, role="image_encoder", variant=variant, config=config)
-
-
-def _identity(
-    checkpoint: Checkpoint, found: keymap.Account, match: keymap.Match, *, role: str, variant: str, config: object
-) -> Identity:
-    prefix = match.spelling.prefix
-    return Identity(
-        family=FAMILY.name,
-        role=role,
-        variant=variant,
-        weight_format=weight_format({official: checkpoint.tensors[name] for official, name in found.names.items()}),
-        spelling=f"{match.spelling.name}, prefix {prefix}" if prefix else match.spelling.name,
-        config=config,
-        names=found.names,
-        missing=found.missing,
-        unexpected=found.unexpected,
-        ignored=found.ignored,
-    )
-
-
-def _count(names: Iterable[str], stack: str) -> int:
-    """Return one more than the highest layer index that follows `stack`, 0 if there is none."""
-    indices = (name[len(stack) :].split(".")[0] for name in names if name.startswith(stack))
-    return max((int(index) + 1 for index in indices if index.isdecimal()), default=0)
-
-
-def _shapes(checkpoint: Checkpoint, names: Mapping[str, str], what: str) -> Callable[[str], tuple[int, ...]]:
-    """Return a look-up of shapes by official name that says clearly what a file lacks or has of an odd rank."""
-
-    def shape(official: str) -> tuple[int, ...]:
-        if official not in names:
-            raise ValueError(f"{checkpoint.path}: looks like a {what}, but lacks {official}: is the file complete?")
-        return checkpoint.tensors[names[official]].shape
-
-    return shape
+    return identity(checkpoint, match, found, family=FAMILY.name, role="image_encoder", variant=variant, config=config)

@@ -3,22 +3,17 @@
 import hashlib
 import html
 import importlib.util
-import json
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
+from ..core.text import Reader, Tokens, download, fast_tokenizer, read_tokenizer_json
 from ..core.types import Checkpoint
 from .config import TEXT_LEN
 
 log = logging.getLogger(__name__)
-
-Reader = Callable[[Checkpoint, Iterable[str]], Iterator[tuple[str, Tensor]]]  # core.weights.reader.read_tensors
 
 EOS_ID = 1  # `</s>` of every T5 vocabulary; the pad, 0, is never written because only valid tokens are run
 EMBEDDED_NAME = "spiece_model"  # U8 tensor in ComfyUI's umt5 files: the bytes of spiece.model
@@ -29,20 +24,13 @@ SPIECE, FAST = "spiece.model", "tokenizer.json"
 FOLDERS = (".", "google/umt5-xxl", "umt5-xxl", "tokenizer", "../tokenizer")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """A prompt for the encoder: `text` after cleaning, `ids` with `</s>` last; `notice` says what was cut, if any."""
-
-    text: str
-    ids: tuple[int, ...]
-    notice: str | None = None
-
-
 class Tokenizer:
     """Turn text into ids of the umT5 vocabulary. Make one with `from_spiece`, `from_folder`, `from_hub` or `find`.
 
     `size` is the number of pieces, `identity` tells one vocabulary from another, `source` says where it came from.
     """
+
+    comfy_folder = None  # ComfyUI has no copy of this one outside its text encoder files
 
     def __init__(self, pieces: Callable[[str], list[int]], *, size: int, identity: str, source: str):
         self._pieces = pieces
@@ -69,18 +57,8 @@ class Tokenizer:
     @classmethod
     def from_fast(cls, path: Path) -> "Tokenizer":
         """Read a `tokenizer.json`; raises ValueError if it is none, or not one of a T5."""
-        from tokenizers import Tokenizer as Fast
-
         content = path.read_bytes()
-        try:
-            is_tokenizer = "model" in json.loads(content)
-        except ValueError:
-            is_tokenizer = False
-        if not is_tokenizer:
-            raise ValueError(f"{path} is no tokenizer file: expected JSON with a `model`. Download it again.")
-        fast = Fast.from_str(content.decode())
-        fast.no_truncation()
-        fast.no_padding()
+        fast = fast_tokenizer(read_tokenizer_json(content, str(path)))
         _check_eos(fast.token_to_id("</s>"), str(path))
         identity = "fast-" + hashlib.sha256(content).hexdigest()[:16]
         return cls(
@@ -89,6 +67,11 @@ class Tokenizer:
             identity=identity,
             source=str(path),
         )
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        """Read a `spiece.model` or a `tokenizer.json`; raises ValueError if it is neither, or not one of a T5."""
+        return cls.from_fast(path) if path.suffix == ".json" else cls.from_spiece(path.read_bytes(), str(path))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -110,24 +93,12 @@ class Tokenizer:
         `revision` is the full commit hash, so that the file can't change under us. Raises ValueError if it is not, or
         if the download fails.
         """
-        if not re.fullmatch(r"[0-9a-f]{40}", revision):
-            raise ValueError(
-                f"The revision of {repository} must be a full commit hash (40 hex digits), got {revision!r}."
-            )
-        from huggingface_hub import hf_hub_download
-
-        name = SPIECE if has_sentencepiece() else FAST
-        try:
-            path = Path(hf_hub_download(repository, name, revision=revision))
-        except OSError as error:
-            raise ValueError(
-                f"Could not download {name} of {repository}: {error}. Put that file next to the text encoder instead."
-            ) from error
+        path = download(repository, SPIECE if has_sentencepiece() else FAST, revision)
         return cls.from_folder(path.parent)
 
     @classmethod
-    def find(cls, checkpoint: Checkpoint, read: Reader) -> "Tokenizer":
-        """Return the tokenizer that came with a text encoder: embedded in the file, else in a folder near it.
+    def find(cls, checkpoint: Checkpoint, read: Reader, further: Sequence[Path] = ()) -> "Tokenizer":
+        """Return the tokenizer that came with a text encoder: inside the file, in a folder near it, or a `further` one.
 
         `read` is `core.weights.reader.read_tensors`. Never downloads. Raises ValueError with the ways out.
         """
@@ -135,7 +106,7 @@ class Tokenizer:
             [(_, spiece)] = read(checkpoint, [EMBEDDED_NAME])
             return cls.from_spiece(spiece.numpy().tobytes(), f"{checkpoint.path} ({EMBEDDED_NAME})")
         home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        for folder in (home / name for name in FOLDERS):
+        for folder in (*(home / name for name in FOLDERS), *further):
             if (folder / FAST).is_file() or (folder / SPIECE).is_file():
                 return cls.from_folder(folder)
         if EMBEDDED_NAME in checkpoint.tensors:

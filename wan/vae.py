@@ -6,12 +6,32 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .config import VAEConfig
+from ..core.types import LatentFormat
+from .config import LATENT_CHANNELS, VAEConfig
 from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, Past, ResidualBlock, Upsample, norm_silu
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-WORKING_TENSORS = (
-    15.0  # tensors of base width at full resolution alive at the peak, measured 13.9 (tests/wan/test_vae.py)
+# Tensors of base width at full resolution alive at the peak of a chunk, measured 13.9, and of a still, which keeps
+# nothing for later frames, measured 5.6 (tests/wan/test_vae.py).
+WORKING_TENSORS = 15.0
+STILL_TENSORS = 6.0
+
+# Per latent channel; source: wan/modules/vae.py of the official repository. Qwen-Image's VAE has the same.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+LATENT_FORMAT = LatentFormat(
+    channels=LATENT_CHANNELS,
+    spatial_factor=8,
+    temporal_factor=4,
+    mean=LATENT_MEAN,
+    std=LATENT_STD,
+    comfy_name="Wan21",
 )
 
 
@@ -21,7 +41,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.dim * m for m in (1, *config.dim_mult)]
-        self.conv1 = CausalConv3d(3, widths[0], 3)
+        self.conv1 = CausalConv3d(config.channels, widths[0], 3)
         layers: list[nn.Module] = []
         for level, (narrow, wide) in enumerate(pairwise(widths)):
             layers += [ResidualBlock(narrow if n == 0 else wide, wide) for n in range(config.num_res_blocks)]
@@ -51,7 +71,7 @@ class Decoder(nn.Module):
             if level < len(config.dim_mult) - 1:
                 layers.append(Upsample(width, temporal[level]))
         self.upsamples = nn.ModuleList(layers)
-        self.head = _head(widths[-1], 3)
+        self.head = _head(widths[-1], config.channels)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         return _run_stack(self, self.upsamples, x, past, middle_first=True)
@@ -90,9 +110,14 @@ class WanVAE(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
         return self
 
-    def new_past(self) -> Past:
-        """Return the memory of a clip that starts now."""
-        return Past()
+    @property
+    def channels(self) -> int:
+        """Numbers in a pixel: 3, or 4 with alpha."""
+        return self.config.channels
+
+    def new_past(self, *, whole: bool = False) -> Past:
+        """Return the memory of a clip that starts now; `whole` says that its first chunk is all of it."""
+        return Past(whole=whole)
 
     def encode_chunk(self, pixels: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, T, h, w] of the next frames: 1 + 4n at first, 4n after, in [-1, 1]."""
@@ -105,6 +130,10 @@ class WanVAE(nn.Module):
         return self.decoder(self.conv2(latent, past), past)
 
     def working_bytes(self, height: int, width: int, frames: int) -> int:
-        """Estimate the bytes that a chunk of `frames` pixel frames needs besides the weights, from its widest layer."""
+        """Estimate the bytes that a chunk of `frames` pixel frames needs besides the weights, from its widest layer.
+
+        One frame stands for a whole clip, a still.
+        """
         itemsize = self.conv2.weight.element_size()
-        return int(WORKING_TENSORS * frames * height * width * self.config.dim * itemsize)
+        tensors = STILL_TENSORS if frames == 1 else WORKING_TENSORS
+        return int(tensors * frames * height * width * self.config.dim * itemsize)

@@ -14,10 +14,14 @@ from ..core.ops.conv import conv3d
 
 
 class Past:
-    """The last frames that each layer saw, keyed by the layer: what a causal layer needs of the chunks before."""
+    """The last frames that each layer saw, keyed by the layer: what a causal layer needs of the chunks before.
 
-    def __init__(self) -> None:
+    With `whole` no chunk follows the first one, so nothing is kept: of a still that would be every layer's input.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
+        self._whole = whole
 
     def get(self, layer: nn.Module) -> Tensor | None:
         """Return the kept frames [B, C, 1..2, H, W], or None where the layer has seen nothing yet."""
@@ -25,7 +29,8 @@ class Past:
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
         """Keep a copy, so that the chunk it is a view of can be freed."""
-        self._frames[layer] = frames.clone()
+        if not self._whole:
+            self._frames[layer] = frames.clone()
 
 
 class CausalConv3d(nn.Module):

@@ -35,7 +35,10 @@ def grid_rope(axes: list[tuple[Tensor, int]], device: torch.device) -> tuple[Ten
 
 
 def rotate(x_BLND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent pairs (2j, 2j+1) of each head by the token's angles; computes and returns float32."""
-    cos_LP, sin_LP = (table[:, None, :] for table in rope)
-    even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos_LP - odd * sin_LP, even * sin_LP + odd * cos_LP), dim=-1).flatten(-2)
+    """Rotate adjacent pairs (2j, 2j+1) of each head by the token's angles; computes and returns float32.
+
+    A pair is a complex number and the rotation one product: one pass over memory where pairs of real ones take eight.
+    """
+    turn_L1P = torch.complex(*rope)[:, None]
+    pairs_BLNP = torch.view_as_complex(x_BLND.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_BLNP * turn_L1P).flatten(-2)

@@ -2,14 +2,14 @@
 # B batch, C channels, T h w latent grid
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ..types import Velocity
-
-Combine = Callable[[Tensor, Tensor, float], Tensor]  # (with the prompt, without it, strength) -> velocity
+from ..types import Combine, Velocity
 
 
 def per_step(values: Sequence[float], steps: int) -> tuple[float, ...]:
@@ -27,32 +27,54 @@ def classifier_free(positive: Tensor, negative: Tensor, strength: float) -> Tens
     return negative + strength * (positive - negative)
 
 
-def norm_preserving(positive: Tensor, negative: Tensor, strength: float, axis: int | tuple[int, ...] = -1) -> Tensor:
-    """Return the guided velocity with every vector along `axis` scaled to the length it has in `positive`.
+def norm_preserving(positive: Tensor, negative: Tensor, strength: float) -> Tensor:
+    """Return the guided velocity of tokens [..., C] with every token scaled to the length it has in `positive`.
 
-    `axis` is what makes one token: -1 for tokens [B, L, C], 1 for [B, C, ...]. A vector of zeros stays zero.
-    Source: the "true CFG" of the Qwen-Image pipeline.
+    A vector of zeros stays zero.
+    Known as "true CFG" with a norm rescale.
     """
     guided = classifier_free(positive, negative, strength)
-    length = torch.linalg.vector_norm(guided, dim=axis, keepdim=True)
-    wanted = torch.linalg.vector_norm(positive, dim=axis, keepdim=True)
+    length = torch.linalg.vector_norm(guided, dim=-1, keepdim=True)
+    wanted = torch.linalg.vector_norm(positive, dim=-1, keepdim=True)
     return guided * (wanted / length.masked_fill(length == 0, 1.0))
 
 
-def guided_velocity(
-    x: Tensor,
-    timestep_B: Tensor,
-    strength: float,
-    positive: Velocity,
-    negative: Velocity | None,
-    combine: Combine = classifier_free,
-) -> Tensor:
-    """Return the velocity at `x` [B, C, T, h, w] in float32, combined in float32.
+def combination(patch: int | None) -> Combine:
+    """Return how two velocities [B, C, T, h, w] become one: plainly, or keeping the length of each token.
 
-    A strength of exactly 1 equals the prompt's own velocity, so the negative pass is left out (half the time); so it is
-    without a negative.
+    A token is `patch` x `patch` latent positions with all channels. Raises ValueError for sizes that don't divide into
+    tokens.
     """
-    v = positive(x, timestep_B).float()
-    if negative is None or strength == 1:
-        return v
-    return combine(v, negative(x, timestep_B).float(), strength)
+    if patch is None:
+        return classifier_free
+
+    def combine(positive: Tensor, negative: Tensor, strength: float) -> Tensor:
+        height, width = positive.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"latents of {height} x {width} don't divide into tokens of {patch} x {patch}")
+        pattern = "b c t (h ph) (w pw) -> b t h w (c ph pw)"
+        tokens = (rearrange(v, pattern, ph=patch, pw=patch) for v in (positive, negative))
+        guided = norm_preserving(*tokens, strength)
+        return rearrange(guided, "b t h w (c ph pw) -> b c t (h ph) (w pw)", ph=patch, pw=patch)
+
+    return combine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guided:
+    """The velocity that the solver follows: the prompt's, steered away from the negative prompt's."""
+
+    positive: Velocity
+    negative: Velocity | None = None
+    combine: Combine = classifier_free
+
+    def __call__(self, x: Tensor, timestep_B: Tensor, strength: float) -> Tensor:
+        """Return the velocity at `x` [B, C, T, h, w] in float32, combined in float32.
+
+        A strength of exactly 1 equals the prompt's own velocity, so the negative pass is left out (half the time); so
+        it is without a negative.
+        """
+        v = self.positive(x, timestep_B).float()
+        if self.negative is None or strength == 1:
+            return v
+        return self.combine(v, self.negative(x, timestep_B).float(), strength)

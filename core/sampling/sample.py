@@ -3,12 +3,12 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..types import Velocity
-from .guidance import Combine, classifier_free, guided_velocity
+from .guidance import Guided
 from .schedule import StepPlan
 from .solvers import Memory, find_solver
 
@@ -23,22 +23,42 @@ class SampleError(ValueError):
         self.latent, self.steps_done = latent, steps_done
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hold:
+    """A part of the picture that stays: `mask` is 1 where sampling is free and 0 where `clean` (normalised) is kept.
+
+    Both broadcast to x [B, C, T, h, w]. What is kept travels on the straight line from its noise to itself, so that the
+    model sees it at every noise level, and any solver brings it back.
+    """
+
+    mask: Tensor
+    clean: Tensor
+
+    def velocity(self, x: Tensor, v: Tensor, sigma: float) -> Tensor:
+        """Return `v` where sampling is free, and the velocity that leads to `clean` elsewhere."""
+        return torch.lerp((x - self.clean) / sigma, v, self.mask)
+
+    def settle(self, x: Tensor) -> Tensor:
+        """Return finished latents with what is kept exactly as it was, without the rounding of the way."""
+        return torch.where(self.mask == 0, self.clean, x)
+
+
 @torch.no_grad()
 def sample(
     x: Tensor,
     plan: StepPlan,
     solver: str,
-    positive: Velocity,
-    negative: Velocity | None,
+    velocity: Guided,
     noise: Callable[[int], Tensor],
     on_step: OnStep | None = None,
-    combine: Combine = classifier_free,
+    hold: Hold | None = None,
 ) -> Tensor:
     """Take every step of `plan` from normalised latents `x` [B, C, T, h, w] and return those at its end, in float32.
 
     `noise(step)` is asked by solvers that add noise (see `StepNoise`). `on_step` is told of every finished step, with
-    what the picture would be and the latents as they are. A run in two parts, cut anywhere, equals the whole with euler
-    and lcm; unipc and dpm++2m begin each part without history, at first order.
+    what the picture would be and the latents as they are. `hold` keeps a part of the picture as it is. A run in two
+    parts, cut anywhere, equals the whole with euler and lcm; unipc and dpm++2m begin each part without history, at
+    first order.
     Raises SampleError when a step gives NaN or infinity, ValueError when `x` holds some already.
     """
     if not torch.isfinite(x).all():
@@ -48,20 +68,21 @@ def sample(
     for i, timestep in enumerate(plan.timesteps):
         sigma, sigma_next, memory.step = plan.sigmas[i], plan.sigmas[i + 1], plan.start + i
         timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32)  # on the CPU: its angles are formed there
-        v = guided_velocity(x, timestep_B, plan.guidance[i], positive, negative, combine)
+        v = velocity(x, timestep_B, plan.guidance[i])
+        v = v if hold is None else hold.velocity(x, v, sigma)
         following = step(x, v, sigma, sigma_next, memory)
         if not torch.isfinite(following).all():
             raise SampleError(_diagnosis(v, i, plan), x, i)
         if on_step is not None:
             on_step(i + 1, total, x - sigma * v, following)
         x = following
-    return x
+    return x if hold is None or plan.sigmas[-1] > 0 else hold.settle(x)
 
 
 def draw_noise(shape: tuple[int, ...], seed: int, noise_device: str, device: torch.device) -> Tensor:
     """Return normal noise [B, ...] in float32 on `device`; item 0 is the same for every batch size.
 
-    "cpu" draws on the CPU: one seed is one picture on every machine. "gpu" draws on `device`, as Wan's own code does.
+    "cpu" draws on the CPU: one seed is one picture on every machine. "gpu" draws on `device`, as official code does.
     """
     if noise_device not in ("cpu", "gpu"):
         raise ValueError(f"noise_device is {noise_device!r}: choose cpu or gpu.")

@@ -6,28 +6,16 @@ Sigma is the share of noise in `x = (1 - sigma) * latent + sigma * noise`: 1 is 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
-from ..types import SampleRequest
+from ..types import SampleRequest, Schedule
 from .guidance import per_step
 from .solvers import find_solver
 
 TRAIN_TIMESTEPS = 1000  # the model is told 1000 * sigma
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """What a family fixes about its schedule besides the shift.
-
-    `terminal` is the last sigma before 0, or None to take what the shift gives. `whole_timesteps` cuts the fraction off
-    the timestep that the model sees; the solver keeps the exact sigma.
-    """
-
-    terminal: float | None = None
-    whole_timesteps: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,21 +36,18 @@ class StepPlan:
         assert len(self.sigmas) - 1 == len(self.timesteps) == len(self.guidance) > 0
 
 
-def plan_steps(request: SampleRequest, default_shift: float, schedule: Schedule | None = None) -> StepPlan:
+def plan_steps(request: SampleRequest, published: Schedule) -> StepPlan:
     """Return the steps that a request asks for.
 
-    The whole schedule is `request.sigmas`, or `request.steps` levels with `request.shift` (else `default_shift`); with
+    The whole schedule is `request.sigmas`, or `request.steps` levels of the published one; `request.shift` takes that
+    shift instead, and no terminal, as distilled models were made with. With
     `denoise` < 1 the last `steps` levels of a schedule of int(steps / denoise). `start_step` and `end_step` then take a
     part of it. A guidance list goes with the whole schedule, so that a run in two parts is given the same list twice.
     Raises ValueError for anything that cannot be run.
     """
-    schedule = schedule or Schedule()
-    shift = default_shift if request.shift is None else request.shift
+    schedule = published if request.shift is None else replace(published, shift=request.shift, terminal=None)
     grid_start = find_solver(request.solver).grid_start
-    if request.sigmas is None:
-        sigmas = _shifted_sigmas(request, shift, grid_start, schedule)
-    else:
-        sigmas = _custom_sigmas(request)
+    sigmas = _shifted_sigmas(request, schedule, grid_start) if request.sigmas is None else _custom_sigmas(request)
     timesteps = [_timestep(sigma, schedule.whole_timesteps) for sigma in sigmas[:-1]]
     guidance = per_step(request.guidance, len(timesteps))
     start, end = _part(request, len(timesteps))
@@ -90,17 +75,6 @@ def static_shift(levels: Sequence[float], shift: float) -> list[float]:
     return [shift * u / (1 + (shift - 1) * u) for u in levels]
 
 
-def exponential_shift(levels: Sequence[float], mu: float) -> list[float]:
-    """Return levels moved by `e^mu / (e^mu + 1 / u - 1)`, which is a static shift of e^mu."""
-    return static_shift(levels, math.exp(mu))
-
-
-def mu_for_length(tokens: int, shortest: tuple[int, float], longest: tuple[int, float]) -> float:
-    """Return mu on the line through two (tokens, mu) points, extended beyond both."""
-    (tokens_0, mu_0), (tokens_1, mu_1) = shortest, longest
-    return mu_0 + (tokens - tokens_0) * (mu_1 - mu_0) / (tokens_1 - tokens_0)
-
-
 def stretch_to_terminal(levels: Sequence[float], terminal: float) -> list[float]:
     """Return levels stretched away from 1 so that the last one is `terminal`; a single level of 1 stays."""
     if levels[-1] == 1:
@@ -109,15 +83,15 @@ def stretch_to_terminal(levels: Sequence[float], terminal: float) -> list[float]
     return [1 - (1 - level) * factor for level in levels]
 
 
-def _shifted_sigmas(request: SampleRequest, shift: float, grid_start: float, schedule: Schedule) -> list[float]:
+def _shifted_sigmas(request: SampleRequest, schedule: Schedule, grid_start: float) -> list[float]:
     if request.steps < 1:
         raise ValueError(f"steps is {request.steps}: a run needs at least 1.")
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift is {shift}: it must be a number above 0 (1 spaces the steps evenly).")
+    if not 0 < schedule.shift < math.inf:
+        raise ValueError(f"shift is {schedule.shift}: it must be a number above 0 (1 spaces the steps evenly).")
     if not 0 < request.denoise <= 1:
         raise ValueError(f"denoise is {request.denoise}: it must be above 0 and at most 1 (1 starts from noise alone).")
     whole = int(request.steps / request.denoise)
-    levels = static_shift(even_grid(whole, grid_start, first=whole - request.steps), shift)
+    levels = static_shift(even_grid(whole, grid_start, first=whole - request.steps), schedule.shift)
     if schedule.terminal is not None:
         levels = stretch_to_terminal(levels, schedule.terminal)
     return [*levels, 0.0]

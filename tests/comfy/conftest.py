@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from wanqwen.tests.nodes import tiny as checkpoints
 
@@ -59,7 +60,7 @@ def tiny(demo: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_files(base: Path) -> None:
-    """Write good models and bad ones, and a latent of NaN."""
+    """Write good models and bad ones, two pictures, and a latent of NaN."""
     for folder in ("input", "output", "models/unet"):
         (base / folder).mkdir(parents=True)
     models = base / "models"
@@ -67,6 +68,11 @@ def write_files(base: Path) -> None:
     checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
     vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
     encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
+    for variant in ("t2i", "edit", "edit-2509"):
+        checkpoints.write_qwen_model(models / "diffusion_models" / f"qwen_{variant}.safetensors", variant)
+    checkpoints.write_qwen_vae(models / "vae" / "qwen.safetensors")
+    checkpoints.write_qwen_text_encoder(models / "text_encoders" / "qwen.safetensors")
+    painted_picture().save(base / "input" / "example.png")  # the name in our workflows
 
     bad = good.parent
     (bad / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])
@@ -86,6 +92,14 @@ def write_files(base: Path) -> None:
         {"latent_tensor": torch.full((1, 16, 2, 4, 4), torch.nan), "latent_format_version_0": torch.tensor([])},
         base / "input" / "nan.latent",
     )
+
+
+def painted_picture() -> Image.Image:
+    """A picture of 56 x 44 pixels, on no grid, with a mask painted into its alpha channel as the mask editor does."""
+    pixels = torch.randint(256, (44, 56, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels[..., 3] = 255
+    pixels[12:28, 16:40, 3] = 0
+    return Image.fromarray(pixels.numpy(), "RGBA")
 
 
 class Touch:

@@ -17,6 +17,11 @@ def read_workflow(name: str) -> dict[str, Any]:
     return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def of_type(prompt: dict[str, Any], class_type: str) -> list[str]:
+    """Return the ids of all nodes of a type, in the order of the workflow."""
+    return [node for node, content in prompt.items() if content["class_type"] == class_type]
+
+
 def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
     """Return the prompt. Raises KeyError for a node that the server lacks, ValueError for values without a widget."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
@@ -46,8 +51,8 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
                 found[name] = next(values)
             except StopIteration:
                 raise ValueError(f"{node['type']} {node['id']}: no value for {name}") from None
-            if options.get("control_after_generate"):
-                next(values)  # what becomes of the seed after a run: for the editor alone
+            if options.get("control_after_generate") or options.get("image_upload"):
+                next(values)  # what becomes of the seed after a run, or the upload button: for the editor alone
     if left := list(values):
         raise ValueError(f"{node['type']} {node['id']}: {left} belong to no widget")
     return found

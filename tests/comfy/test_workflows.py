@@ -52,12 +52,13 @@ def test_workflow_uses_our_nodes_and_stock_ones_that_exist(path, object_info):
         assert set(node["inputs"]) >= set(info["input"]["required"]), node["class_type"]
 
 
-def test_workflow_without_its_files_names_them(server, object_info):
-    prompt = to_prompt(read_workflow("wan21_text_to_video"), object_info)
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS if not path.stem.startswith("demo")])
+def test_workflow_without_its_files_names_them(server, object_info, name):
+    prompt = to_prompt(read_workflow(name), object_info)
     status, answer = server.post("/prompt", {"prompt": prompt})
     assert status == 400
     problems = {node: error["errors"][0]["details"] for node, error in answer["node_errors"].items()}
-    assert set(problems) == {MODEL, TEXT_ENCODER, VAE}
+    assert set(problems) == {node for node, content in prompt.items() if "file" in content["inputs"]}
     for node, details in problems.items():
         assert prompt[node]["inputs"]["file"] in details and "was not found: put the file into" in details
 

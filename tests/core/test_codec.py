@@ -15,9 +15,13 @@ from wanqwen.wan.vae import WanVAE
 
 @pytest.fixture
 def codec() -> VideoCodec:
+    return tiny(channels=3)
+
+
+def tiny(channels: int) -> VideoCodec:
     def load() -> WanVAE:
         torch.manual_seed(0)
-        vae = WanVAE(VAEConfig(dim=4, num_res_blocks=1))
+        vae = WanVAE(VAEConfig(dim=4, num_res_blocks=1, channels=channels))
         for name, parameter in vae.named_parameters():
             if name.startswith("decoder.head.2"):
                 parameter.data *= 0.2  # random weights would paint everything black or white
@@ -99,10 +103,46 @@ def test_latents_of_another_model_are_refused(codec: VideoCodec) -> None:
 
 def test_pixels_that_do_not_fit_are_cut_with_a_message(codec: VideoCodec, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert codec.encode(torch.rand(7, 45, 83, 4)).shape == (1, 16, 2, 5, 10)
+        assert codec.encode(torch.rand(7, 45, 83, 3)).shape == (1, 16, 2, 5, 10)
     assert "7 frames of 83 x 45 cut to 5 of 80 x 40" in caplog.text
+    assert "alpha" not in caplog.text
     with pytest.raises(ValueError, match="smaller than one latent position"):
         codec.encode(torch.rand(1, 4, 80, 3))
+
+
+def test_alpha_that_the_vae_does_not_take_is_dropped_and_said(
+    codec: VideoCodec, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = torch.rand(1, 16, 24, 4, generator=torch.Generator().manual_seed(2))
+    with caplog.at_level(logging.WARNING):
+        encoded = codec.encode(image)
+    assert torch.equal(encoded, codec.encode(image[..., :3]))
+    assert caplog.text.count("alpha") == 1
+
+
+def test_vae_with_alpha_takes_and_gives_four_channels(caplog: pytest.LogCaptureFixture) -> None:
+    codec = tiny(channels=4)
+    assert codec.output_channels == 4
+    pixels = codec.decode(latent(frames=1, batch=2))
+    assert pixels.shape == (2, 1, 64, 96, 4)
+    assert 0 <= pixels[..., 3].min() < pixels[..., 3].max() <= 1
+    network = codec.first_stage_model
+    expected = network.decode_chunk(latent(frames=1), network.new_past()).clamp(-1, 1)[0].movedim(0, -1) / 2 + 0.5
+    assert (codec.decode(latent(frames=1))[0] - expected).abs().max() < 1e-5
+    tiled = codec.decode(latent(frames=1), tile=TileSize(8, 12, 2))
+    assert torch.equal(tiled[0], codec.decode(latent(frames=1))[0])
+
+    image = torch.rand(1, 16, 24, 4, generator=torch.Generator().manual_seed(2))
+    opaque = torch.cat((image[..., :3], torch.ones(1, 16, 24, 1)), dim=-1)
+    assert torch.equal(codec.encode(image[..., :3]), codec.encode(opaque)), "RGB is opaque"
+    assert (codec.encode(image) - codec.encode(opaque)).abs().max() > 1e-4, "alpha counts"
+    assert "alpha" not in caplog.text
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_images_of_other_channels_are_refused(codec: VideoCodec, channels: int) -> None:
+    with pytest.raises(ValueError, match="3 or 4"):
+        codec.encode(torch.zeros(1, 16, 16, channels))
 
 
 def test_short_memory_before_decoding_means_tiles(

@@ -4,9 +4,10 @@
 import torch
 from torch import Tensor
 from wanqwen.core.blocks import Run
+from wanqwen.core.sampling.guidance import Guided
 from wanqwen.core.sampling.sample import sample
 from wanqwen.core.sampling.schedule import plan_steps
-from wanqwen.core.types import Conditioning, SampleRequest
+from wanqwen.core.types import Conditioning, SampleRequest, Schedule
 from wanqwen.wan.family import denoisers
 
 from . import wan_dit
@@ -42,18 +43,17 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
         positive=positive,
         negative=negative,
         steps=config["steps"],
-        shift=config["shift"],
         guidance=(config["guide_scale"],),
         solver=OUR_SOLVERS[solver],
     )
     net = wan_dit.model(_weights_file(golden, noise.shape[0]), torch.float32)
-    velocities = denoisers(net, Run(), [positive, negative], torch.device("cpu"))
+    with_prompt, without = denoisers(net, Run(), [positive, negative], torch.device("cpu"))
     rows = [noise]
     sample(
         noise[None],
-        plan_steps(request, config["shift"]),
+        plan_steps(request, Schedule(shift=config["shift"])),
         request.solver,
-        *velocities,
+        Guided(positive=with_prompt, negative=without),
         lambda _: torch.zeros_like(noise[None]),
         lambda done, total, x0, x: rows.append(x[0]),
     )

@@ -12,7 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "goldens"
-WHOLE = ("wan_dit_t2v_tiny", "wan_vae_tiny", "umt5_encoder_tiny", "schedulers")
+WHOLE = (
+    "wan_dit_t2v_tiny",
+    "wan_vae_tiny",
+    "umt5_encoder_tiny",
+    "schedulers",
+    "qwen_image_mmdit_tiny",
+    "qwen_image_vae_tiny",
+    "qwen_cfg_loop_tiny",
+)
 # File -> its cases to keep, and the file that holds their weights. The loop's case i2v needs the I2V model.
 PARTLY = {"wan_cfg_loop_tiny": (("t2v",), "wan_dit_t2v_tiny.safetensors")}
 

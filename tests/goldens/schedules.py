@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from wanqwen.core.sampling.guidance import Guided
 from wanqwen.core.sampling.sample import sample
-from wanqwen.core.sampling.schedule import Schedule, StepPlan, mu_for_length, plan_steps
-from wanqwen.core.types import Conditioning, SampleRequest
+from wanqwen.core.sampling.schedule import StepPlan, plan_steps
+from wanqwen.core.types import Conditioning, SampleRequest, Schedule
+from wanqwen.qwen_image.family import mu_for_length
 
 from .golden import Golden, need
 
@@ -49,20 +51,20 @@ def make_plan(golden: Golden, solver: str, steps: int, shift: float | None, toke
     if solver in SOLVERS:
         if shift is None:
             raise ValueError(f"no shift is given for {solver}")
-        return plan_steps(_request(SOLVERS[solver], steps, shift), shift)
+        return plan_steps(_request(SOLVERS[solver], steps), Schedule(shift=shift))
     if solver not in DYNAMIC:
         raise ValueError(f"unknown solver {solver}; known: {', '.join([*SOLVERS, *DYNAMIC])}")
     config = golden.config[solver]
     ends = [(config[f"{end}_image_seq_len"], config[f"{end}_shift"]) for end in ("base", "max")]
     shift = math.exp(mu_for_length(tokens, *ends))
-    schedule = Schedule(terminal=config["shift_terminal"], whole_timesteps=False)
-    return plan_steps(_request(DYNAMIC[solver], steps, shift), shift, schedule)
+    schedule = Schedule(shift=shift, terminal=config["shift_terminal"], whole_timesteps=False)
+    return plan_steps(_request(DYNAMIC[solver], steps), schedule)
 
 
-def _request(solver: str, steps: int, shift: float) -> SampleRequest:
+def _request(solver: str, steps: int) -> SampleRequest:
     nothing = torch.zeros(1, 1, 1, 1, 1)
     text = Conditioning(text=torch.zeros(1, 1, 1))
-    return SampleRequest(latent=nothing, positive=text, steps=steps, shift=shift, solver=solver, guidance=(1.0,))
+    return SampleRequest(latent=nothing, positive=text, steps=steps, solver=solver, guidance=(1.0,))
 
 
 def _trajectory(golden: Golden, case: str, solver: str) -> Tensor:
@@ -83,8 +85,7 @@ def _trajectory(golden: Golden, case: str, solver: str) -> Tensor:
         x,
         plan,
         (SOLVERS | DYNAMIC)[solver],
-        lambda x, _: factor * x + next(following),
-        None,
+        Guided(positive=lambda x, _: factor * x + next(following)),
         lambda _: torch.zeros_like(x),
         lambda done, total, x0, x: rows.append(x),
     )

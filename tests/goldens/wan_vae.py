@@ -1,4 +1,4 @@
-"""Goldens of the Wan VAE: encode and decode, whole and in chunks."""
+"""Goldens of the VAE of Wan and Qwen-Image, in official and diffusers names: encode and decode, whole and in chunks."""
 # C channels, F pixel frames, T latent frames, H W pixels, h w latent positions
 
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from wanqwen.core.weights.keymap import Renamer, inverse
 from wanqwen.wan.config import VAEConfig
-from wanqwen.wan.family import LATENT_MEAN, LATENT_STD
-from wanqwen.wan.vae import WanVAE
+from wanqwen.wan.keymap import vae_spellings
+from wanqwen.wan.vae import LATENT_FORMAT, WanVAE
 from wanqwen.wan.vae_layers import Past
 
 from .golden import Golden, need
@@ -17,10 +18,23 @@ from .golden import Golden, need
 # official chunks, and a clip of one frame, take the 2-D path.
 TOLERANCE = {"whole": 1e-4, "streamed": 1e-4, "uneven": 1e-4}
 
+OFFICIAL = {"encoder.conv1.weight", "decoder.head.2.weight", "conv2.weight"}
+DIFFUSERS = {"encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight"}
+LOG_VARIANCE = (-30.0, 20.0)  # where diffusers clamps it
+
+# What the official code and diffusers call the sizes, and the statistics of the latents.
+SIZES = {
+    "dim": ("dim", "base_dim"),
+    "z_dim": ("z_dim",),
+    "num_res_blocks": ("num_res_blocks",),
+    "channels": ("input_channels",),
+}
+LISTS = {"dim_mult": "dim_mult", "temporal_downsample": "temperal_downsample"}  # sic
+
 
 def recognise(golden: Golden) -> bool:
-    """Say whether a file holds a Wan VAE in official names."""
-    return {"encoder.conv1.weight", "decoder.head.2.weight", "conv2.weight"} <= golden.weights.keys()
+    """Say whether a file holds a Wan VAE in official or diffusers names."""
+    return any(telling <= golden.weights.keys() for telling in (OFFICIAL, DIFFUSERS))
 
 
 def ways(golden: Golden, key: str) -> tuple[str, ...]:
@@ -45,26 +59,41 @@ def _model(golden: Golden) -> WanVAE:
     config = golden.config
     if config.get("attn_scales"):
         raise ValueError(f"{golden.path.name} has attention at scales {config['attn_scales']}, which no Wan VAE has")
-    sizes = {name: config[name] for name in ("dim", "z_dim", "num_res_blocks") if name in config}
-    lists = {"dim_mult": "dim_mult", "temporal_downsample": "temperal_downsample"}  # the official code spells it so
-    sizes |= {ours: tuple(config[theirs]) for ours, theirs in lists.items() if theirs in config}
+    sizes = {ours: config[name] for ours, names in SIZES.items() for name in names if name in config}
+    sizes |= {ours: tuple(config[theirs]) for ours, theirs in LISTS.items() if theirs in config}
     vae = WanVAE(VAEConfig(**sizes))
-    vae.load_state_dict(golden.weights, assign=True)
+    weights = golden.weights
+    if weights.keys() >= DIFFUSERS:
+        rename = Renamer(inverse(vae_spellings(vae.config.num_res_blocks)[1].table))
+        weights = {rename(name): tensor for name, tensor in weights.items()}
+    vae.load_state_dict(weights, assign=True)
     return vae.eval()
 
 
 def _statistics(golden: Golden) -> tuple[Tensor, Tensor]:
-    rows = golden.config.get("mean", LATENT_MEAN), golden.config.get("std", LATENT_STD)
-    mean, std = (torch.tensor(row).view(-1, 1, 1, 1) for row in rows)
+    rows = {"mean": LATENT_FORMAT.mean, "std": LATENT_FORMAT.std}
+    for name in rows:
+        rows[name] = golden.config.get(name, golden.config.get(f"latents_{name}", rows[name]))
+    mean, std = (torch.tensor(row).view(-1, 1, 1, 1) for row in rows.values())
     return mean, std
 
 
-def _latent_raw(golden: Golden, case: str, way: str) -> Tensor:
+def _encoded(golden: Golden, case: str, way: str) -> tuple[Tensor, Tensor]:
     vae, past = _model(golden), Past()
     (pixels,) = need(golden.inputs(case), "pixels")
     factor = 2 ** sum(vae.config.temporal_downsample)
     chunks = _chunks(_with_batch(pixels), way, following=factor)
-    return torch.cat([vae.encode_chunk(chunk, past)[0] for chunk in chunks], dim=2)
+    parts = [vae.encode_chunk(chunk, past) for chunk in chunks]
+    mean, log_variance = (torch.cat(both, dim=2) for both in zip(*parts, strict=True))
+    return mean, log_variance
+
+
+def _latent_raw(golden: Golden, case: str, way: str) -> Tensor:
+    return _encoded(golden, case, way)[0]
+
+
+def _log_variance(golden: Golden, case: str, way: str) -> Tensor:
+    return _encoded(golden, case, way)[1].clamp(*LOG_VARIANCE)
 
 
 def _latent_normalized(golden: Golden, case: str, way: str) -> Tensor:
@@ -86,6 +115,8 @@ def _decoded(golden: Golden, case: str, way: str) -> Tensor:
 
 OUTPUTS: dict[str, Callable[[Golden, str, str], Tensor]] = {
     "latent_raw": _latent_raw,
+    "latent_mode_raw": _latent_raw,  # diffusers' word: the mode of the posterior is its mean
+    "logvar": _log_variance,
     "latent_normalized": _latent_normalized,
     "decoded": _decoded,
     "decoded_unclamped": _decoded_unclamped,

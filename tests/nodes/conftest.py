@@ -11,11 +11,15 @@ from . import comfy_double, tiny
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of models: one tiny file of each kind."""
+    """The folder of models: one tiny file of each kind and family."""
     root = tmp_path_factory.mktemp("models")
     tiny.write_model(root / "diffusion_models" / "tiny.safetensors")
     tiny.write_vae(root / "vae" / "tiny.safetensors")
     tiny.write_text_encoder(root / "text_encoders" / "tiny.safetensors")
+    for variant in ("t2i", "edit", "edit-2509"):
+        tiny.write_qwen_model(root / "diffusion_models" / f"qwen_{variant}.safetensors", variant)
+    tiny.write_qwen_vae(root / "vae" / "qwen.safetensors")
+    tiny.write_qwen_text_encoder(root / "text_encoders" / "qwen.safetensors")
     return root
 
 

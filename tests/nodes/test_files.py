@@ -16,9 +16,12 @@ def types(nodes):
 def test_dropdowns_list_what_can_be_read_and_the_miniature(types, models, tmp_path, monkeypatch):
     monkeypatch.setattr(types, "DEMO_FOLDER", tmp_path)
     (models / "vae" / "notes.txt").write_text("no model")
-    assert types.list_files("vae") == ["tiny.safetensors"]
+    assert types.list_files("vae") == ["qwen.safetensors", "tiny.safetensors"]
     (tmp_path / "wan_vae.safetensors").touch()
-    assert types.list_files("vae") == ["tiny.safetensors", "demo/wan_vae.safetensors"]
+    assert types.list_files("vae") == ["qwen.safetensors", "tiny.safetensors", "demo/wan_vae.safetensors"]
+    (tmp_path / "qwen_edit_dit.safetensors").touch()
+    assert types.list_files("diffusion_models", "wan_")[-1] != "demo/qwen_edit_dit.safetensors"
+    assert types.list_files("diffusion_models", "qwen_")[-1] == "demo/qwen_edit_dit.safetensors"
     assert types.find_file("vae", "demo/wan_vae.safetensors") == tmp_path / "wan_vae.safetensors"
 
 
@@ -35,7 +38,18 @@ def test_validation_covers_every_fixed_list(nodes):
     assert "was not found" in nodes.LoadWanVAE.validate_inputs("gone.safetensors", "auto")
     assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu", "auto")
     assert "choose one of unipc" in nodes.Sampler.validate_inputs("heun", "cpu")
+    assert "choose one of none, lightning-4" in nodes.Sampler.validate_inputs("euler", "cpu", "turbo")
     assert "choose one of auto, tiled" in nodes.VAEDecode.validate_inputs("on")
+    assert "choose one of clip, pictures" in nodes.VAEEncode.validate_inputs("video")
+    assert "choose one of auto, bf16, fp32" in nodes.LoadQwenImageModel.validate_inputs(
+        "tiny.safetensors", "auto", "fp16"
+    )
+    assert "choose one of auto, t2i, edit" in nodes.LoadQwenImageModel.validate_inputs(
+        "tiny.safetensors", "base", "auto"
+    )
+    assert "choose one of auto, hub" in nodes.LoadQwenImageTextEncoder.validate_inputs("tiny.safetensors", "cpu", "own")
+    assert "choose one of published, pixel_aligned" in nodes.QwenImageEditEncode.validate_inputs("large")
+    assert "choose one of 1:1 (1328x1328)" in nodes.EmptyQwenImageLatent.validate_inputs("2:1")
 
 
 def test_a_replaced_file_is_loaded_again(nodes, models):
@@ -47,21 +61,39 @@ def test_a_replaced_file_is_loaded_again(nodes, models):
     assert before != nodes.LoadWanModel.fingerprint_inputs("other.safetensors", "auto")
 
 
+# Loader -> its folder of models, and its settings beside the file.
+LOADERS = {
+    "LoadWanModel": ("diffusion_models", ("auto",)),
+    "LoadWanVAE": ("vae", ("auto",)),
+    "LoadWanTextEncoder": ("text_encoders", ("cpu", 0.0, "auto")),
+    "LoadQwenImageModel": ("diffusion_models", ("auto", "auto")),
+    "LoadQwenImageTextEncoder": ("text_encoders", ("cpu", 0.0, "auto")),
+}
+
+
 @pytest.mark.parametrize(
     ("node", "file", "expected"),
     [
-        ("LoadWanModel", "vae/tiny.safetensors", "is a VAE"),
-        ("LoadWanVAE", "text_encoders/tiny.safetensors", "is a text encoder"),
-        ("LoadWanTextEncoder", "diffusion_models/tiny.safetensors", "is a diffusion model"),
+        ("LoadWanModel", "vae/tiny.safetensors", "is a VAE.* Expected a diffusion model"),
+        ("LoadWanVAE", "text_encoders/tiny.safetensors", "is a text encoder.* Expected a VAE"),
+        ("LoadWanVAE", "text_encoders/qwen.safetensors", "is a text encoder.* Expected a VAE"),
+        ("LoadWanTextEncoder", "diffusion_models/tiny.safetensors", "is a diffusion model.* Expected a text encoder"),
+        ("LoadWanModel", "diffusion_models/qwen_edit.safetensors", "belongs to qwen-image .edit.*is for wan21"),
+        ("LoadQwenImageModel", "diffusion_models/tiny.safetensors", "belongs to wan21 .custom.*is for qwen-image"),
+        ("LoadQwenImageModel", "vae/qwen.safetensors", "is a VAE.* Expected a diffusion model"),
+        ("LoadWanTextEncoder", "text_encoders/qwen.safetensors", "belongs to qwen-image.*is for wan21"),
+        ("LoadQwenImageTextEncoder", "text_encoders/tiny.safetensors", "belongs to wan21.*is for qwen-image"),
     ],
 )
 def test_a_file_in_the_wrong_loader_says_what_it_is(nodes, models, node, file, expected):
-    folder = {"LoadWanModel": "diffusion_models", "LoadWanVAE": "vae", "LoadWanTextEncoder": "text_encoders"}[node]
+    folder, settings = LOADERS[node]
     shutil.copy(models / file, models / folder / "wrong.safetensors")
-    settings = ("cpu", 0.0, "auto") if node == "LoadWanTextEncoder" else ("auto",)
-    with pytest.raises(ValueError, match=expected) as caught:
-        getattr(nodes, node).execute("wrong.safetensors", *settings)
-    assert "wrong.safetensors" in str(caught.value) and "Expected" in str(caught.value)
+    try:
+        with pytest.raises(ValueError, match=expected) as caught:
+            getattr(nodes, node).execute("wrong.safetensors", *settings)
+    finally:
+        (models / folder / "wrong.safetensors").unlink()
+    assert "wrong.safetensors" in str(caught.value)
 
 
 def test_precision_reaches_the_model_and_the_vae(nodes):

@@ -74,9 +74,9 @@ def test_a_video_vae_is_asked_for(nodes):
     class ImageVAE:
         latent_dim, latent_channels = 2, 16
 
-    with pytest.raises(ValueError, match="not for video"):
+    with pytest.raises(ValueError, match="for other models"):
         nodes.VAEDecode.execute({"samples": torch.zeros(1, 16, 1, 4, 4)}, ImageVAE(), "auto", 256, 64)
-    with pytest.raises(ValueError, match="not for video"):
+    with pytest.raises(ValueError, match="for other models"):
         nodes.VAEEncode.execute(torch.zeros(1, 32, 32, 3), ImageVAE())
 
 
@@ -87,7 +87,17 @@ def test_latents_of_another_model_are_refused(nodes, vae):
 
 def test_encode_takes_the_batch_as_one_clip(nodes, vae):
     output = nodes.VAEEncode.execute(torch.rand(5, 32, 48, 4), vae)
-    assert value(output)["samples"].shape == (1, 16, 2, 4, 6) and output.ui == {"text": ["5 frames of 48 x 32"]}
+    assert value(output)["samples"].shape == (1, 16, 2, 4, 6)
+    assert output.ui == {"text": ["5 frames of 48 x 32", "The image's alpha channel was dropped."]}
+
+
+def test_encode_takes_the_batch_as_pictures_of_their_own(nodes, vae):
+    images = torch.rand(3, 32, 50, 3)
+    output = nodes.VAEEncode.execute(images, vae, "pictures")
+    latents = value(output)["samples"]
+    assert latents.shape == (3, 16, 1, 4, 6)
+    assert torch.equal(latents[1:2], value(nodes.VAEEncode.execute(images[1:2], vae))["samples"])
+    assert output.ui == {"text": ["3 pictures of 48 x 32, cut from 3 pictures of 50 x 32 (sizes in steps of 8)"]}
 
 
 def test_encode_says_what_it_cut(nodes, vae):
@@ -162,9 +172,36 @@ def test_sampler_says_what_is_wrong(nodes, model, prompts, options, message):
         sampled(nodes, model, prompts, empty(nodes), **options)
 
 
-def test_sampler_refuses_a_mask_rather_than_ignoring_it(nodes, model, prompts):
-    with pytest.raises(ValueError, match="noise mask"):
-        sampled(nodes, model, prompts, empty(nodes) | {"noise_mask": torch.ones(1, 32, 32)})
+def test_a_mask_keeps_the_rest_of_a_clip(nodes, model, vae, prompts):
+    source = value(nodes.VAEEncode.execute(torch.rand(5, 32, 32, 3), vae))
+    mask = torch.zeros(1, 1, 32, 32)  # in pixels, as ComfyUI's Set Latent Noise Mask gives it
+    mask[..., 12:20] = 1  # touches the latent columns 1 and 2
+    made = sampled(nodes, model, prompts, source | {"noise_mask": mask})["samples"]
+    assert torch.allclose(made[..., [0, 3]], source["samples"][..., [0, 3]], atol=1e-5)
+    assert (made - source["samples"])[..., 1:3].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 1, 32, 32), "2 masks for 1 latent"),
+        (torch.full((1, 1, 32, 32), 255.0), "from 255 to 255: 0 .kept. to 1"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(nodes, model, prompts, mask, message):
+    with pytest.raises(ValueError, match=message):
+        sampled(nodes, model, prompts, empty(nodes) | {"noise_mask": mask})
+
+
+def test_shift_0_is_the_published_schedule(nodes, model, prompts):
+    published = sampled(nodes, model, prompts, empty(nodes), shift=0.0)["samples"]
+    assert torch.equal(published, sampled(nodes, model, prompts, empty(nodes), shift=5.0)["samples"])
+    assert not torch.equal(published, sampled(nodes, model, prompts, empty(nodes), shift=3.0)["samples"])
+
+
+def test_the_preset_of_another_family_is_refused(nodes, model, prompts):
+    with pytest.raises(ValueError, match="preset is lightning-4, which is not for wan21 models: choose none"):
+        sampled(nodes, model, prompts, empty(nodes), preset="lightning-4")
 
 
 def test_sampler_refuses_several_prompts(nodes, model, prompts):

@@ -1,20 +1,38 @@
-"""Random checkpoints of the three kinds in a few hundred kilobytes, written as published files are."""
+"""Random checkpoints of both families in a few hundred kilobytes, written as published files are."""
 
 import io
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from wanqwen.core.weights.keymap import Renamer
+from wanqwen.qwen_image import text_encoder as qwen_text_encoder
+from wanqwen.qwen_image.config import QwenImageConfig
+from wanqwen.qwen_image.tokenizer import EMBEDDED_NAME
+from wanqwen.qwen_image.transformer import QwenImageTransformer
+from wanqwen.qwen_image.vl_config import VisionConfig, VLConfig
+from wanqwen.tests.qwen_image.test_tokenizer import tiny_tokenizer
 from wanqwen.wan import text_encoder
 from wanqwen.wan.config import TextEncoderConfig, VAEConfig, WanConfig
+from wanqwen.wan.keymap import vae_spellings
 from wanqwen.wan.transformer import WanTransformer
 from wanqwen.wan.vae import WanVAE
 
 TEXT = TextEncoderConfig(vocab_size=48, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=2)
 MODEL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=TEXT.dim, freq_dim=32)
 VAE = VAEConfig(dim=8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
+# Pictures are 56 x 56 pixels to this encoder, four rows each. Its width is another than that of Wan's above.
+VL = VLConfig(
+    hidden=48, intermediate=64, num_layers=2, num_heads=6, num_kv_heads=2, vocab_size=700, mrope_section=(1, 1, 2),
+    max_pixels=56 * 56,
+    vision=VisionConfig(
+        depth=2, hidden=32, intermediate=40, num_heads=4, out_hidden=48, window=56, full_attention=(1,)
+    ),
+)  # fmt: skip
+QWEN = QwenImageConfig(num_layers=2, num_heads=2, dim=48, ffn_dim=64, text_dim=VL.hidden, freq_dim=32, axes=(4, 10, 10))
 CORPUS = [
     f"a {colour} {shape} moving {way} on a {ground} background"
     for colour, ground in (("red", "white"), ("blue", "green"), ("yellow", "black"))
@@ -41,11 +59,49 @@ def write_text_encoder(path: Path) -> Path:
     return _write(path, state | {"spiece_model": torch.frombuffer(bytearray(_spiece()), dtype=torch.uint8)})
 
 
+def write_qwen_model(path: Path, variant: str = "t2i") -> Path:
+    """Write a Qwen-Image diffusion model."""
+    own = {"num_heads": QWEN.num_heads, "axes": QWEN.axes, "variant": variant}
+    config = replace(QWEN, zero_cond_t=variant == "edit-2511")
+    return _write(path, filled(QwenImageTransformer(config)).state_dict(), {"wanqwen": json.dumps(own)})
+
+
+def write_qwen_text_encoder(path: Path) -> Path:
+    """Write a Qwen2.5-VL with its tokenizer inside."""
+    parts = {
+        qwen_text_encoder.LANGUAGE: qwen_text_encoder.build_language(VL),
+        qwen_text_encoder.VISION: qwen_text_encoder.build_vision(VL.vision),
+    }
+    state = {
+        prefix + name: tensor
+        for prefix, part in parts.items()
+        for name, tensor in filled(part.to_empty(device="cpu")).state_dict().items()
+    }
+    told = ("num_heads", "num_kv_heads", "mrope_section", "max_pixels")
+    own = {name: asdict(VL)[name] for name in told} | {
+        "vision_heads": VL.vision.num_heads,
+        "window": VL.vision.window,
+        "full_attention": VL.vision.full_attention,
+    }
+    tokenizer = torch.frombuffer(bytearray(tiny_tokenizer()), dtype=torch.uint8)
+    return _write(path, state | {EMBEDDED_NAME: tokenizer}, {"wanqwen": json.dumps(own)})
+
+
+def write_qwen_vae(path: Path) -> Path:
+    """Write a VAE in the names that Qwen-Image's has in diffusers."""
+    [diffusers] = [spelling for spelling in vae_spellings(VAE.num_res_blocks) if spelling.name == "diffusers"]
+    rename = Renamer(diffusers.table)
+    return _write(path, {rename(name): tensor for name, tensor in filled(WanVAE(VAE)).state_dict().items()})
+
+
 def write_all(folder: Path) -> Path:
-    """Write model.safetensors, vae.safetensors and text.safetensors, and return the folder."""
+    """Write model, vae, text, qwen_model, qwen_vae and qwen_text (.safetensors), and return the folder."""
     write_model(folder / "model.safetensors")
     write_vae(folder / "vae.safetensors")
     write_text_encoder(folder / "text.safetensors")
+    write_qwen_model(folder / "qwen_model.safetensors")
+    write_qwen_vae(folder / "qwen_vae.safetensors")
+    write_qwen_text_encoder(folder / "qwen_text.safetensors")
     return folder
 
 

@@ -1,20 +1,17 @@
-import gzip
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from wanqwen.core.ops.formats import companion
-from wanqwen.core.types import Checkpoint, TensorInfo
+from wanqwen.core.types import TensorInfo
 from wanqwen.core.weights.keymap import Renamer
 from wanqwen.families import identify
+from wanqwen.tests.manifests import checkpoint, fake, on_meta, shapes
 from wanqwen.wan.config import VAEConfig, WanConfig
 from wanqwen.wan.identify import identify as identify_wan
 from wanqwen.wan.keymap import TEXT_ENCODER_SPELLINGS
 from wanqwen.wan.transformer import WanTransformer
 from wanqwen.wan.vae import WanVAE
 
-MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
 SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 LARGE = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
@@ -72,26 +69,6 @@ PARAMETERS = {  # counted, section 2 of the specification
     "vace-14B": 17_337_592_896,
     "vae": 126_892_531,
 }
-
-
-def checkpoint(name):
-    tensors = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))["tensors"]
-    return fake({key: TensorInfo(dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()}, name)
-
-
-def fake(tensors, name="fake", metadata=None):
-    path = Path(f"{name}.safetensors")
-    return Checkpoint(path=path, tensors=tensors, location=dict.fromkeys(tensors, path), metadata=metadata or {})
-
-
-def shapes(found, identity):
-    """Return the official names of the weights with the shapes that the file states."""
-    return {o: found.tensors[n].shape for o, n in identity.names.items() if companion(o) is None}
-
-
-def on_meta(build):
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
 
 
 @pytest.mark.parametrize("name", T2V | VAE | UMT5 | OTHERS)
@@ -154,8 +131,8 @@ def test_text_encoder_equals_the_manifest_key_by_key_and_shape_by_shape(name):
         ("lora_wan_lightx2v_i2v_14B_480p_rank64_bf16", "a LoRA"),
         ("wan21_kijai_vace_module_1_3B_bf16_INFERRED", "VACE half"),
         ("wan21_df11_t2v_14B_diffusers_PARTIAL", "DFloat11"),
-        ("qwen_comfy_bf16", "Qwen-Image model"),
-        ("qwen_comfy_qwen_2.5_vl_7b_bf16", "language model"),
+        ("qwen_df11_transformer", "DFloat11"),
+        ("lora_qwen_lightning_bf16", "a LoRA"),
     ],
 )
 def test_what_is_no_model_of_ours_is_named(name, said):
@@ -180,7 +157,13 @@ def test_metadata_tells_what_shapes_do_not():
 
 @pytest.mark.parametrize(
     ("metadata", "said"),
-    [({}, "width 48 is not made of heads of 128"), ({"wanqwen": "3"}, "not JSON"), ({"wanqwen": "{"}, "not JSON")],
+    [
+        ({}, "width 48 is not made of heads of 128"),
+        ({"wanqwen": "3"}, "not JSON"),
+        ({"wanqwen": "{"}, "not JSON"),
+        ({"wanqwen": '{"num_heads": "three"}'}, "num_heads can't be 'three'"),
+        ({"wanqwen": '{"num_heads": 0}'}, "num_heads can't be '0'"),
+    ],
 )
 def test_unknown_number_of_heads_is_an_error(metadata, said):
     config = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2)
@@ -196,13 +179,21 @@ def test_unknown_number_of_heads_is_an_error(metadata, said):
         VAEConfig(
             dim=4, z_dim=8, dim_mult=(1, 1, 3, 2, 2), num_res_blocks=3, temporal_downsample=(True, False, False, True)
         ),
+        VAEConfig(dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,), channels=4),
     ],
 )
 def test_vae_geometry_is_read_from_the_layers(config):
     tensors = {name: TensorInfo("F32", shape) for name, shape in on_meta(lambda: WanVAE(config)).items()}
     identity = identify(fake(tensors))
-    assert (identity.variant, identity.config) == ("vae", config)
+    assert (identity.variant, identity.config) == ("vae-rgba" if config.channels == 4 else "vae", config)
     assert identity.missing == identity.unexpected == ()
+
+
+def test_vae_for_other_pixels_is_an_error():
+    config = VAEConfig(dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,), channels=12)
+    tensors = {name: TensorInfo("F32", shape) for name, shape in on_meta(lambda: WanVAE(config)).items()}
+    with pytest.raises(ValueError, match="pixels of 12 channels"):
+        identify(fake(tensors))
 
 
 def test_wan22_image_model_is_not_taken_for_t2v_14B():

@@ -183,6 +183,14 @@ def test_other_tokenizers_and_garbage_are_refused(tmp_path, spiece):
         Tokenizer.from_folder(tmp_path / "nowhere")
 
 
+def test_one_file_is_read_by_its_ending(tmp_path, spiece):
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    write_fast(tmp_path / "tokenizer.json", spiece)
+    expected = Tokenizer.from_spiece(spiece)("a red disc").ids
+    for name in ("spiece.model", "tokenizer.json"):
+        assert Tokenizer.from_file(tmp_path / name)("a red disc").ids == expected
+
+
 def test_hub_download_takes_the_pinned_commit_only(tmp_path, spiece, monkeypatch):
     import huggingface_hub
 

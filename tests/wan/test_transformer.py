@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from wanqwen.bench.measure import peak_bytes
 from wanqwen.core.blocks import Run
+from wanqwen.core.types import Conditioning
 from wanqwen.wan.config import WanConfig
 from wanqwen.wan.family import keep_float32, working_bytes
 from wanqwen.wan.transformer import WanTransformer
@@ -131,4 +132,5 @@ def test_working_bytes_tell_the_measured_peak(dim: int, ffn_dim: int, dtype: tor
             model(x, torch.tensor([500.0]), prompt, run)
 
     peak = peak_bytes(step, torch.device("cpu"))
-    assert peak <= working_bytes(config, tuple(x.shape), dtype) <= 1.5 * peak
+    conditionings = [Conditioning(text=torch.zeros(1, 9, 40))] * 2
+    assert peak <= working_bytes(config, tuple(x.shape), conditionings, dtype) <= 1.5 * peak

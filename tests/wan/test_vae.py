@@ -1,5 +1,6 @@
 """The Wan VAE's promises beside the goldens (tests/goldens): chunks, stills, bounded memory."""
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor
 from wanqwen.bench.measure import peak_bytes
 from wanqwen.core.codec import VideoCodec
+from wanqwen.core.weights.keymap import Renamer
+from wanqwen.wan import vae_layers
 from wanqwen.wan.config import VAEConfig
 from wanqwen.wan.family import LATENT_FORMAT
+from wanqwen.wan.keymap import vae_spellings
 from wanqwen.wan.vae import WanVAE
 from wanqwen.wan.vae_layers import CausalConv3d, ChannelNorm, Past
 
@@ -52,26 +56,92 @@ def test_encoding_in_chunks_equals_the_whole(vae: WanVAE, chunks: list[int]) -> 
     assert error(torch.cat(parts, dim=2), vae.encode_chunk(pixels, vae.new_past())[0]) < 1e-5
 
 
-def test_one_frame_takes_the_2d_path_to_the_same_pixels(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    latent = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("work", ["decode", "encode"])
+def test_one_frame_takes_the_2d_path_to_the_same_numbers(
+    vae: WanVAE, monkeypatch: pytest.MonkeyPatch, work: str, whole: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    latent = torch.randn(1, 16, 1, 4, 6, generator=generator)
+    pixels = torch.rand(1, 3, 1, 32, 48, generator=generator) * 2 - 1
     three_d = []
-    original = torch.nn.functional.conv3d
 
-    def counted(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
+    def counted(x: Tensor, weight: Tensor, bias: Tensor, **options: tuple[int, int, int]) -> Tensor:
         three_d.append(weight.shape[2] > 1)
-        return original(x, weight, *rest, **options)
+        return torch.nn.functional.conv3d(x, weight, bias, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "conv3d", counted)
-    fast = vae.decode_chunk(latent, Past())
-    assert not any(three_d), "a still went through a convolution over time"
+    def run(past: Past) -> Tensor:
+        return vae.decode_chunk(latent, past) if work == "decode" else torch.cat(vae.encode_chunk(pixels, past), dim=1)
+
+    monkeypatch.setattr(vae_layers, "conv3d", counted)
+    fast = run(vae.new_past(whole=whole))
+    assert three_d and not any(three_d), "a still went through a convolution over time"
 
     def in_three_dimensions(self: CausalConv3d, x: Tensor, past: Past) -> Tensor:
         depth = self.kernel[0] - 1
         padded = torch.nn.functional.pad(x, (0, 0, 0, 0, depth, 0))
-        return original(padded, self.weight, self.bias, padding=(0, self.kernel[1] // 2, self.kernel[2] // 2))
+        pad = (0, self.kernel[1] // 2, self.kernel[2] // 2)
+        return torch.nn.functional.conv3d(padded, self.weight, self.bias, padding=pad)
 
     monkeypatch.setattr(CausalConv3d, "forward", in_three_dimensions)
-    assert error(fast, vae.decode_chunk(latent, Past())) < 1e-5
+    assert error(fast, run(Past())) < 1e-5
+
+
+def test_a_whole_clip_in_one_chunk_is_the_same_without_a_past_that_keeps(vae: WanVAE) -> None:
+    generator = torch.Generator().manual_seed(5)
+    latent, pixels = torch.randn(1, 16, 3, 4, 4, generator=generator), torch.rand(1, 3, 9, 32, 32, generator=generator)
+    assert torch.equal(vae.decode_chunk(latent, vae.new_past(whole=True)), vae.decode_chunk(latent, Past()))
+    assert torch.equal(vae.encode_chunk(pixels, vae.new_past(whole=True))[0], vae.encode_chunk(pixels, Past())[0])
+
+
+def random_config(draw: random.Random) -> VAEConfig:
+    levels = draw.choice((2, 3, 4))
+    return VAEConfig(
+        # Of fewer channels some vector is all but zero somewhere, and its direction, which the norm takes, is noise.
+        dim=draw.choice((16, 20, 24)),
+        z_dim=draw.choice((2, 5, 16)),
+        dim_mult=tuple(draw.choice((1, 2, 4)) for _ in range(levels)),
+        num_res_blocks=draw.choice((1, 2)),
+        temporal_downsample=tuple(draw.random() < 0.5 for _ in range(levels - 1)),
+        channels=draw.choice((3, 4)),
+    )
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_numbers_are_those_of_diffusers_qwen_image_vae(frames: int) -> None:
+    """The stills that Qwen-Image makes, at sizes drawn anew in each run; and clips, at any number of channels."""
+    diffusers = pytest.importorskip("diffusers")
+    seed = random.SystemRandom().randrange(2**31)
+    draw, generator = random.Random(seed), torch.manual_seed(seed)
+    config = random_config(draw)
+    if frames > 1:  # diffusers takes four frames after the first whatever the levels
+        config = VAEConfig(dim=16, z_dim=config.z_dim, num_res_blocks=1, channels=config.channels)
+    factor = 2 ** (len(config.dim_mult) - 1)
+    what = f"seed {seed}, {config}"
+    ours = WanVAE(config).eval()
+    for name, parameter in ours.named_parameters():
+        is_gamma = name.endswith("gamma")
+        parameter.normal_(
+            1.0 if is_gamma else 0.0, 0.1 if is_gamma else parameter[0].numel() ** -0.5, generator=generator
+        )
+        if name.endswith("bias"):
+            parameter.mul_(0.1)
+    theirs = diffusers.AutoencoderKLQwenImage(
+        base_dim=config.dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult), num_res_blocks=config.num_res_blocks,
+        temperal_downsample=list(config.temporal_downsample), input_channels=config.channels,
+    ).eval()  # fmt: skip
+    rename = Renamer(vae_spellings(config.num_res_blocks)[1].table)
+    theirs.load_state_dict({rename(name): tensor for name, tensor in ours.state_dict().items()})
+    height, width = draw.randrange(2, 6), draw.randrange(2, 6)
+    pixels = torch.rand(1, config.channels, frames, height * factor, width * factor, generator=generator) * 2 - 1
+    mean, log_variance = ours.encode_chunk(pixels, ours.new_past(whole=True))
+    posterior = theirs.encode(pixels).latent_dist
+    assert error(mean, posterior.mode()) <= 1e-4, what
+    assert error(log_variance.clamp(-30, 20), posterior.logvar) <= 1e-4, what
+    latent = torch.randn(mean.shape, generator=generator)
+    decoded = ours.decode_chunk(latent, ours.new_past(whole=True)).clamp(-1, 1)
+    assert error(decoded, theirs.decode(latent).sample) <= 1e-4, what
+    assert decoded.std() > 0.05, f"a blank picture proves nothing: {what}"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
@@ -121,3 +191,16 @@ def test_working_bytes_tell_the_measured_peak() -> None:
     peaks = peak_bytes(lambda: codec.decode(latent), CPU) - pixels.nbytes, peak_bytes(lambda: codec.encode(pixels), CPU)
     assert all(peak <= estimate for peak in peaks)
     assert estimate < 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_still_keeps_nothing_for_later_frames(channels: int) -> None:
+    vae = WanVAE(VAEConfig(dim=16, channels=channels)).channels_last()
+    codec = VideoCodec(lambda: vae, LATENT_FORMAT, device=CPU)
+    latent, pixels = torch.randn(1, 16, 1, 16, 16), torch.rand(1, 128, 128, channels)
+    codec.decode(latent)
+    estimate = vae.working_bytes(128, 128, 1)
+    peaks = peak_bytes(lambda: codec.decode(latent), CPU) - pixels.nbytes, peak_bytes(lambda: codec.encode(pixels), CPU)
+    assert all(peak <= estimate for peak in peaks)
+    assert estimate < 1.2 * peaks[0]
+    assert peaks[0] < 0.5 * peak_bytes(lambda: vae.decode_chunk(latent, Past()), CPU)

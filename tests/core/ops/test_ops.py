@@ -40,6 +40,14 @@ def test_rope_rotates_adjacent_pairs_by_position_over_each_axis() -> None:
             start += 2
 
 
+def test_rope_rotates_slices_of_any_layout() -> None:
+    rope = grid_rope([(torch.arange(5), 8)], torch.device("cpu"))
+    wide = torch.randn(1, 3, 5, 9)
+    for x in (wide.transpose(1, 2)[..., :8], wide.transpose(1, 2)[..., 1:], wide.permute(0, 2, 3, 1)[:, :, 1:, :2]):
+        tables = rope if x.shape[-1] == 8 else (rope[0][:, :1], rope[1][:, :1])
+        assert torch.equal(rotate(x, tables), rotate(x.contiguous(), tables))
+
+
 def test_timestep_embedding_has_its_cosines_first() -> None:
     out = timestep_embedding(torch.tensor([0.0, 999.0, 3.25]), 8)
     assert torch.equal(out[0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
@@ -62,6 +70,9 @@ def test_norms_compute_in_float32() -> None:
     assert layer(x).dtype == torch.float32 and torch.allclose(layer(x).double(), normed, atol=1e-5)
     shift, scale, gate = torch.randn(3, 2, 1, 16)
     assert torch.allclose(modulate(x, shift, scale, 1e-6).double(), normed * (1 + scale) + shift, atol=1e-5)
+    one = modulate(x, shift[:1], scale[:1], 1e-6)
+    expected = normed * (1 + scale[:1]) + shift[:1]
+    assert one.dtype == torch.float32 and torch.allclose(one.double(), expected, atol=1e-5)
     branch = torch.randn(2, 5, 16).bfloat16()
     out = gated_add(x, branch, gate)
     assert out.dtype == torch.float32 and torch.allclose(out.double(), wide + branch.double() * gate, atol=1e-5)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from wanqwen.core.sampling.guidance import classifier_free, guided_velocity, norm_preserving, per_step
+from wanqwen.core.sampling.guidance import Guided, classifier_free, combination, norm_preserving, per_step
 
 
 def velocities() -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,15 +53,6 @@ def test_norm_preserving_keeps_the_direction_and_the_positive_norm():
     assert (plain.norm(dim=-1) > 2 * positive.norm(dim=-1)).any()
 
 
-def test_norm_preserving_along_any_axis_is_the_same_per_token():
-    positive, negative = velocities()
-    last = norm_preserving(positive, negative, 4.0, axis=-1)
-    channel = norm_preserving(positive.transpose(1, 2), negative.transpose(1, 2), 4.0, axis=1)
-    torch.testing.assert_close(channel.transpose(1, 2), last, rtol=1e-6, atol=1e-7)
-    pair = norm_preserving(positive.reshape(2, 5, 2, 4), negative.reshape(2, 5, 2, 4), 4.0, axis=(-2, -1))
-    torch.testing.assert_close(pair.reshape(2, 5, 8), last, rtol=1e-6, atol=1e-7)
-
-
 def test_norm_preserving_leaves_zeros_alone_and_hides_no_nan():
     zeros = torch.zeros(1, 2, 4)
     assert norm_preserving(zeros, zeros, 4.0).equal(zeros)
@@ -71,26 +62,42 @@ def test_norm_preserving_leaves_zeros_alone_and_hides_no_nan():
 @pytest.mark.parametrize("strength, negative_calls", [(1.0, 0), (1.0001, 1), (0.0, 1), (5.0, 1)])
 def test_negative_pass_is_skipped_at_strength_one_only(strength, negative_calls):
     positive, negative = map(Counted, velocities())
-    v = guided_velocity(torch.zeros(2, 5, 8), torch.zeros(2), strength, positive, negative)
+    v = Guided(positive=positive, negative=negative)(torch.zeros(2, 5, 8), torch.zeros(2), strength)
     assert (positive.calls, negative.calls) == (1, negative_calls)
     torch.testing.assert_close(v, classifier_free(positive.value, negative.value, strength), rtol=1e-6, atol=1e-6)
 
 
 def test_without_a_negative_there_is_no_guidance():
     positive, _ = velocities()
-    assert guided_velocity(positive, torch.zeros(2), 5.0, lambda x, t: x, None).equal(positive)
+    assert Guided(positive=lambda x, t: x)(positive, torch.zeros(2), 5.0).equal(positive)
 
 
 def test_sixteen_bit_velocities_are_combined_in_float32():
     positive, negative = (v.bfloat16() for v in velocities())
-    v = guided_velocity(torch.zeros(2, 5, 8), torch.zeros(2), 5.0, lambda x, t: positive, lambda x, t: negative)
+    guided = Guided(positive=lambda x, t: positive, negative=lambda x, t: negative)
+    v = guided(torch.zeros(2, 5, 8), torch.zeros(2), 5.0)
     assert v.dtype == torch.float32
     assert v.equal(classifier_free(positive.float(), negative.float(), 5.0))
 
 
 def test_another_rule_of_combining_can_be_chosen():
     positive, negative = velocities()
-    v = guided_velocity(
-        positive, torch.zeros(2), 4.0, lambda x, t: positive, lambda x, t: negative, combine=norm_preserving
-    )
-    assert v.equal(norm_preserving(positive, negative, 4.0))
+    guided = Guided(positive=lambda x, t: positive, negative=lambda x, t: negative, combine=norm_preserving)
+    assert guided(positive, torch.zeros(2), 4.0).equal(norm_preserving(positive, negative, 4.0))
+
+
+def test_tokens_of_a_latent_keep_the_length_that_the_prompt_gave_them():
+    generator = torch.Generator().manual_seed(2)
+    positive, negative = (torch.randn(2, 3, 1, 4, 6, generator=generator) for _ in range(2))
+    guided = combination(2)(positive, negative, 4.0)
+    for row, column in ((0, 0), (2, 4)):
+        token = (slice(None), slice(None), 0, slice(row, row + 2), slice(column, column + 2))
+        plain = classifier_free(positive[token], negative[token], 4.0).flatten(1)
+        expected = plain * (positive[token].flatten(1).norm(dim=1) / plain.norm(dim=1))[:, None]
+        torch.testing.assert_close(guided[token].flatten(1), expected)
+    assert combination(None)(positive, negative, 4.0).equal(classifier_free(positive, negative, 4.0))
+
+
+def test_latents_that_do_not_divide_into_tokens_are_refused():
+    with pytest.raises(ValueError, match="5 x 4 don't divide into tokens of 2 x 2"):
+        combination(2)(torch.zeros(1, 3, 1, 5, 4), torch.zeros(1, 3, 1, 5, 4), 4.0)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from wanqwen.core.sampling.sample import SampleError, StepNoise, draw_noise, noised, sample, start_of
+from wanqwen.core.sampling.guidance import Guided
+from wanqwen.core.sampling.sample import Hold, SampleError, StepNoise, draw_noise, noised, sample, start_of
 from wanqwen.core.sampling.schedule import plan_steps
-from wanqwen.core.types import Conditioning, SampleRequest
+from wanqwen.core.types import Conditioning, SampleRequest, Schedule
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 2, 3, 3)
@@ -14,7 +15,7 @@ SHAPE = (1, 4, 2, 3, 3)
 
 def plan(**fields):
     request = SampleRequest(latent=torch.zeros(SHAPE), positive=Conditioning(text=torch.zeros(1, 1, 1)), **fields)
-    return plan_steps(request, default_shift=5.0)
+    return plan_steps(request, Schedule(shift=5.0))
 
 
 def velocity(x, timestep_B):
@@ -24,7 +25,9 @@ def velocity(x, timestep_B):
 
 def run(steps, solver, x=None, seed=0, negative=None, on_step=None):
     x = draw_noise(SHAPE, 3, "cpu", CPU) if x is None else x
-    return sample(x, steps, solver, velocity, negative, StepNoise(x.shape, seed, "cpu", CPU), on_step)
+    return sample(
+        x, steps, solver, Guided(positive=velocity, negative=negative), StepNoise(x.shape, seed, "cpu", CPU), on_step
+    )
 
 
 @pytest.mark.parametrize("solver", ["euler", "lcm"])
@@ -53,8 +56,7 @@ def test_constant_picture_is_found_in_any_number_of_steps(solver, steps):
         draw_noise(SHAPE, 0, "cpu", CPU),
         levels,
         solver,
-        lambda x, t: (x - target) / sigma_of[t[0].item()],
-        None,
+        Guided(positive=lambda x, t: (x - target) / sigma_of[t[0].item()]),
         StepNoise(SHAPE, 0, "cpu", CPU),
     )
     torch.testing.assert_close(out, target, rtol=0, atol=1e-6)
@@ -84,7 +86,7 @@ def test_model_gets_one_float_timestep_per_item_and_float32_latents():
         seen.append((x.dtype, timestep_B.dtype, timestep_B.tolist()))
         return torch.zeros_like(x)
 
-    sample(torch.zeros(3, *SHAPE[1:], dtype=torch.float16), plan(steps=2), "unipc", recorder, None, lambda step: None)
+    sample(torch.zeros(3, *SHAPE[1:], dtype=torch.float16), plan(steps=2), "unipc", Guided(positive=recorder), id)
     assert seen == [(torch.float32, torch.float32, [t] * 3) for t in (999.0, 833.0)]
 
 
@@ -175,8 +177,7 @@ def test_velocity_that_is_no_number_stops_the_run_and_keeps_the_last_good_latent
             x,
             plan(steps=5, solver=solver),
             solver,
-            fails_third,
-            None,
+            Guided(positive=fails_third),
             StepNoise(SHAPE, 0, "cpu", CPU),
             lambda done, total, x0, x: good.append(x),
         )
@@ -189,11 +190,43 @@ def test_velocity_that_is_no_number_stops_the_run_and_keeps_the_last_good_latent
 def test_latent_that_grows_without_bound_stops_the_run():
     x = torch.full(SHAPE, 1e38)
     with pytest.raises(SampleError, match="left the range of float32"):
-        sample(x, plan(steps=2, solver="euler"), "euler", lambda x, t: -3 * torch.full_like(x, 1e38), None, id)
+        runaway = Guided(positive=lambda x, t: -3 * torch.full_like(x, 1e38))
+        sample(x, plan(steps=2, solver="euler"), "euler", runaway, id)
 
 
 def test_bad_latent_is_refused_before_the_model_is_asked():
     x = torch.zeros(SHAPE)
     x[0, 0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="given to the sampler holds NaN"):
-        sample(x, plan(steps=2), "unipc", lambda x, t: pytest.fail("asked"), None, lambda step: None)
+        sample(x, plan(steps=2), "unipc", Guided(positive=lambda x, t: pytest.fail("asked")), id)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++2m", "euler", "lcm"])
+def test_what_is_held_comes_back_as_it_was_and_the_rest_is_new(solver):
+    clean, mask = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9)), torch.zeros(1, 1, 1, 3, 3)
+    mask[..., 1] = 1
+    noise = draw_noise(SHAPE, 3, "cpu", CPU)
+    seen = []
+
+    def recorder(x, timestep_B):
+        seen.append(x)
+        return velocity(x, timestep_B) + 0.4 * x.roll(1, dims=-1)  # positions meet here, as in a transformer
+
+    steps = plan(steps=6, solver=solver)
+    fresh = StepNoise(SHAPE, 0, "cpu", CPU)
+    out = sample(noise, steps, solver, Guided(positive=recorder), fresh, hold=Hold(mask=mask, clean=clean))
+    free = sample(noise, steps, solver, Guided(positive=recorder), StepNoise(SHAPE, 0, "cpu", CPU))
+    kept = mask.expand(SHAPE) == 0
+    assert torch.equal(out[kept], clean[kept])
+    assert not torch.allclose(out[~kept], free[~kept], atol=1e-3)  # the kept part is seen by the model
+    if solver != "lcm":  # which meets the picture with fresh noise at each step
+        for x, sigma in zip(seen[:6], steps.sigmas[:-1], strict=True):
+            torch.testing.assert_close(x[kept], noised(clean, noise, sigma)[kept], rtol=1e-4, atol=2e-3)
+
+
+def test_a_run_that_ends_early_keeps_the_noise_on_what_is_held():
+    clean, mask = torch.ones(SHAPE), torch.zeros(1, 1, 1, 3, 3)
+    steps = plan(steps=4, solver="euler", end_step=2)
+    noise = draw_noise(SHAPE, 3, "cpu", CPU)
+    out = sample(noise, steps, "euler", Guided(positive=velocity), id, hold=Hold(mask=mask, clean=clean))
+    torch.testing.assert_close(out, noised(clean, noise, steps.sigmas[-1]), rtol=1e-5, atol=1e-5)

@@ -10,16 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from wanqwen.core.sampling.schedule import (
-    Schedule,
     StepPlan,
     even_grid,
-    exponential_shift,
-    mu_for_length,
     plan_steps,
     static_shift,
     stretch_to_terminal,
 )
-from wanqwen.core.types import Conditioning, SampleRequest
+from wanqwen.core.types import Conditioning, SampleRequest, Schedule
+from wanqwen.qwen_image.family import mu_for_length
 
 GOLDENS = Path(__file__).parents[2] / "fixtures" / "goldens" / "schedulers.safetensors"
 TABLE_TOLERANCE = 1e-5  # of the largest entry; measured 1.2e-7, and 0 for the tables in double precision
@@ -40,13 +38,13 @@ def plan_of(table: str, config: dict) -> StepPlan:
     """Plan what a table's name says: `table_<scheduler>_n<steps>[_shift<s>|_seq<tokens>]`."""
     kind, steps, value = re.fullmatch(r"table_(\w+?)_n(\d+)(?:_(?:shift|seq)(\d+))?", table).groups()
     if kind in SOLVER_OF:
-        return plan_steps(request(steps=int(steps), solver=SOLVER_OF[kind], shift=float(value)), default_shift=1.0)
+        return plan_steps(request(steps=int(steps), solver=SOLVER_OF[kind], shift=float(value)), Schedule(shift=1.0))
     row = config[kind]
     shortest = (row["base_image_seq_len"], row["base_shift"])
     longest = (row["max_image_seq_len"], row["max_shift"])
     shift = math.exp(mu_for_length(int(value or 4096), shortest, longest))
-    schedule = Schedule(terminal=row["shift_terminal"], whole_timesteps=False)
-    return plan_steps(request(steps=int(steps), solver="euler"), default_shift=shift, schedule=schedule)
+    schedule = Schedule(shift=shift, terminal=row["shift_terminal"], whole_timesteps=False)
+    return plan_steps(request(steps=int(steps), solver="euler"), schedule)
 
 
 @pytest.mark.parametrize("table", tables())
@@ -66,31 +64,23 @@ def test_whole_timesteps_equal_the_official_arithmetic_for_any_number_of_steps(s
         for shift in (1.0, 3.0, 5.0, 8.0, 12.0, 16.0):
             u = np.linspace(start, 0, steps + 1)[:-1]
             expected = (shift * u / (1 + (shift - 1) * u) * 1000).astype(np.int64)
-            plan = plan_steps(request(steps=steps, solver=solver, shift=shift), default_shift=1.0)
+            plan = plan_steps(request(steps=steps, solver=solver, shift=shift), Schedule(shift=1.0))
             assert list(plan.timesteps) == expected.tolist(), (steps, shift)
 
 
 def test_euler_and_lcm_take_the_grid_that_starts_at_one():
     for solver in ("dpm++2m", "euler", "lcm"):
-        assert plan_steps(request(steps=4, solver=solver), default_shift=5.0).sigmas[0] == 1
-    assert plan_steps(request(steps=4, solver="unipc"), default_shift=5.0).sigmas[0] < 1
+        assert plan_steps(request(steps=4, solver=solver), Schedule(shift=5.0)).sigmas[0] == 1
+    assert plan_steps(request(steps=4, solver="unipc"), Schedule(shift=5.0)).sigmas[0] < 1
 
 
 def test_shift_of_the_request_goes_before_the_default():
-    assert plan_steps(request(steps=4, shift=3.0), 5.0) == plan_steps(request(steps=4), 3.0)
-    assert plan_steps(request(steps=4, shift=3.0), 5.0) != plan_steps(request(steps=4), 5.0)
-
-
-def test_exponential_shift_is_the_published_formula():
-    levels, mu = even_grid(7), 0.69
-    expected = [math.exp(mu) / (math.exp(mu) + (1 / u - 1)) for u in levels]
-    assert exponential_shift(levels, mu) == pytest.approx(expected, rel=1e-12)
-
-
-def test_mu_goes_on_beyond_both_ends():
-    # Examples of Qwen-Image: 1024^2 pixels are 4096 tokens.
-    for tokens, mu in ((64, 0.490322581), (256, 0.5), (4096, 0.693548387), (8192, 0.9), (9216, 0.951612903)):
-        assert mu_for_length(tokens, (256, 0.5), (8192, 0.9)) == pytest.approx(mu, abs=1e-9)
+    assert plan_steps(request(steps=4, shift=3.0), Schedule(shift=5.0)) == plan_steps(
+        request(steps=4), Schedule(shift=3.0)
+    )
+    assert plan_steps(request(steps=4, shift=3.0), Schedule(shift=5.0)) != plan_steps(
+        request(steps=4), Schedule(shift=5.0)
+    )
 
 
 def test_stretched_levels_begin_at_one_and_end_at_the_terminal():
@@ -101,8 +91,8 @@ def test_stretched_levels_begin_at_one_and_end_at_the_terminal():
 
 
 def test_denoise_keeps_the_last_steps_of_a_longer_schedule():
-    part = plan_steps(request(steps=6, denoise=0.3, solver="euler"), 5.0)
-    whole = plan_steps(request(steps=20, solver="euler"), 5.0)
+    part = plan_steps(request(steps=6, denoise=0.3, solver="euler"), Schedule(shift=5.0))
+    whole = plan_steps(request(steps=20, solver="euler"), Schedule(shift=5.0))
     assert part.sigmas == whole.sigmas[-7:]
     assert part.timesteps == whole.timesteps[-6:]
     assert whole.from_noise
@@ -110,16 +100,16 @@ def test_denoise_keeps_the_last_steps_of_a_longer_schedule():
 
 
 def test_denoise_of_next_to_nothing_does_not_build_the_whole_schedule():
-    plan = plan_steps(request(steps=3, denoise=1e-12, solver="euler"), 5.0)
+    plan = plan_steps(request(steps=3, denoise=1e-12, solver="euler"), Schedule(shift=5.0))
     assert len(plan.sigmas) == 4
     assert plan.sigmas[0] < 1e-10
 
 
 def test_parts_join_to_the_whole_and_keep_their_guidance():
     fields = {"steps": 5, "guidance": (5.0, 4.0, 3.0, 2.0, 1.0)}
-    whole = plan_steps(request(**fields), 5.0)
-    head = plan_steps(request(**fields, end_step=2), 5.0)
-    tail = plan_steps(request(**fields, start_step=2), 5.0)
+    whole = plan_steps(request(**fields), Schedule(shift=5.0))
+    head = plan_steps(request(**fields, end_step=2), Schedule(shift=5.0))
+    tail = plan_steps(request(**fields, start_step=2), Schedule(shift=5.0))
     assert head.sigmas + tail.sigmas[1:] == whole.sigmas
     assert head.timesteps + tail.timesteps == whole.timesteps
     assert head.guidance + tail.guidance == whole.guidance == (5.0, 4.0, 3.0, 2.0, 1.0)
@@ -128,12 +118,14 @@ def test_parts_join_to_the_whole_and_keep_their_guidance():
 
 
 def test_custom_sigmas_replace_the_schedule():
-    plan = plan_steps(request(sigmas=(1.0, 0.9375, 0.75, 0.25), steps=99, shift=7.0, guidance=(1.5,)), 5.0)
+    plan = plan_steps(
+        request(sigmas=(1.0, 0.9375, 0.75, 0.25), steps=99, shift=7.0, guidance=(1.5,)), Schedule(shift=5.0)
+    )
     assert plan.sigmas == (1.0, 0.9375, 0.75, 0.25)
     assert plan.timesteps == (1000, 937, 750)
     assert plan.guidance == (1.5, 1.5, 1.5)
     assert plan.from_noise
-    assert not plan_steps(request(sigmas=(0.9, 0.0)), 5.0).from_noise
+    assert not plan_steps(request(sigmas=(0.9, 0.0)), Schedule(shift=5.0)).from_noise
 
 
 @pytest.mark.parametrize(
@@ -165,4 +157,4 @@ def test_custom_sigmas_replace_the_schedule():
 )
 def test_impossible_requests_are_refused_with_their_value(fields, message):
     with pytest.raises(ValueError, match=message):
-        plan_steps(request(**fields), 5.0)
+        plan_steps(request(**fields), Schedule(shift=5.0))

@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from wanqwen.core.sampling.guidance import Guided
 from wanqwen.core.sampling.sample import StepNoise, sample
-from wanqwen.core.sampling.schedule import Schedule, mu_for_length, plan_steps
+from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.sampling.solvers import SOLVERS
-from wanqwen.core.types import Conditioning, SampleRequest
+from wanqwen.core.types import Conditioning, SampleRequest, Schedule
+from wanqwen.qwen_image.family import mu_for_length
 
 GOLDENS = Path(__file__).parents[2] / "fixtures" / "goldens" / "schedulers.safetensors"
 TRAJECTORY_TOLERANCE = 1e-5  # of the largest entry of a row; measured 3.4e-7
+WAN = Schedule(shift=5.0)
 MEAN, STD = 0.7, 0.4  # of the Gaussian problem
 
 
-def plan(solver, default_shift=5.0, schedule=None, **fields):
+def plan(solver, schedule=WAN, **fields):
     empty = torch.zeros(1, 1, 1, 1, 1)
     request = SampleRequest(latent=empty, positive=Conditioning(text=torch.zeros(1, 1, 1)), solver=solver, **fields)
-    return plan_steps(request, default_shift, schedule)
+    return plan_steps(request, schedule)
 
 
 @pytest.mark.parametrize(
@@ -41,11 +44,12 @@ def test_every_step_equals_the_published_trajectory(case, scheduler, solver):
     slope, shift, tokens = (re.search(p, says)[1] for p in (r"v_k = ([\d.]+)\*x", r"shift ([\d.]+)", r"seq_len (\d+)"))
     if scheduler == "qwen_euler":
         shift = math.exp(mu_for_length(int(tokens), (256, 0.5), (8192, 0.9)))
-        steps = plan(solver, shift, Schedule(terminal=0.02, whole_timesteps=False), steps=len(offsets))
+        steps = plan(solver, Schedule(shift=shift, terminal=0.02, whole_timesteps=False), steps=len(offsets))
     else:
-        steps = plan(solver, float(shift), steps=len(offsets))
+        steps = plan(solver, Schedule(shift=float(shift)), steps=len(offsets))
     rows, offset = [x], iter(offsets)
-    sample(x, steps, solver, lambda x, t: float(slope) * x + next(offset), None, id, lambda i, n, x0, x: rows.append(x))
+    known = Guided(positive=lambda x, t: float(slope) * x + next(offset))
+    sample(x, steps, solver, known, id, lambda i, n, x0, x: rows.append(x))
     assert len(rows) == len(expected)
     for row, reference in zip(rows, expected, strict=True):
         assert (row - reference).abs().max() / reference.abs().max() <= TRAJECTORY_TOLERANCE
@@ -67,7 +71,7 @@ def gaussian_error(solver, sigmas):
         return sigma * score - (MEAN + (1 - sigma) * STD**2 * score)
 
     x = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
-    out = sample(x, plan(solver, sigmas=tuple(sigmas)), solver, velocity, None, id)
+    out = sample(x, plan(solver, sigmas=tuple(sigmas)), solver, Guided(positive=velocity), id)
     first, last = sigmas[0], sigmas[-1]
     score = (x - (1 - first) * MEAN) / math.sqrt(variance(first))
     return (out - ((1 - last) * MEAN + math.sqrt(variance(last)) * score)).abs().max().item()
@@ -113,7 +117,7 @@ def test_full_range_from_noise_to_picture_converges(solver):
 def test_ends_of_the_range_and_close_neighbours_stay_finite(solver, sigmas):
     x = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
     noise = StepNoise(tuple(x.shape), 0, "cpu", torch.device("cpu"))
-    out = sample(x, plan(solver, sigmas=sigmas), solver, lambda x, t: x - 0.5, None, noise)
+    out = sample(x, plan(solver, sigmas=sigmas), solver, Guided(positive=lambda x, t: x - 0.5), noise)
     assert out.abs().max() < 10
 
 
@@ -122,7 +126,7 @@ def test_start_at_sigma_one_is_the_limit_of_starts_below_it(solver):
     rest = (0.9, 0.6, 0.3, 0.1, 0.0)
     x = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
     outs = [
-        sample(x, plan(solver, sigmas=(first, *rest)), solver, lambda x, t: torch.sin(x) - 0.5, None, id)
+        sample(x, plan(solver, sigmas=(first, *rest)), solver, Guided(positive=lambda x, t: torch.sin(x) - 0.5), id)
         for first in (1.0, 1 - 1e-6)
     ]
     # The limit is approached as 1 / lambda, and lambda is only -14 here: measured 4e-4 and 1.2e-3.

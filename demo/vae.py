@@ -1,42 +1,36 @@
-"""Train the miniature Wan VAE on the corpus: stills first, then clips, and scale its latents to Wan's statistics."""
+"""What both miniature VAEs share: start, loss and loop of their training, and the scale of their latents."""
 
 import logging
-import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.types import LatentFormat
 from ..wan.config import VAEConfig
 from ..wan.vae import WanVAE
 from ..wan.vae_layers import CausalConv3d, Downsample, Past, ResidualBlock, Upsample
-from . import corpus
 from .training import Schedule, resume, save
 
 log = logging.getLogger(__name__)
 
-CONFIG = VAEConfig(dim=16, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
-STILLS_BATCH, CLIPS_BATCH = 16, 4
 LOG_VARIANCE_START = -7.0
 KL_WEIGHT = 3e-4
 
 
-def train_vae(work: Path, schedule: Schedule, seed: int = 0) -> WanVAE:
-    """Return the trained VAE; resumes from `work` and saves there as it goes."""
-    torch.manual_seed(seed)
-    vae = WanVAE(CONFIG)
-    preserve_signal(vae)
+def train(
+    vae: WanVAE, path: Path, schedule: Schedule, draw: Callable[[int], Tensor], held_out: Callable[[], Tensor]
+) -> None:
+    """Train on `draw(step)`, pixels [B, 3, T, H, W] in [-1, 1]; resumes from `path` and saves there as it goes.
+
+    The PSNR of the reconstructed `held_out()` is logged on the way.
+    """
     vae.channels_last()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    training, held_out = corpus.scenes()
-    start = resume(work / "vae.pt", vae, [optimizer])
-    for step in range(start, schedule.steps):
-        generator, rng = torch.Generator().manual_seed(step), random.Random(step)
-        is_stills = step < schedule.steps // 4 or step % 5 == 0
-        clips = corpus.render(rng.choices(training, k=STILLS_BATCH if is_stills else CLIPS_BATCH), generator)
-        pixels = clips[:, :, rng.randrange(corpus.FRAMES)][:, :, None] if is_stills else clips
-        loss = _loss(vae, pixels, generator)
+    for step in range(resume(path, vae, [optimizer]), schedule.steps):
+        loss = _loss(vae, draw(step), torch.Generator().manual_seed(step))
         schedule.apply(optimizer, step)
         optimizer.zero_grad()
         loss.backward()
@@ -45,9 +39,8 @@ def train_vae(work: Path, schedule: Schedule, seed: int = 0) -> WanVAE:
         if (step + 1) % 50 == 0:
             log.info("vae step %d loss %.4f", step + 1, loss.item())
         if (step + 1) % 250 == 0 or step + 1 == schedule.steps:
-            save(work / "vae.pt", vae, [optimizer], step + 1)
-            log.info("vae step %d PSNR on held-out clips %.2f dB", step + 1, psnr(vae, held_out[:16]))
-    return vae
+            save(path, vae, [optimizer], step + 1)
+            log.info("vae step %d PSNR of held-out pictures %.2f dB", step + 1, psnr(vae, held_out()))
 
 
 def _loss(vae: WanVAE, pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -60,11 +53,10 @@ def _loss(vae: WanVAE, pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: WanVAE, scenes: list[corpus.Scene]) -> float:
-    """Return the mean PSNR in dB of reconstructed clips of `scenes`."""
-    clips = corpus.render(scenes, torch.Generator().manual_seed(1))
-    decoded = vae.decode_chunk(vae.encode_chunk(clips, Past())[0], Past()).clamp(-1, 1)
-    return (10 * torch.log10(4 / (decoded - clips).square().mean(dim=(1, 2, 3, 4)))).mean().item()
+def psnr(vae: WanVAE, pixels: Tensor) -> float:
+    """Return the mean PSNR in dB of reconstructed pixels [B, 3, T, H, W]."""
+    decoded = vae.decode_chunk(vae.encode_chunk(pixels, Past())[0], Past()).clamp(-1, 1)
+    return (10 * torch.log10(4 / (decoded - pixels).square().mean(dim=(1, 2, 3, 4)))).mean().item()
 
 
 @torch.no_grad()
@@ -99,14 +91,18 @@ def _pass_through(conv: nn.Conv2d, taps: Tensor) -> None:
 
 
 @torch.no_grad()
-def match_latent_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
-    """Make the latents of the corpus have Wan's per-channel mean and standard deviation, decoding unchanged.
+def encode(vae: WanVAE, pixels: Tensor, batch: int = 8) -> Tensor:
+    """Return raw latents [B, z, T, h, w] of pixels [B, 3, T, H, W]."""
+    return torch.cat([vae.encode_chunk(part, Past())[0] for part in pixels.split(batch)])
+
+
+@torch.no_grad()
+def match_latent_statistics(vae: WanVAE, pixels: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Make the latents of `pixels` have this mean and standard deviation per channel, decoding unchanged.
 
     The layers around the latent are 1x1x1 convolutions, so the change of scale is folded into them exactly.
     """
-    training, _ = corpus.scenes()
-    clips = corpus.render(random.Random(2).choices(training, k=128), torch.Generator().manual_seed(2))
-    latents = torch.cat([vae.encode_chunk(part, Past())[0] for part in clips.split(16)])
+    latents = encode(vae, pixels)
     own_mean, own_std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     z, gain = vae.config.z_dim, std / own_std
     vae.conv1.weight[:z] *= gain.view(-1, 1, 1, 1, 1)
@@ -115,3 +111,24 @@ def match_latent_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
     matrix = vae.conv2.weight[:, :, 0, 0, 0]
     vae.conv2.bias += matrix @ (own_mean - mean / gain)
     vae.conv2.weight[:, :, 0, 0, 0] = matrix / gain
+
+
+@torch.no_grad()
+def latent_colours(vae: WanVAE, pixels: Tensor, latent_format: LatentFormat) -> tuple[list[list[float]], list[float]]:
+    """Return the map [C][3] and bias from normalised latents to the mean colour of their pixels, by least squares."""
+    latents = latent_format.normalise(encode(vae, pixels))
+    frames = torch.arange(latents.shape[2]) * latent_format.temporal_factor
+    means = F.avg_pool2d(pixels[:, :, frames].transpose(1, 2).flatten(0, 1), latent_format.spatial_factor)
+    known = latents.movedim(1, -1).flatten(0, -2)
+    known = torch.cat((known, torch.ones(len(known), 1)), dim=1)
+    fit = torch.linalg.lstsq(known, means.movedim(1, -1).flatten(0, -2)).solution
+    return fit[:-1].tolist(), fit[-1].tolist()
+
+
+def load_or_train(config: VAEConfig, path: Path, train_and_scale: Callable[[], WanVAE]) -> WanVAE:
+    """Return the finished VAE that `path` holds; where it holds none yet, make it and keep it there."""
+    if not path.exists():
+        torch.save(train_and_scale().state_dict(), path)
+    vae = WanVAE(config)
+    vae.load_state_dict(torch.load(path, weights_only=True))
+    return vae.channels_last().requires_grad_(False)

@@ -1,7 +1,6 @@
 """Train the miniature text encoder and diffusion transformer together, on latents of the miniature VAE."""
 # B clips, S text rows, E text width
 
-import copy
 import io
 import logging
 import random
@@ -10,25 +9,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.blocks import Run
-from ..core.types import LatentFormat
-from ..wan.config import TEXT_LEN, WanConfig
-from ..wan.transformer import WanTransformer
-from ..wan.vae import WanVAE
-from ..wan.vae_layers import Past
+from ...core.blocks import Run
+from ...core.types import LatentFormat
+from ...wan.config import TEXT_LEN, WanConfig
+from ...wan.transformer import WanTransformer
+from ...wan.vae import WanVAE
+from ...wan.vae_layers import Past
+from .. import flow
+from ..training import Schedule
 from . import corpus
-from .training import Schedule, resume, save
 
 log = logging.getLogger(__name__)
 
 TEXT_WIDTH = 96
 CONFIG = WanConfig(dim=192, ffn_dim=768, num_heads=3, num_layers=4, freq_dim=128, text_dim=TEXT_WIDTH)
 BATCH = 64
-CAPTION_DROPOUT = 0.1
 CLIPS_PER_SCENE = 22
-EMA_DECAY = 0.998
 
 
 def text_config(vocab_size: int):
@@ -104,53 +101,19 @@ def train_dit(
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     torch.manual_seed(0)
-    model = TextToVideo(pieces.vocab_size())
-    average = copy.deepcopy(model).requires_grad_(False)
-    both = nn.ModuleList([model, average])
-    optimizers = _optimizers(model, schedule.rate)
     latents, owners = _cached_latents(vae, latent_format, work)
     training, _ = corpus.scenes()
     run = Run(dtype=torch.bfloat16)
-    start, losses = resume(work / "dit.pt", both, optimizers), []
-    for step in range(start, schedule.steps):
+
+    def errors(model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         generator, rng = torch.Generator().manual_seed(step), random.Random(step)
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         captions = [training[owners[i]].caption(rng, chinese=rng.random() < 0.4) for i in chosen.tolist()]
-        ids = [[*pieces.encode("" if rng.random() < CAPTION_DROPOUT else caption), 1] for caption in captions]
-        sigma = torch.sigmoid(0.5 + 1.2 * torch.randn(BATCH, generator=generator))
-        clean = latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=generator)
-        share = sigma.view(-1, 1, 1, 1, 1)
-        with sdpa_kernel(SDPBackend.MATH):  # for 48 tokens on a CPU the plain spelling is the faster one
-            velocity = model((1 - share) * clean + share * noise, 1000 * sigma, ids, run)
-            errors = (velocity - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
-            model.zero_grad()
-            errors.mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            schedule.apply(optimizer, step)
-            optimizer.step()
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        losses += [(s, e) for s, e in zip(sigma.tolist(), errors.tolist(), strict=True) if s > 0.8]
-        if (step + 1) % 100 == 0:
-            noisy = sum(e for _, e in losses) / max(1, len(losses))
-            log.info("dit step %d loss %.4f, above sigma 0.8 %.4f", step + 1, errors.mean().item(), noisy)
-            losses = []
-        if (step + 1) % 500 == 0 or step + 1 == schedule.steps:
-            save(work / "dit.pt", both, optimizers, step + 1)
-    return average
+        ids = [[*pieces.encode("" if rng.random() < flow.CAPTION_DROPOUT else caption), 1] for caption in captions]
+        noisy, sigma, wanted = flow.add_noise(latents[chosen].float(), generator)
+        return sigma, flow.squared_errors(model(noisy, 1000 * sigma, ids, run), wanted)
 
-
-def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
-    matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
+    return flow.train(TextToVideo(pieces.vocab_size()), work / "clips_dit.pt", schedule, errors)
 
 
 @torch.no_grad()
@@ -158,7 +121,7 @@ def _cached_latents(vae: WanVAE, latent_format: LatentFormat, work: Path) -> tup
     """Return normalised latents of many clips of every training scene, and the scene of each."""
     training, _ = corpus.scenes()
     owners = [i % len(training) for i in range(CLIPS_PER_SCENE * len(training))]
-    path = work / "latents.pt"
+    path = work / "clips_latents.pt"
     if not path.exists():
         vae.channels_last()
         parts, generator = [], torch.Generator().manual_seed(3)

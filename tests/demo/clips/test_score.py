@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wanqwen.demo import corpus, score
+from wanqwen.demo.clips import corpus, score
 
 
 def test_no_scene_is_both_trained_on_and_held_out() -> None:

@@ -1,0 +1,130 @@
+"""Pictures on the grid of a model and back: padding, masks, and what is put back after decoding."""
+# B pictures, H W pixels, h w latent positions
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finish:
+    """What is done to decoded pictures before anyone sees them. It travels with a latent.
+
+    `decoded` is the (width, height) that the decoder gives; of it the upper left `kept` stay. With `source` [H, W, 3]
+    and `mask` [H, W], both of the kept size, the picture is new only where the mask is above 0.
+    """
+
+    decoded: tuple[int, int]
+    kept: tuple[int, int]
+    source: Tensor | None = None
+    mask: Tensor | None = None
+
+    def apply(self, pixels_BHWC: Tensor) -> Tensor:
+        """Return the pictures [B, H, W, C] cut to what is kept, pixels under a mask of 0 exactly as in the source.
+
+        Raises ValueError for pictures of another size than this was made for.
+        """
+        found = (pixels_BHWC.shape[-2], pixels_BHWC.shape[-3])
+        if found != self.decoded:
+            raise ValueError(
+                f"The latent decodes to {found[0]} x {found[1]} pixels, and its picture was laid out for "
+                f"{self.decoded[0]} x {self.decoded[1]}: was it resized on the way? Resize the picture instead, before "
+                "it is encoded or after it is decoded."
+            )
+        width, height = self.kept
+        pixels = pixels_BHWC[..., :height, :width, :]
+        if self.source is None or self.mask is None:
+            return pixels
+        mask = self.mask[..., None].to(pixels)
+        source = self.source.to(pixels)
+        # Not a plain lerp: where the mask is 0 or 1 the pixels must be those of one side to the last bit.
+        mixed = torch.where(mask == 1, pixels, source + (pixels - source) * mask)
+        return torch.where(mask == 0, source, mixed)
+
+
+def pad_to_grid(picture_HWC: Tensor, step: int) -> Tensor:
+    """Return the picture with its right and lower edge repeated until both sides are multiples of `step` pixels.
+
+    Nothing moves: the pixel at (x, y) stays at (x, y).
+    """
+    height, width = picture_HWC.shape[:2]
+    planes = picture_HWC.movedim(-1, 0)[None]
+    padded = F.pad(planes, (0, -width % step, 0, -height % step), mode="replicate")
+    return padded[0].movedim(0, -1)
+
+
+def latent_mask(mask: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
+    """Return a mask of pixels [B or 1, ..., H, W] for latents [B, C, T, h, w], as [B or 1, 1, 1, h, w] in 0..1.
+
+    A latent position takes the largest value among its pixels: what is masked at all is made anew. Raises ValueError
+    for another number of masks than 1 or one per latent, and for values outside 0..1.
+    """
+    planes = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    batch, _, _, height, width = latent_shape
+    if len(planes) not in (1, batch):
+        raise ValueError(
+            f"The noise mask holds {len(planes)} masks for {batch} latent(s): give one for all, or one for each."
+        )
+    if not (planes.min() >= 0 and planes.max() <= 1):
+        raise ValueError(
+            f"The noise mask goes from {planes.min().item():g} to {planes.max().item():g}: 0 (kept) to 1 (made anew) "
+            "is expected."
+        )
+    return F.adaptive_max_pool2d(planes, (height, width))[:, :, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inpainting:
+    """A picture [H, W, 3] padded to the grid, the mask [1, 1, H, W] of what is made anew, and how it is finished."""
+
+    padded: Tensor
+    noise_mask: Tensor
+    finish: Finish
+    notices: tuple[str, ...]
+
+
+def lay_out_inpainting(image_BHWC: Tensor, mask: Tensor, soft_edge: int, step: int = 16) -> Inpainting:
+    """Return how one picture is inpainted under a mask [H, W] or [1, H, W] in 0..1.
+
+    A mask of another size is stretched over the picture. Raises ValueError for several pictures or masks and for a mask
+    that covers nothing.
+    """
+    masks = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    if len(image_BHWC) != 1 or len(masks) != 1:
+        raise ValueError(
+            f"Inpainting takes one picture and one mask, got {len(image_BHWC)} and {len(masks)}: do them one by one."
+        )
+    picture = image_BHWC[0, ..., :3]
+    height, width = picture.shape[:2]
+    notices = []
+    if masks.shape[-2:] != (height, width):
+        notices.append(f"The mask of {masks.shape[-1]} x {masks.shape[-2]} was stretched to {width} x {height}.")
+        masks = F.interpolate(masks, (height, width), mode="nearest")
+    if not masks.max() > 0:
+        raise ValueError("The mask is empty, so there is nothing to make anew: paint it with Open in MaskEditor.")
+    padded = pad_to_grid(picture, step)
+    grown = pad_to_grid(masks[0, 0, :, :, None], step)[None, None, :, :, 0]
+    finish = Finish(
+        decoded=(padded.shape[1], padded.shape[0]),
+        kept=(width, height),
+        source=picture,
+        mask=softened(masks, soft_edge)[0, 0],
+    )
+    return Inpainting(padded=padded, noise_mask=grown, finish=finish, notices=tuple(notices))
+
+
+def softened(masks_B1HW: Tensor, pixels: int) -> Tensor:
+    """Return masks whose values rise from 0 at their edge to their own `pixels` further in; nothing outside changes.
+
+    The edge of the picture is none: a mask that reaches it stays whole there.
+    """
+    if not pixels:
+        return masks_B1HW
+    radius = max(1, pixels // 2)
+    size = 2 * radius + 1
+    edges = (radius,) * 4
+    shrunk = -F.max_pool2d(F.pad(-masks_B1HW, edges, mode="replicate"), size, stride=1)
+    risen = F.avg_pool2d(F.pad(shrunk, edges, mode="replicate"), size, stride=1)
+    return torch.minimum(masks_B1HW, risen)

@@ -1,0 +1,110 @@
+"""What it takes to identify a checkpoint of any family: sizes from names and shapes, and what only words tell."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..ops.formats import weight_format
+from ..types import Checkpoint, Identity
+from .keymap import Account, Match
+
+METADATA_KEY = "wanqwen"  # JSON in a safetensors header: what the shapes don't tell of our own checkpoints
+
+
+def identity(
+    checkpoint: Checkpoint, match: Match, found: Account, *, family: str, role: str, variant: str, config: object
+) -> Identity:
+    """Return the record of a checkpoint whose names have been matched and held against what its model expects."""
+    prefix = match.spelling.prefix
+    return Identity(
+        family=family,
+        role=role,
+        variant=variant,
+        weight_format=weight_format({official: checkpoint.tensors[name] for official, name in found.names.items()}),
+        spelling=f"{match.spelling.name}, prefix {prefix}" if prefix else match.spelling.name,
+        config=config,
+        names=found.names,
+        missing=found.missing,
+        unexpected=found.unexpected,
+        ignored=found.ignored,
+    )
+
+
+def count(names: Iterable[str], stack: str) -> int:
+    """Return one more than the highest layer index that follows `stack`, 0 if there is none."""
+    indices = (name[len(stack) :].split(".")[0] for name in names if name.startswith(stack))
+    return max((int(index) + 1 for index in indices if index.isdecimal()), default=0)
+
+
+def shapes(checkpoint: Checkpoint, names: Mapping[str, str], what: str) -> Callable[[str], tuple[int, ...]]:
+    """Return a look-up of shapes by official name; for a name that the file lacks it raises a ValueError saying so."""
+
+    def shape(official: str) -> tuple[int, ...]:
+        if official not in names:
+            raise ValueError(f"{checkpoint.path}: looks like a {what}, but lacks {official}: is the file complete?")
+        return checkpoint.tensors[names[official]].shape
+
+    return shape
+
+
+def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint of our own says of itself in its header, nothing for all others.
+
+    Raises ValueError where that is not a JSON object.
+    """
+    text = checkpoint.metadata.get(METADATA_KEY, "{}")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{checkpoint.path}: metadata {METADATA_KEY} is not JSON but {text[:80]!r}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{checkpoint.path}: metadata {METADATA_KEY} is not JSON of an object but {text[:80]!r}")
+    return found
+
+
+def own_values(checkpoint: Checkpoint, kinds: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """Return those of our own metadata that `kinds` names, each made what its kind makes of it."""
+    return converted(own_metadata(checkpoint), kinds, f"{checkpoint.path}: metadata {METADATA_KEY}")
+
+
+def converted(values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], Any]], where: str) -> dict[str, Any]:
+    """Return the values that `kinds` names and that are stated; raises ValueError for one that is not of its kind."""
+    made = {}
+    for key, kind in kinds.items():
+        if values.get(key) is not None:
+            try:
+                made[key] = kind(values[key])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{where}: {key} can't be {str(values[key])[:80]!r} ({error})") from error
+    return made
+
+
+def positive(value: Any) -> int:
+    """Return a whole number from 1."""
+    if int(value) != value or value < 1:
+        raise ValueError("expected a whole number from 1")
+    return int(value)
+
+
+def whole_numbers(value: Any) -> tuple[int, ...]:
+    """Return a list of whole numbers as a tuple."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError("expected a list of whole numbers")
+    return tuple(int(number) for number in value)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that lies beside weights, nothing if there is no such file.
+
+    Raises ValueError where the file is there and is no JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds {type(found).__name__} where a JSON object is expected: download it again")
+    return found

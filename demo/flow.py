@@ -1,0 +1,111 @@
+"""What both trainings of a diffusion transformer share: noise, optimisers, and the loop with its moving average."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .training import Schedule, resume, save
+
+log = logging.getLogger(__name__)
+
+SIGMA_MEAN, SIGMA_SPREAD = 0.5, 1.2  # of the logit: more noise than not, where the layout is decided
+EMA_DECAY = 0.998
+MUON_RATE = 2.0  # times the rate of AdamW
+CAPTION_DROPOUT = 0.1
+TELLING = 0.8  # sigma above which the loss tells how well a prompt is followed
+
+
+def add_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents, their sigmas [B] and the velocities to learn, for clean latents [B, ...]."""
+    sigma = torch.sigmoid(SIGMA_MEAN + SIGMA_SPREAD * torch.randn(len(clean), generator=generator))
+    noise = torch.randn(clean.shape, generator=generator)
+    share = sigma.view(-1, *[1] * (clean.dim() - 1))
+    return (1 - share) * clean + share * noise, sigma, noise - clean
+
+
+def squared_errors(velocity: Tensor, wanted: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Return the mean squared error [B] of each velocity, its positions weighted."""
+    return ((velocity - wanted).square() * weight).flatten(1).mean(dim=1)
+
+
+def share_of(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the tasks that fall to this process; where several train together, gradients are averaged."""
+    if not distributed.is_initialized():
+        return tuple(tasks)
+    return tuple(tasks[distributed.get_rank() :: distributed.get_world_size()])
+
+
+def _average_gradients(model: nn.Module) -> None:
+    if not distributed.is_initialized():
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for p, gradient in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+        p.grad = gradient.view_as(p)
+
+
+def train(
+    model: nn.Module,
+    path: Path,
+    schedule: Schedule,
+    errors: Callable[[nn.Module, int], tuple[Tensor, Tensor]],
+    until: int | None = None,
+) -> nn.Module:
+    """Train to step `until` of the schedule and return the moving average; resumes from `path` and saves there.
+
+    `errors(model, step)` gives the sigmas [B] and squared errors [B] of one batch. The diffusion transformer is
+    `model.transformer`; what else the model has learns with it.
+    """
+    average = copy.deepcopy(model).requires_grad_(False)
+    both = nn.ModuleList([model, average])
+    optimizers = _optimizers(model, schedule.rate)
+    last = schedule.steps if until is None else until
+    losses: list[tuple[float, float]] = []
+    start = resume(path, both, optimizers)
+    for group, rate in zip(
+        (o.param_groups[0] for o in optimizers), (MUON_RATE * schedule.rate, schedule.rate), strict=True
+    ):
+        group["initial_lr"] = rate  # a run may go on at another rate than it had
+    for step in range(start, last):
+        with sdpa_kernel(SDPBackend.MATH):  # for so few tokens on a CPU the plain spelling is the faster one
+            sigma, error = errors(model, step)
+            model.zero_grad()
+            error.mean().backward()
+        _average_gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            schedule.apply(optimizer, step)
+            optimizer.step()
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        losses += [(s, e) for s, e in zip(sigma.tolist(), error.tolist(), strict=True) if s > TELLING]
+        if (step + 1) % 100 == 0:
+            noisy = sum(e for _, e in losses) / max(1, len(losses))
+            log.info("%s step %d loss %.4f, noisy %.4f", path.stem, step + 1, error.mean().item(), noisy)
+            losses = []
+        is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+        if is_first and ((step + 1) % 250 == 0 or step + 1 == last):
+            save(path, both, optimizers, step + 1)
+    return average
+
+
+def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformer's blocks, AdamW for the rest."""
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith("transformer.") and "blocks." in name and p.dim() == 2
+    ]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_RATE * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]

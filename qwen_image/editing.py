@@ -1,0 +1,91 @@
+"""What a picture to edit becomes: what the text encoder sees, what the transformer is given, the size of the result."""
+# H W pixels
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.picture import Finish, pad_to_grid
+from .config import PATCH, Variant
+from .images import dims, lanczos, to_rgb
+
+log = logging.getLogger(__name__)
+
+AREA = 1024 * 1024  # pixels that references and results are made of by the published rule
+GRID = 8 * PATCH  # pixels to a token
+PUBLISHED, ALIGNED, CUSTOM = "published", "pixel_aligned", "custom"
+SIZES = (PUBLISHED, ALIGNED, CUSTOM)
+LARGE = 2.5  # million pixels above which the model is far from what it was trained on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edit:
+    """An edit laid out.
+
+    `seen` [H, W, 3] are for the text encoder, which scales them itself; `references` [H, W, 3], sides multiples of 16,
+    for the VAE. The result is `width` x `height` and then `finish`ed. `notices` are for the user.
+    """
+
+    seen: tuple[Tensor, ...]
+    references: tuple[Tensor, ...]
+    width: int
+    height: int
+    finish: Finish | None
+    notices: tuple[str, ...]
+
+
+def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tuple[int, int] = (0, 0)) -> Edit:
+    """Return how pictures [H, W, 3 or 4] in [0, 1] go into an edit.
+
+    `size` is "published": every reference is scaled to about a million pixels, and the result has the shape of the last
+    one; "custom": likewise, with a result of `custom` (width, height); "pixel_aligned": the first picture is neither
+    scaled nor moved and the result lies on its very pixels. Raises ValueError for more pictures than the variant takes
+    and for pictures that it can't take. Source: the published edit pipelines.
+    """
+    _check(pictures, variant, size)
+    converted = [to_rgb(picture) for picture in pictures]
+    rgb = [picture for picture, _ in converted]
+    notices = [notice for _, notice in converted if notice]
+    sizes = [dims(AREA, picture.shape[1] / picture.shape[0]) for picture in rgb]
+    references = [lanczos(picture, *to) for picture, to in zip(rgb, sizes, strict=True)]
+    (width, height), finish = sizes[-1], None
+    if size == ALIGNED:
+        references[0] = pad_to_grid(rgb[0], GRID)
+        height, width = references[0].shape[:2]
+        kept = (rgb[0].shape[1], rgb[0].shape[0])
+        finish = Finish(decoded=(width, height), kept=kept)
+        if width * height > LARGE * 1e6:
+            notices.append(
+                f"The picture is {kept[0]} x {kept[1]}: the model was trained on about 1 million pixels, and more than "
+                f"{LARGE:g} million are slow and often repeat things. Scale it down first."
+            )
+    elif size == CUSTOM:
+        width, height = (max(GRID, side // GRID * GRID) for side in custom)
+        if (width, height) != custom:
+            notices.append(f"{custom[0]} x {custom[1]} changed to {width} x {height}: multiples of {GRID} are needed.")
+    return Edit(
+        seen=tuple(rgb),
+        references=tuple(references),
+        width=width,
+        height=height,
+        finish=finish,
+        notices=tuple(notices),
+    )
+
+
+def _check(pictures: Sequence[Tensor], variant: Variant, size: str) -> None:
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}.")
+    if not variant.max_references:
+        raise ValueError(
+            f"This model is {variant.title}, which makes pictures from text alone: load a Qwen-Image-Edit file to edit "
+            "pictures. If it is one under another name, choose its variant in Load Qwen-Image Model."
+        )
+    if not 1 <= len(pictures) <= variant.max_references:
+        more = "" if variant.max_references > 1 else " Qwen-Image-Edit-2509 and 2511 take up to 3."
+        raise ValueError(
+            f"{variant.title} takes 1 to {variant.max_references} picture(s), got {len(pictures)} (a batch of images "
+            f"counts as so many): connect fewer.{more}"
+        )

@@ -1,0 +1,148 @@
+"""Qwen-Image as core sees it: its latent space, how to build it, how prompts and reference pictures drive it."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.blocks import Run
+from ..core.types import Conditioning, Family, Identity, Preset, Schedule, Velocity
+from ..wan.vae import LATENT_FORMAT
+from .conditioning import from_comfy, prepare
+from .config import PATCH, VARIANTS, QwenImageConfig
+from .transformer import Modulations, Prompt, QwenImageTransformer
+
+NAME = "qwen-image"
+
+SIZE_STEP = 16  # a latent position is 8 pixels wide and a token takes 2 x 2 positions
+
+# Parameters that stay in float32: 0.1 % of all, at both ends of the residual stream or in its norms.
+FLOAT32_PARTS = ("img_in.", "time_text_embed.", "norm_out.", "proj_out.")
+
+# The published schedule: mu lies on a line through two (tokens, mu). Source: scheduler_config.json.
+SHORTEST, LONGEST = (256, 0.5), (8192, 0.9)
+TERMINAL = 0.02
+LAYERED_TOKENS = 256  # of one picture, at which the layered model's shift is 1
+
+# Lightning distillations: one forward a step. Source: their example scripts, base_shift = max_shift = ln 3.
+PRESETS = {
+    "lightning-4": Preset(steps=4, shift=3.0, guidance=1.0, solver="euler"),
+    "lightning-8": Preset(steps=8, shift=3.0, guidance=1.0, solver="euler"),
+}
+
+
+def keep_float32(name: str) -> bool:
+    """Say whether a parameter stays in float32 whatever the compute dtype."""
+    return name.startswith(FLOAT32_PARTS) or "norm" in name
+
+
+def mu_for_length(tokens: int, shortest: tuple[int, float] = SHORTEST, longest: tuple[int, float] = LONGEST) -> float:
+    """Return mu for pictures of so many tokens, on the line through two (tokens, mu), extended beyond both."""
+    (tokens_0, mu_0), (tokens_1, mu_1) = shortest, longest
+    return mu_0 + (tokens - tokens_0) * (mu_1 - mu_0) / (tokens_1 - tokens_0)
+
+
+def schedule(config: QwenImageConfig, latent_shape: tuple[int, ...]) -> Schedule:
+    """Return the published schedule for latents [B, C, T, h, w]: larger pictures spend more steps on noise.
+
+    Only the target's tokens count, neither references nor text.
+    """
+    tokens = latent_shape[-2] * latent_shape[-1] // PATCH**2
+    if config.layered:
+        return Schedule(shift=math.sqrt(tokens / LAYERED_TOKENS), whole_timesteps=False)
+    return Schedule(shift=math.exp(mu_for_length(tokens)), terminal=TERMINAL, whole_timesteps=False)
+
+
+def denoisers(
+    model: QwenImageTransformer, run: Run, conditionings: list[Conditioning], device: torch.device
+) -> list[Velocity]:
+    """Return one velocity function per conditioning; they share the modulation of a step, and equal prompts.
+
+    Raises ValueError for text of another encoder.
+    """
+    modulations, prompts = model.modulations(), []
+    for i, conditioning in enumerate(conditionings):
+        width = conditioning.text.shape[-1]
+        if width != model.config.text_dim:
+            raise ValueError(
+                f"This Qwen-Image model takes text rows of width {model.config.text_dim} (Qwen2.5-VL-7B), the "
+                f"conditioning has {width}: encode the prompt with the text encoder that belongs to this model."
+            )
+        twin = next((j for j in range(i) if torch.equal(conditionings[j].text, conditioning.text)), None)
+        prompts.append(prompts[twin] if twin is not None else model.prompt(conditioning.text.to(device), run))
+    references = [
+        tuple(LATENT_FORMAT.normalise(latent.to(device)) for latent in conditioning.references)
+        for conditioning in conditionings
+    ]
+    return [
+        _velocity(model, prompt, run, images, modulations) for prompt, images in zip(prompts, references, strict=True)
+    ]
+
+
+def _velocity(
+    model: QwenImageTransformer, prompt: Prompt, run: Run, references: tuple[Tensor, ...], modulations: Modulations
+) -> Velocity:
+    def velocity(x_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
+        return model(x_BCTHW, timestep_B, prompt, run, references, modulations)
+
+    return velocity
+
+
+def working_bytes(
+    config: QwenImageConfig,
+    latent_shape: tuple[int, ...],
+    conditionings: Sequence[Conditioning],
+    dtype: torch.dtype,
+) -> int:
+    """Estimate the bytes a forward needs beside the weights: the widest moment of a block over all tokens.
+
+    That moment is the feed-forward of the images with its hidden layer twice, or the joint attention with q and k in
+    float32; tests/qwen_image/test_family.py holds it against measured peaks.
+    """
+    batch, _, frames, height, width = latent_shape
+    target = frames * height * width // PATCH**2
+    longest = max((_extra_tokens(conditioning) for conditioning in conditionings), default=0)
+    feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
+    attention = config.dim * (22 + 6 * dtype.itemsize)
+    modulation = config.num_layers * 12 * config.dim * 4
+    packed = 2 * config.token_dim * 4
+    return batch * (target + longest) * (max(feed_forward, attention) + packed) + modulation
+
+
+def _extra_tokens(conditioning: Conditioning) -> int:
+    pictures = sum(latent.shape[-2] * latent.shape[-1] // PATCH**2 for latent in conditioning.references)
+    return conditioning.text.shape[1] + pictures
+
+
+def check_is_qwen_image(identity: Identity) -> None:
+    """Raise ValueError for a model of another family."""
+    if identity.family != NAME:
+        raise ValueError(
+            f"The model is {identity.family} {identity.variant}, which can't edit pictures: connect Load Qwen-Image "
+            "Model."
+        )
+
+
+def check(identity: Identity) -> None:
+    """Raise ValueError for a model of the family that can't be run; all its variants can."""
+    assert identity.variant in VARIANTS
+
+
+FAMILY = Family(
+    name=NAME,
+    latent_format=LATENT_FORMAT,
+    build=QwenImageTransformer,
+    float32=keep_float32,
+    schedule=schedule,
+    denoisers=denoisers,
+    # The layered model was published with plain guidance.
+    guidance_patch=lambda config: None if config.layered else PATCH,
+    working_bytes=working_bytes,
+    conditionings=lambda config, rows: from_comfy(rows, config.text_dim),
+    check=check,
+    prepare=prepare,
+    # float16 overflows: the residual streams exceed its range, and the reference clips them.
+    dtypes=(torch.bfloat16, torch.float32),
+    presets=PRESETS,
+)

@@ -1,0 +1,46 @@
+"""Checkpoints made of the published files' names and shapes (tests/fixtures/manifests), or of a module's."""
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from wanqwen.core.ops.formats import companion
+from wanqwen.core.types import Checkpoint, Identity, TensorInfo
+
+MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def manifest(name: str) -> dict:
+    """Return a manifest's JSON."""
+    return json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+
+
+def checkpoint(name: str, path: Path | None = None) -> Checkpoint:
+    """Return the published file of a manifest, as if its header had been read; it lies at `path`."""
+    tensors = manifest(name)["tensors"]
+    return fake({key: TensorInfo(dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()}, name, path=path)
+
+
+def fake(
+    tensors: Mapping[str, TensorInfo],
+    name: str = "fake",
+    metadata: dict[str, str] | None = None,
+    path: Path | None = None,
+) -> Checkpoint:
+    """Return a checkpoint of these tensors."""
+    path = path or Path(f"{name}.safetensors")
+    return Checkpoint(path=path, tensors=tensors, location=dict.fromkeys(tensors, path), metadata=metadata or {})
+
+
+def shapes(found: Checkpoint, identity: Identity) -> Shapes:
+    """Return the official names of the weights with the shapes that the file states."""
+    return {o: found.tensors[n].shape for o, n in identity.names.items() if companion(o) is None}
+
+
+def on_meta(build: Callable[[], torch.nn.Module]) -> Shapes:
+    """Return names and shapes of a module's state, which takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}

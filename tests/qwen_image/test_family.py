@@ -1,0 +1,121 @@
+"""What core asks of the family: schedule, precision, velocities, memory."""
+
+import pytest
+import torch
+from wanqwen.bench.measure import peak_bytes
+from wanqwen.core.blocks import Run
+from wanqwen.core.sampling.schedule import plan_steps
+from wanqwen.core.types import Conditioning, SampleRequest
+from wanqwen.qwen_image.config import QwenImageConfig
+from wanqwen.qwen_image.family import FAMILY, denoisers, keep_float32, mu_for_length, schedule, working_bytes
+from wanqwen.qwen_image.transformer import QwenImageTransformer
+
+CPU = torch.device("cpu")
+CONFIG = QwenImageConfig(num_layers=2, num_heads=2, dim=32, ffn_dim=64, text_dim=12, freq_dim=16, axes=(4, 6, 6))
+
+
+def made(config: QwenImageConfig = CONFIG, dtype: torch.dtype = torch.float32) -> QwenImageTransformer:
+    torch.manual_seed(0)
+    model = QwenImageTransformer(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter).to(torch.float32 if keep_float32(name) else dtype)
+    return model
+
+
+def text(num: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, num, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def request(**fields) -> SampleRequest:
+    return SampleRequest(latent=torch.zeros(1, 16, 1, 4, 4), positive=Conditioning(text=text(3)), **fields)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mu"), [(64, 0.490322581), (256, 0.5), (4096, 0.693548387), (6889, 0.834325), (9216, 0.951612903)]
+)
+def test_mu_is_the_published_one(tokens, mu):
+    assert mu_for_length(tokens) == pytest.approx(mu, abs=1e-6)
+
+
+def test_the_schedule_of_1328_squared_is_the_published_one():
+    plan = plan_steps(request(steps=50, solver="euler"), schedule(CONFIG, (1, 16, 1, 166, 166)))
+    assert plan.sigmas[:3] == pytest.approx((1, 0.99099, 0.98177), abs=1e-5)
+    assert plan.sigmas[-3:] == pytest.approx((0.06378, 0.02, 0), abs=1e-5)
+    assert plan.timesteps[1] == pytest.approx(1000 * plan.sigmas[1], abs=1e-3)  # never rounded
+
+
+@pytest.mark.parametrize(
+    ("name", "sigmas"),
+    [
+        ("lightning-4", (1, 0.9, 0.75, 0.5, 0)),
+        ("lightning-8", (1, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0)),
+    ],
+)
+def test_the_lightning_presets_are_the_published_tables(name, sigmas):
+    preset = FAMILY.presets[name]
+    asked = request(steps=preset.steps, shift=preset.shift, solver=preset.solver)
+    plan = plan_steps(asked, schedule(CONFIG, (1, 16, 1, 128, 128)))
+    assert plan.sigmas == pytest.approx(sigmas, abs=1e-6) and preset.guidance == 1
+
+
+def test_the_layered_schedule_knows_neither_terminal_nor_exponential():
+    layered = QwenImageConfig(layered=True)
+    plan = plan_steps(request(steps=4, solver="euler"), schedule(layered, (1, 16, 5, 80, 80)))
+    assert plan.sigmas == pytest.approx([2.5 * u / (1 + 1.5 * u) for u in (1, 0.75, 0.5, 0.25, 0)], abs=1e-6)
+    assert FAMILY.guidance_patch(layered) is None and FAMILY.guidance_patch(CONFIG) == 2
+
+
+def test_references_reach_the_transformer_normalised():
+    model, x, t = made(), torch.randn(1, 16, 1, 4, 6), torch.tensor([400.0])
+    reference = torch.randn(1, 16, 1, 2, 4)
+    raw = FAMILY.latent_format.denormalise(reference)
+    [velocity] = denoisers(model, Run(), [Conditioning(text=text(5), references=(raw,))], CPU)
+    direct = model(x, t, model.prompt(text(5), Run()), Run(), references=(reference,))
+    torch.testing.assert_close(velocity(x, t), direct, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(direct, model(x, t, model.prompt(text(5), Run()), Run()), atol=1e-3)
+
+
+def test_equal_prompts_are_embedded_once(monkeypatch):
+    model, calls = made(), []
+    original = model.prompt
+    monkeypatch.setattr(model, "prompt", lambda *a: calls.append(1) or original(*a))
+    denoisers(model, Run(), [Conditioning(text=text(5)), Conditioning(text=text(5))], CPU)
+    assert len(calls) == 1
+
+
+def test_both_passes_of_a_step_share_the_modulation(monkeypatch):
+    model, x = made(), torch.randn(1, 16, 1, 4, 6)
+    calls = []
+    layer = model.transformer_blocks[0].img_mod[1]
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    velocities = denoisers(model, Run(), [Conditioning(text=text(5)), Conditioning(text=text(3, 1))], CPU)
+    for timestep in (900.0, 500.0):
+        for velocity in velocities:
+            velocity(x, torch.tensor([timestep]))
+    assert len(calls) == 2
+
+
+def test_text_of_another_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"width 12 .Qwen2.5-VL-7B., the conditioning has 40"):
+        denoisers(made(), Run(), [Conditioning(text=torch.zeros(1, 3, 40))], CPU)
+
+
+def test_float16_is_not_offered():
+    assert torch.float16 not in FAMILY.dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_references", [0, 2])
+def test_working_bytes_tell_the_measured_peak(dtype: torch.dtype, num_references: int) -> None:
+    config = QwenImageConfig(num_layers=2, num_heads=4, dim=96, ffn_dim=384, text_dim=12, freq_dim=32, axes=(8, 8, 8))
+    model, run, x = made(config, dtype), Run(dtype=dtype), torch.randn(1, 16, 1, 48, 64)
+    references = (torch.randn(1, 16, 1, 48, 64),) * num_references
+    conditionings = [Conditioning(text=text(40, seed), references=references) for seed in (0, 1)]
+
+    def step() -> None:
+        for velocity in denoisers(model, run, conditionings, CPU):
+            velocity(x, torch.tensor([500.0]))
+
+    peak = peak_bytes(step, CPU)
+    estimate = working_bytes(config, tuple(x.shape), conditionings, dtype)
+    assert peak <= estimate <= 1.5 * peak, (peak, estimate)
