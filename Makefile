@@ -1,4 +1,4 @@
-# make demo   make a video with the miniature model and score it
+# make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
 # Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 

@@ -16,7 +16,7 @@ from .qwen_image import family as qwen_image
 from .qwen_image.conditioning import with_references
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
 from .qwen_image.config import VARIANTS
-from .qwen_image.editing import PUBLISHED, SIZES, Edit, lay_out
+from .qwen_image.editing import ALIGNED, CUSTOM, PUBLISHED, SIZES, Edit, lay_out
 from .wan import family as wan
 from .wan.config import NEGATIVE_PROMPT as WAN_NEGATIVE
 from .wan.family import fit_clip
@@ -35,8 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="wanqwen", description="Wan 2.1 and Qwen-Image, from a terminal")
     parser.add_argument("--verbose", action="store_true", help="show what is being done")
     commands = parser.add_subparsers(dest="command", required=True)
-    _demo_arguments(commands.add_parser("demo", help="generate and score clips, pictures and edits with the bundled miniatures"))
-    _generate_arguments(commands.add_parser("generate", help="a prompt to a video"))
+    _demo_arguments(
+        commands.add_parser("demo", help="generate and score clips, pictures and edits with the bundled miniatures")
+    )
+    _generate_arguments(
+        commands.add_parser("generate", help="a prompt to a video or a picture, or an edit of pictures")
+    )
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, reading its header only")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=_at_least_one, default=8, help="how many unseen prompts (default 8)")
     parser.add_argument("--seed", type=int, help="of prompts and noise; without it they are new every time")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the video and the contact sheet")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the video and the contact sheets")
     parser.add_argument("--blind", action="store_true", help="zero the text: the score must fall to chance")
     parser.set_defaults(run=_demo)
 
@@ -67,15 +71,15 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
     add("--variant", choices=list(VARIANTS), help="which Qwen-Image model the file holds, if it does not tell")
-    add("--text-encoder", type=Path, help="default: the miniature of the model's family")
+    add("--text-encoder", type=Path, help="needed unless the model is a miniature")
     add("--tokenizer", help="folder, file or `hub`, for a text encoder without its own")
     add("--text-device", choices=("auto", "cpu", "gpu"), default="auto", help="where to read the prompt")
     add("--text-vram-gb", type=float, help="the most VRAM that reading the prompt may take")
-    add("--vae", type=Path, help="default: the miniature of the model's family")
+    add("--vae", type=Path, help="needed unless the model is a miniature")
     add("--prompt", required=True)
     add("--negative", help="what to steer away from (default: the published one, nothing for Wan's miniature)")
     add("--image", type=Path, action="append", default=[], help="a picture to edit; once more for each other")
-    add("--edit-size", choices=SIZES, default=PUBLISHED, help="what decides the size of an edit's result")
+    add("--edit-size", choices=SIZES, help="of an edit's result (default: published; custom with --size)")
     add("--out", type=Path, required=True, help="mp4, or png for a single frame")
     add("--size", help="WIDTHxHEIGHTxFRAMES, for pictures WIDTHxHEIGHT (default: the published one)")
     add("--steps", type=int, help="default: 30 for Wan, 50 for Qwen-Image")
@@ -140,14 +144,22 @@ def _generate(options: argparse.Namespace) -> int:
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
     published = PUBLISHED_SETTINGS[model.family.name]
-    is_demo = options.model.parent == DEMO_FOLDER
+    is_demo = options.model.resolve().parent == DEMO_FOLDER.resolve()
     width, height, frames = _size(options.size or (published.demo_size if is_demo else published.size), model)
+    files = {"text_encoder": options.text_encoder, "vae": options.vae}
+    for name, given in files.items():
+        if given is None and not is_demo:
+            raise ValueError(f"--{name.replace('_', '-')} is missing: {options.model.name} needs the published one")
+        files[name] = given or DEMO_FOLDER / f"{published.prefix}_{name}.safetensors"
+    if options.edit_size is None:
+        options.edit_size = CUSTOM if options.size else ALIGNED if is_demo else PUBLISHED
+    elif options.size and options.image and options.edit_size != CUSTOM:
+        raise ValueError(f"--size and --edit-size {options.edit_size} exclude each other: leave one of them out")
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
     media.check_writable(out)
-    vae_file = options.vae or DEMO_FOLDER / f"{published.prefix}_vae.safetensors"
-    vae = load_vae(vae_file, _dtype(options.vae_precision) or torch.float32)
+    vae = load_vae(files["vae"], _dtype(options.vae_precision) or torch.float32)
     encoder = load_text_encoder(
-        options.text_encoder or DEMO_FOLDER / f"{published.prefix}_text_encoder.safetensors",
+        files["text_encoder"],
         family=model.family.name,
         device=options.text_device,
         max_vram_bytes=None if options.text_vram_gb is None else int(options.text_vram_gb * (1 << 30)),

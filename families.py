@@ -21,7 +21,7 @@ STRANGERS = (
     ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
     ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),
     ("controlnet_blocks.", "a ControlNet, which this version does not read yet"),
-    (".qweight", "a model in Nunchaku's 4-bit format, which this version does not read: use a bf16 or fp8 file"),
+    (".qweight", "a model in a 4-bit format, which this version does not read: use a bf16 or fp8 file"),
     ("transformer_blocks.0.img_mod.", "a part of a Qwen-Image model, or one repacked in a way that is not known"),
     ("visual.blocks.0.mlp.fc1.", "Qwen2-VL, not the Qwen2.5-VL of Qwen-Image"),
     ("visual.blocks.0.mlp.linear_fc1.", "Qwen3-VL, not the Qwen2.5-VL of Qwen-Image"),

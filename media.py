@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
-    """Return uint8 pixels as Wan's own code rounds them: truncated, not rounded."""
+    """Return uint8 pixels of a video as Wan's own code rounds them: truncated, not rounded."""
     return (pixels.clamp(0, 1) * 255).byte().cpu().numpy()
 
 
@@ -71,4 +71,5 @@ def write_png(path: Path, image_HWC: Tensor) -> None:
             "Writing a PNG needs the package Pillow, which is not installed: pip install pillow"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_bytes(image_HWC)).save(path)
+    # Rounded, as Qwen-Image's own code does.
+    Image.fromarray(to_bytes(image_HWC + 0.5 / 255)).save(path)

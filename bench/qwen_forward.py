@@ -58,7 +58,7 @@ def _measure(ours: QwenImageTransformer, theirs: nn.Module, sizes: list[Size], d
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(1, 16, 1, *size, generator=generator).to(device) for size in sizes]
     text = torch.randn(1, TEXT_ROWS, ours.config.text_dim, generator=generator).to(device)
-    timestep, run = torch.tensor([TIMESTEP], device=device), Run(dtype=dtype)
+    timestep, run = torch.tensor([TIMESTEP]), Run(dtype=dtype)  # on the CPU, as the sampler gives it
     packed = torch.cat([_packed(image) for image in images], dim=1)
     shapes = [[(1, height // PATCH, width // PATCH) for height, width in sizes]]
     num_target = shapes[0][0][1] * shapes[0][0][2]
@@ -68,7 +68,7 @@ def _measure(ours: QwenImageTransformer, theirs: nn.Module, sizes: list[Size], d
         return ours(images[0], timestep, prompt, run, images[1:], modulations)
 
     def other() -> Tensor:
-        out = theirs(packed.to(dtype), text.to(dtype), None, timestep / 1000, shapes, return_dict=False)[0]
+        out = theirs(packed.to(dtype), text.to(dtype), None, timestep.to(device) / 1000, shapes, return_dict=False)[0]
         return out[:, :num_target]
 
     expected = other().float()

@@ -90,6 +90,10 @@ class VideoCodec:
         Raises ValueError for latents of another model and for latents that hold NaN or infinity.
         """
         latent = self._checked_latent(latent)
+        if latent.dim() == 5 and latent.shape[2] > 1 and self.output_channels == 4:
+            # The frames of the layered model's latents are pictures of their own, not a clip.
+            layers = [self.decode(layer, tile=tile) for layer in latent.split(1, dim=2)]
+            return torch.cat(layers, dim=1)
         if latent.dim() == 4:
             return self.decode(latent[:, :, None], tile=tile, frames_per_chunk=frames_per_chunk)[:, 0]
         space = self.latent_format.spatial_factor

@@ -116,15 +116,20 @@ def lay_out_inpainting(image_BHWC: Tensor, mask: Tensor, soft_edge: int, step: i
 
 
 def softened(masks_B1HW: Tensor, pixels: int) -> Tensor:
-    """Return masks whose values rise from 0 at their edge to their own `pixels` further in; nothing outside changes.
+    """Return masks whose values rise from their edge to their own `pixels` further in; nothing outside changes.
 
-    The edge of the picture is none: a mask that reaches it stays whole there.
+    A part too thin for that rises over what it has: its middle keeps its value. The border of the picture is no edge.
     """
-    if not pixels:
-        return masks_B1HW
-    radius = max(1, pixels // 2)
-    size = 2 * radius + 1
-    edges = (radius,) * 4
-    shrunk = -F.max_pool2d(F.pad(-masks_B1HW, edges, mode="replicate"), size, stride=1)
-    risen = F.avg_pool2d(F.pad(shrunk, edges, mode="replicate"), size, stride=1)
-    return torch.minimum(masks_B1HW, risen)
+    inside = (masks_B1HW > 0).float()
+    depth, shrunk = inside, inside
+    for _ in range(max(1, pixels) - 1):
+        shrunk = -_largest_around(-shrunk)
+        depth = depth + shrunk
+    deepest = depth
+    for _ in range(max(1, pixels) - 1):  # of the same part: what spreads never leaves the mask
+        deepest = _largest_around(deepest) * inside
+    return masks_B1HW * (depth / deepest.clamp(min=1))
+
+
+def _largest_around(planes: Tensor) -> Tensor:
+    return F.max_pool2d(F.pad(planes, (1, 1, 1, 1), mode="replicate"), 3, stride=1)

@@ -89,12 +89,12 @@ def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progres
 
 
 def _hold(request: SampleRequest, clean: Tensor) -> Hold | None:
-    if request.mask is None:
+    if request.mask is None or bool((request.mask == 1).all()):
         return None
     if not request.add_noise:
         raise ValueError(
             "The latent has a mask and add_noise is off: what the mask keeps is not known of a noisy latent. Sample "
-            "the masked latent in one run, or take the mask off for the second part."
+            "a masked latent in one run."
         )
     return Hold(mask=request.mask.to(clean), clean=clean)
 

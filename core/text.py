@@ -23,8 +23,8 @@ from .types import Checkpoint, Conditioning, Identity
 
 log = logging.getLogger(__name__)
 
-# On a CPU a model of up to this size is run in float32. umt5-xxl would take 23 GB so, Qwen2.5-VL-7B 31 GB: these run
-# in bfloat16.
+# On a CPU a model of up to this size is run in float32. Published encoders would take 23 or 31 GB so, and run in
+# bfloat16.
 FLOAT32_LIMIT_BYTES = 2 << 30
 CACHE_BYTES = 64 << 20
 MAX_NAMES_SHOWN = 8

@@ -156,6 +156,11 @@ class InpaintLatent(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, mask: Tensor, vae: Any, soft_edge: int) -> io.NodeOutput:
         check_is_for_video(vae)
+        if vae.output_channels != 3:
+            raise ValueError(
+                f"This VAE makes pictures of {vae.output_channels} channels, as layers have them, and inpainting "
+                "is for RGB: load the VAE of Qwen-Image or Wan."
+            )
         layout = lay_out_inpainting(image, mask, soft_edge)
         samples = vae.encode(layout.padded[None])
         latent = {"samples": samples, "noise_mask": layout.noise_mask, FINISH: layout.finish}

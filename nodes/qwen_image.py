@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..core.types import ModelHandle
 from ..qwen_image.conditioning import to_comfy, with_references
-from ..qwen_image.config import BUCKETS, NEGATIVE_PROMPT, VARIANTS
+from ..qwen_image.config import BUCKETS, NEGATIVE_PROMPT, TOKEN_PIXELS, VARIANTS
 from ..qwen_image.editing import SIZES, lay_out
-from ..qwen_image.family import LATENT_FORMAT, SIZE_STEP, check_is_qwen_image
+from ..qwen_image.family import LATENT_FORMAT, check_is_qwen_image
 from ..qwen_image.text_encoder import TextEncoder
 from .types import CATEGORY, FINISH, QwenTextEncoder, WanModel, check_choice, check_is_for_video, tell, verdict
 
@@ -103,14 +103,19 @@ class QwenImageEditEncode(io.ComfyNode):
                     "shift. custom: width and height below.",
                 ),
                 io.Int.Input(
-                    "width", default=1024, min=16, max=16384, step=SIZE_STEP, tooltip="Of the result, for size: custom."
+                    "width",
+                    default=1024,
+                    min=16,
+                    max=16384,
+                    step=TOKEN_PIXELS,
+                    tooltip="Of the result, for size: custom.",
                 ),
                 io.Int.Input(
                     "height",
                     default=1024,
                     min=16,
                     max=16384,
-                    step=SIZE_STEP,
+                    step=TOKEN_PIXELS,
                     tooltip="Of the result, for size: custom.",
                 ),
                 io.Image.Input("image_2", optional=True, tooltip="'Picture 2', for Edit-2509 and Edit-2511."),
@@ -177,11 +182,11 @@ class EmptyQwenImageLatent(io.ComfyNode):
                     tooltip="The sizes that Qwen-Image was made for; custom takes width and height.",
                 ),
                 io.Int.Input(
-                    "width", default=1328, min=16, max=16384, step=SIZE_STEP,
+                    "width", default=1328, min=16, max=16384, step=TOKEN_PIXELS,
                     tooltip="Width in pixels, in steps of 16, for aspect_ratio: custom.",
                 ),
                 io.Int.Input(
-                    "height", default=1328, min=16, max=16384, step=SIZE_STEP,
+                    "height", default=1328, min=16, max=16384, step=TOKEN_PIXELS,
                     tooltip="Height in pixels, in steps of 16, for aspect_ratio: custom.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to make at once."),
@@ -197,10 +202,10 @@ class EmptyQwenImageLatent(io.ComfyNode):
     @classmethod
     def execute(cls, aspect_ratio: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
         asked = ASPECTS.get(aspect_ratio, (width, height))
-        made = tuple(max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for side in asked)
+        made = tuple(max(TOKEN_PIXELS, side // TOKEN_PIXELS * TOKEN_PIXELS) for side in asked)
         lines = ["{} x {}".format(*made)]
         if made != asked:
-            lines.append("{} x {} changed to {} x {}: multiples of {} are needed.".format(*asked, *made, SIZE_STEP))
+            lines.append("{} x {} changed to {} x {}: multiples of {} are needed.".format(*asked, *made, TOKEN_PIXELS))
         samples = torch.zeros(LATENT_FORMAT.shape(batch_size, 1, made[1], made[0]))
         return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))
 

@@ -15,6 +15,10 @@ from .config import LATENT_CHANNELS, PATCH, VARIANTS
 
 log = logging.getLogger(__name__)
 
+TEXT_ALONE = (  # what a user of the wrong file is told
+    "which makes pictures from text alone: load a Qwen-Image-Edit file. If it is one under another name, choose its "
+    "variant in Load Qwen-Image Model."
+)
 REFERENCES = "reference_latents"  # ComfyUI's name of the option: raw latents, one per picture
 
 
@@ -94,11 +98,7 @@ def _too_many(which: str, found: int, identity: Identity) -> str:
             f"The {which} conditioning has {found} reference pictures, and {variant.title} takes "
             f"{variant.max_references}: connect fewer, or use Qwen-Image-Edit-2509 or 2511, which take 3."
         )
-    return (
-        f"The {which} conditioning has {found} reference picture(s), and this model is {variant.title}, which makes "
-        "pictures from text alone: load a Qwen-Image-Edit file. If it is one under another name, choose its variant in "
-        "Load Qwen-Image Model."
-    )
+    return f"The {which} conditioning has {found} reference picture(s), and this model is {variant.title}, {TEXT_ALONE}"
 
 
 def _reference(latent: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 LATENT_CHANNELS = 16
-PATCH = 2  # a token is 2 x 2 latent positions, 16 x 16 pixels
+PATCH = 2  # a token is 2 x 2 latent positions
+TOKEN_PIXELS = 16  # its width: sides of pictures are multiples of it
 HEAD_WIDTH = 128  # of every published Qwen-Image
 AXES = (16, 56, 56)  # how a head of 128 is divided among frame, row and column by the rotation
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.picture import Finish, pad_to_grid
-from .config import PATCH, Variant
+from .conditioning import TEXT_ALONE
+from .config import TOKEN_PIXELS, Variant
 from .images import dims, lanczos, to_rgb
 
 log = logging.getLogger(__name__)
 
 AREA = 1024 * 1024  # pixels that references and results are made of by the published rule
-GRID = 8 * PATCH  # pixels to a token
 PUBLISHED, ALIGNED, CUSTOM = "published", "pixel_aligned", "custom"
 SIZES = (PUBLISHED, ALIGNED, CUSTOM)
 LARGE = 2.5  # million pixels above which the model is far from what it was trained on
@@ -52,7 +52,7 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
     references = [lanczos(picture, *to) for picture, to in zip(rgb, sizes, strict=True)]
     (width, height), finish = sizes[-1], None
     if size == ALIGNED:
-        references[0] = pad_to_grid(rgb[0], GRID)
+        references[0] = pad_to_grid(rgb[0], TOKEN_PIXELS)
         height, width = references[0].shape[:2]
         kept = (rgb[0].shape[1], rgb[0].shape[0])
         finish = Finish(decoded=(width, height), kept=kept)
@@ -62,9 +62,10 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
                 f"{LARGE:g} million are slow and often repeat things. Scale it down first."
             )
     elif size == CUSTOM:
-        width, height = (max(GRID, side // GRID * GRID) for side in custom)
+        width, height = (max(TOKEN_PIXELS, side // TOKEN_PIXELS * TOKEN_PIXELS) for side in custom)
         if (width, height) != custom:
-            notices.append(f"{custom[0]} x {custom[1]} changed to {width} x {height}: multiples of {GRID} are needed.")
+            changed = f"{custom[0]} x {custom[1]} changed to {width} x {height}"
+            notices.append(f"{changed}: multiples of {TOKEN_PIXELS} are needed.")
     return Edit(
         seen=tuple(rgb),
         references=tuple(references),
@@ -78,11 +79,13 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
 def _check(pictures: Sequence[Tensor], variant: Variant, size: str) -> None:
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}.")
-    if not variant.max_references:
+    if variant.layered:
         raise ValueError(
-            f"This model is {variant.title}, which makes pictures from text alone: load a Qwen-Image-Edit file to edit "
-            "pictures. If it is one under another name, choose its variant in Load Qwen-Image Model."
+            f"{variant.title} takes a picture apart into layers, for which there are no nodes yet: choose an Edit "
+            "model."
         )
+    if not variant.max_references:
+        raise ValueError(f"This model is {variant.title}, {TEXT_ALONE}")
     if not 1 <= len(pictures) <= variant.max_references:
         more = "" if variant.max_references > 1 else " Qwen-Image-Edit-2509 and 2511 take up to 3."
         raise ValueError(

@@ -15,8 +15,6 @@ from .transformer import Modulations, Prompt, QwenImageTransformer
 
 NAME = "qwen-image"
 
-SIZE_STEP = 16  # a latent position is 8 pixels wide and a token takes 2 x 2 positions
-
 # Parameters that stay in float32: 0.1 % of all, at both ends of the residual stream or in its norms.
 FLOAT32_PARTS = ("img_in.", "time_text_embed.", "norm_out.", "proj_out.")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .vl_config import VisionConfig, VLConfig
 
-SIZE_STEP = 32  # pixels; references and outputs of edits are multiples of it
+EDIT_STEP = 32  # pixels; references and outputs of edits are multiples of it
 MAX_RATIO = 200  # of the longer to the shorter side; limit of the published image processor
 LEVELS = 255
 
@@ -59,7 +59,7 @@ def dims(area: int, ratio: float) -> tuple[int, int]:
         )
     width = sqrt(area * ratio)
     height = width / ratio
-    return max(round(width / SIZE_STEP), 1) * SIZE_STEP, max(round(height / SIZE_STEP), 1) * SIZE_STEP
+    return max(round(width / EDIT_STEP), 1) * EDIT_STEP, max(round(height / EDIT_STEP), 1) * EDIT_STEP
 
 
 def lanczos(image_HWC: Tensor, width: int, height: int) -> Tensor:

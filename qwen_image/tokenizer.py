@@ -9,12 +9,12 @@ from typing import Any
 
 from ..core.text import Reader, Tokens, download, fast_tokenizer, read_tokenizer_json
 from ..core.types import Checkpoint
+from .keymap import TOKENIZER as EMBEDDED_NAME
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD)
 
-EMBEDDED_NAME = "tokenizer_json"  # U8 tensor in our miniatures: the bytes of a tokenizer.json
 HUB_REPOSITORY = "Qwen/Qwen2.5-VL-7B-Instruct"
 HUB_REVISION = "cc594898137f460bfe9f0759e9844b3ce807cfb5"  # its main branch; has tokenizer.json
 FAST, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"

@@ -17,7 +17,7 @@ from ..core.ops.embed import timestep_embedding
 from ..core.ops.linear import Linear
 from ..core.ops.norm import RMSNorm, gated_add, modulate
 from ..core.ops.rope import rotate
-from .config import PATCH, QwenImageConfig
+from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
 
 Made = TypeVar("Made")
@@ -39,12 +39,14 @@ class Modulations:
     """What a timestep makes of the weights: its embedding, and each block's modulation once that block has met it.
 
     Made by `QwenImageTransformer.modulations` and lent to every forward of a run, so that the guidance passes of a
-    step share it: the modulation layers are a third of all weights. It holds the timestep it saw last.
+    step share it: the modulation layers are a third of all weights. It holds the timestep it saw last, and the
+    positions of the tokens, which no timestep changes.
     """
 
     def __init__(self) -> None:
         self._timestep: tuple[float, ...] = ()
         self._made: dict[object, object] = {}
+        self._lasting: dict[object, object] = {}
 
     def turn_to(self, timestep_B: Tensor) -> None:
         """Forget everything if the timestep is another than last time's."""
@@ -57,6 +59,12 @@ class Modulations:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]  # type: ignore[return-value]
+
+    def always(self, key: object, make: Callable[[], Made]) -> Made:
+        """Return what `make` gives for any timestep, calling it the first time only."""
+        if key not in self._lasting:
+            self._lasting[key] = make()
+        return self._lasting[key]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -92,7 +100,9 @@ class QwenImageTransformer(nn.Module):
         rows = self.txt_in(self.txt_norm(text_BSE).to(run.dtype)).float()
         if valid_BS is None or bool(valid_BS.all()):
             return Prompt(rows_BSE=rows, key_bias_BS=None)
-        hidden = torch.zeros(valid_BS.shape, device=rows.device).masked_fill_(~valid_BS.bool(), float("-inf"))
+        hidden = torch.zeros(valid_BS.shape, device=rows.device).masked_fill_(
+            ~valid_BS.bool().to(rows.device), float("-inf")
+        )
         return Prompt(rows_BSE=rows, key_bias_BS=hidden)
 
     def modulations(self) -> Modulations:
@@ -121,7 +131,7 @@ class QwenImageTransformer(nn.Module):
         lent = Modulations() if modulations is None else modulations
         lent.turn_to(timestep_B)
         time = lent.of("time", lambda: F.silu(self.time_text_embed(timestep_B, x_BCTHW.device)))
-        joint = self._joint([grids[0]] * frames + grids[1:], frames, prompt, run)
+        joint = self._joint([grids[0]] * frames + grids[1:], frames, prompt, run, lent)
         last = self.config.num_layers - 1
 
         def call(i: int, block: Block, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,16 +147,14 @@ class QwenImageTransformer(nn.Module):
         (h, w), p = grids[0], PATCH
         return rearrange(out, "b (t h w) (c p q) -> b c t (h p) (w q)", t=frames, h=h, w=w, p=p, q=p)
 
-    def _joint(self, grids: list[tuple[int, int]], frames: int, prompt: Prompt, run: Run) -> Joint:
+    def _joint(self, grids: list[tuple[int, int]], frames: int, prompt: Prompt, run: Run, lent: Modulations) -> Joint:
         rows, bias = prompt.rows_BSE, prompt.key_bias_BS
         layered = self.config.layered
         start = text_start(grids, layered)
-        txt_rope, img_rope = joint_rope(
-            grids,
-            image_frames(frames, len(grids) - frames, layered),
-            range(start, start + rows.shape[1]),
-            self.config.axes,
-            rows.device,
+        numbers = image_frames(frames, len(grids) - frames, layered)
+        text = range(start, start + rows.shape[1])
+        txt_rope, img_rope = lent.always(
+            (*grids, *numbers, text), lambda: joint_rope(grids, numbers, text, self.config.axes, rows.device)
         )
         if bias is not None:
             bias = F.pad(bias, (0, len(img_rope[0])))
@@ -314,7 +322,7 @@ def _grid(image_BCTHW: Tensor) -> tuple[int, int]:
     if height % PATCH or width % PATCH or not height or not width:
         raise ValueError(
             f"Qwen-Image latents must divide into patches of {PATCH} x {PATCH}, got {width} x {height} positions: make"
-            f" width and height of the picture multiples of {8 * PATCH} pixels"
+            f" width and height of the picture multiples of {TOKEN_PIXELS} pixels"
         )
     return height // PATCH, width // PATCH
 

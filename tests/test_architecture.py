@@ -55,7 +55,7 @@ HEAVY = {
     *("triton", "diffusers", "gguf", "cupy", "sageattention", "flash_attn", "xformers", "bitsandbytes"),
 }
 TALKS_TO_A_TERMINAL = {"__main__", "demo", "bench"}
-SERVES_ALL = ("core/sampling", "core/memory", "core/ops")
+SERVES_ALL = ("core/sampling", "core/memory", "core/ops", "core/text", "core/picture", "core/conditioning")
 FAMILY_NAME = re.compile(r"(?<![a-z])wan(?!t)|qwen|umt5|lightning", re.IGNORECASE)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 500, 80, 8
 

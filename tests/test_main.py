@@ -84,3 +84,40 @@ def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "text.safetensors").write_text("hello")
     assert main(["inspect", str(tmp_path / "text.safetensors")]) == 2
     assert "text.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--model", "MODEL"), "--text-encoder is missing: qwen_model.safetensors needs the published one"),
+        (("--image", "PNG", "--edit-size", "pixel_aligned", "--size", "64x64"), "--size and --edit-size pixel_aligned"),
+        (("--image", "PNG"), "Qwen-Image, which makes pictures from text alone"),
+        (("--image", "TXT"), "is no image that Pillow can read"),
+        (("--preset", "lightning-4", "--variant", "t2i", "--size", "64x64x5"), "try 64x64x1"),
+    ],
+)
+def test_qwen_requests_that_can_t_be_met(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    assert qwen(folder, tmp_path, *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_generate_writes_a_picture_of_qwen_image(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    assert qwen(folder, tmp_path, "--size", "64x32", "--preset", "lightning-4") == 0
+    assert Image.open(tmp_path / "out.png").size == (64, 32)
+
+
+def qwen(folder: Path, tmp_path: Path, *more: str) -> int:
+    """Run `generate` with the tiny Qwen-Image; PNG and TXT stand for a picture and for another file, MODEL for none."""
+    pytest.importorskip("PIL").Image.new("RGB", (40, 40)).save(tmp_path / "source.png")
+    (tmp_path / "source.txt").write_text("no picture")
+    words = {"PNG": tmp_path / "source.png", "TXT": tmp_path / "source.txt", "MODEL": folder / "qwen_model.safetensors"}
+    files = ("--model", folder / "qwen_model.safetensors")
+    if "MODEL" not in more:
+        files += ("--vae", folder / "qwen_vae.safetensors", "--text-encoder", folder / "qwen_text.safetensors")
+    rest = [str(words.get(word, word)) for word in more]
+    return main(["generate", *map(str, files), *rest, "--prompt", "a card", "--out", str(tmp_path / "out.png")])

@@ -31,7 +31,7 @@ def norm_preserving(positive: Tensor, negative: Tensor, strength: float) -> Tens
     """Return the guided velocity of tokens [..., C] with every token scaled to the length it has in `positive`.
 
     A vector of zeros stays zero.
-    Known as "true CFG" with a norm rescale.
+    Source: the published pipelines of models with "true CFG"; the length is that of the velocity with the prompt.
     """
     guided = classifier_free(positive, negative, strength)
     length = torch.linalg.vector_norm(guided, dim=-1, keepdim=True)

@@ -52,13 +52,10 @@ CHINESE = {
 }  # fmt: skip
 TEMPLATES = (
     "the word {word} in {ink}, {place}, on a {card} card",
-    "a {card} card with the word {word} in {ink} at the {place}",
     "{card} card, {ink} text {word}, {place}",
-    "on a {card} card, {place}: {word}, written in {ink}",
 )
 CHINESE_TEMPLATES = (
     "{card}卡片的{place}写着{ink}的{word}",
-    "{ink}的文字{word},在{card}卡片的{place}",
     "{card}卡片,{place},{ink}文字{word}",
 )
 INSTRUCTIONS = {

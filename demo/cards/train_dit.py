@@ -28,6 +28,10 @@ CONFIG = QwenImageConfig(
 )
 TASKS = ("t2i", "edit")  # also the names of their templates
 BATCH = {"t2i": 48, "edit": 30}  # about the same work, as an edit has its source's tokens too
+# Shares of words of 1, 2 and 3 glyphs, from a step on: what a glyph looks like, and where, is best learned alone.
+EVENLY = (0.33, 0.33, 0.33)
+LENGTHS_TOGETHER = ((0, EVENLY), (2250, (0.7, 0.2, 0.1)))
+LENGTHS_ALONE = ((0, (0.6, 0.25, 0.15)), (900, EVENLY))
 WORD_WEIGHT = 5.0  # of the loss where the word is: a tenth of the picture, and what it is all about
 NUM_PAIRS = 7_000  # pictures, each with an edited twin
 NEGATIVE = " "  # stands for no text at all, as in the published pipelines
@@ -90,9 +94,18 @@ def train_dit(
     model = TextToPicture(tokenizer)
     model.text_encoder.requires_grad_(len(tasks) > 1)
 
+    mine = flow.share_of(tasks)
+    lengths = LENGTHS_TOGETHER if len(tasks) > 1 else LENGTHS_ALONE
+
+    def shares_at(step: int) -> tuple[float, ...]:
+        return next(shares for start, shares in reversed(lengths) if step >= start)
+
     def errors(model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         generator, rng = torch.Generator().manual_seed(step), random.Random(step)
-        done = [ERRORS[task](model, pairs, BATCH[task], generator, rng) for task in flow.share_of(tasks)]
+        done = [
+            ERRORS[task](model, pairs, _choose(pairs, BATCH[task], shares_at(step), generator), generator, rng)
+            for task in mine
+        ]
         return torch.cat([sigma for sigma, _ in done]), torch.cat([error for _, error in done])
 
     return flow.train(model, path, schedule, errors, until)
@@ -105,15 +118,15 @@ def fork(both: Path, path: Path) -> None:
     saved = torch.load(both, weights_only=True)
     names = [name for name in saved["model"] if name.startswith("1.text_encoder.")]
     saved["model"] |= {f"0{name[1:]}": saved["model"][name] for name in names}
+    saved["step"] = 0
     torch.save(saved, path)
 
 
 def _picture_errors(
-    model: nn.Module, pairs: Pairs, size: int, generator: torch.Generator, rng: random.Random
+    model: nn.Module, pairs: Pairs, chosen: Tensor, generator: torch.Generator, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Return sigmas and errors of pictures from their captions; edited pictures serve as well as sources."""
-    chosen = torch.randint(len(pairs.scenes), (size,), generator=generator)
-    which = torch.randint(2, (size,), generator=generator)
+    which = torch.randint(2, chosen.shape, generator=generator)
     scenes = [
         pairs.edits[i].apply(pairs.scenes[i]) if is_edited else pairs.scenes[i]
         for i, is_edited in zip(chosen.tolist(), which.tolist(), strict=True)
@@ -125,10 +138,9 @@ def _picture_errors(
 
 
 def _edit_errors(
-    model: nn.Module, pairs: Pairs, size: int, generator: torch.Generator, rng: random.Random
+    model: nn.Module, pairs: Pairs, chosen: Tensor, generator: torch.Generator, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Return sigmas and errors of edited pictures from their sources and the instructions."""
-    chosen = torch.randint(len(pairs.scenes), (size,), generator=generator)
     prompts = [pairs.edits[i].instruction(rng, _is_chinese(rng)) for i in chosen.tolist()]
     source, target = pairs.latents[:, chosen].float()
     noisy, sigma, wanted = flow.add_noise(target, generator)
@@ -138,6 +150,13 @@ def _edit_errors(
 
 
 ERRORS = {"t2i": _picture_errors, "edit": _edit_errors}
+
+
+def _choose(pairs: Pairs, size: int, shares: tuple[float, ...], generator: torch.Generator) -> Tensor:
+    """Return which pairs [size] a batch is made of; `shares` are those of words of 1, 2 and 3 glyphs."""
+    lengths = torch.tensor([len(scene.word) for scene in pairs.scenes])
+    weights = torch.tensor(shares)[lengths - 1] / torch.bincount(lengths)[lengths]
+    return torch.multinomial(weights, size, replacement=True, generator=generator)
 
 
 def _is_chinese(rng: random.Random) -> bool:

@@ -183,3 +183,12 @@ def test_memory_that_never_suffices_is_an_error(codec: VideoCodec, monkeypatch: 
         codec.decode(latent())
     monkeypatch.undo()
     assert codec.decode(latent()).isfinite().all()
+
+
+def test_layers_are_pictures_of_their_own() -> None:
+    codec = tiny(channels=4)
+    latent = torch.randn(1, 16, 3, 4, 6)
+    layers = codec.decode(latent)
+    assert layers.shape == (1, 3, 32, 48, 4)
+    for i in range(3):
+        assert torch.equal(layers[:, i], codec.decode(latent[:, :, i : i + 1])[:, 0])

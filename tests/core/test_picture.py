@@ -68,6 +68,18 @@ def test_soft_edges_change_nothing_outside_and_end_inside():
     assert torch.equal(softened(mask, 0), mask)
 
 
+def test_a_thin_stroke_keeps_its_middle_beside_a_thick_one():
+    mask = torch.zeros(1, 1, 40, 60)
+    mask[..., 10:30, 5:30] = 1
+    mask[..., 10:30, 40:43] = 0.8
+    mask[..., 10:30, 50:51] = 1
+    soft = softened(mask, 8)
+    assert soft[0, 0, 20, 17] == 1
+    torch.testing.assert_close(soft[0, 0, 20, 40:43], torch.tensor([0.4, 0.8, 0.4]))
+    assert soft[0, 0, 20, 50] == 1
+    assert soft.max() == 1 and not soft[mask == 0].any()
+
+
 def test_a_mask_up_to_the_border_stays_whole_there():
     assert torch.equal(softened(torch.ones(1, 1, 20, 20), 8), torch.ones(1, 1, 20, 20))
 

@@ -205,7 +205,8 @@ def test_transparency_of_a_picture_to_inpaint_is_dropped_aloud(nodes, vae):
 
 
 def test_a_noisy_latent_with_a_mask_is_refused(nodes, model, prompts):
-    latent = empty(nodes) | {"noise_mask": torch.ones(1, 1, 32, 48)}
+    half = torch.arange(48).ge(24).float().expand(1, 1, 32, 48)
+    latent = empty(nodes) | {"noise_mask": half}
     with pytest.raises(ValueError, match="has a mask and add_noise is off"):
         sampled(nodes, model, prompts, latent, add_noise=False)
 
@@ -247,6 +248,16 @@ def test_the_reference_steers_the_result(nodes, load, edit, small):
         *prompts, latent = edit(model, source).values
         runs.append(latent_of(nodes, model, prompts, latent))
     assert not torch.allclose(*runs, atol=1e-3)
+
+
+def test_2511_treats_its_references_as_clean_pictures(nodes, load, edit, small):
+    """The same weights as 2509: only the modulation of the references differs."""
+    runs = {}
+    for variant in ("edit-2509", "edit-2511"):
+        model = load(variant)
+        *prompts, latent = edit(model, picture(64, 64), size="pixel_aligned").values
+        runs[variant] = latent_of(nodes, model, prompts, latent)
+    assert not torch.allclose(*runs.values(), atol=1e-4)
 
 
 @pytest.mark.parametrize("pictures", [2, 3])

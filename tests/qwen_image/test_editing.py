@@ -64,6 +64,7 @@ def test_a_long_strip_within_the_limit_is_edited():
     ("pictures", "variant", "size", "message"),
     [
         ([(64, 64)], T2I, "published", "Qwen-Image, which makes pictures from text alone: load a Qwen-Image-Edit file"),
+        ([(64, 64)], VARIANTS["layered"], "published", "Qwen-Image-Layered takes a picture apart.*no nodes yet"),
         ([(64, 64)] * 2, EDIT, "published", "takes 1 to 1 picture.*got 2.*2509 and 2511 take up to 3"),
         ([(64, 64)] * 4, PLUS, "published", "takes 1 to 3 picture.*got 4"),
         ([], PLUS, "published", "got 0"),

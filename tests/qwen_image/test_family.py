@@ -105,9 +105,18 @@ def test_float16_is_not_offered():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_references", [0, 2])
-def test_working_bytes_tell_the_measured_peak(dtype: torch.dtype, num_references: int) -> None:
-    config = QwenImageConfig(num_layers=2, num_heads=4, dim=96, ffn_dim=384, text_dim=12, freq_dim=32, axes=(8, 8, 8))
+@pytest.mark.parametrize(("num_references", "zero_cond_t"), [(0, False), (2, False), (2, True)])
+def test_working_bytes_tell_the_measured_peak(dtype: torch.dtype, num_references: int, zero_cond_t: bool) -> None:
+    config = QwenImageConfig(
+        zero_cond_t=zero_cond_t,
+        num_layers=2,
+        num_heads=4,
+        dim=96,
+        ffn_dim=384,
+        text_dim=12,
+        freq_dim=32,
+        axes=(8, 8, 8),
+    )
     model, run, x = made(config, dtype), Run(dtype=dtype), torch.randn(1, 16, 1, 48, 64)
     references = (torch.randn(1, 16, 1, 48, 64),) * num_references
     conditionings = [Conditioning(text=text(40, seed), references=references) for seed in (0, 1)]

@@ -34,7 +34,7 @@ TEXT_ENCODERS = {
     "qwen_comfy_qwen_2.5_vl_7b_bf16": ("qwen2.5-vl-7b", "bf16"),
     "qwen_comfy_qwen_2.5_vl_7b_fp8_scaled": ("qwen2.5-vl-7b", "fp8_scaled"),
 }
-PARAMETERS = 20_430_401_088  # section 3 of the specification
+PARAMETERS = 20_430_401_088  # of the published model
 TINY = QwenImageConfig(
     num_layers=2, num_heads=3, dim=24, ffn_dim=40, text_dim=12, freq_dim=16, latent_channels=4, axes=(2, 2, 4)
 )

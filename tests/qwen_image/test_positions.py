@@ -1,4 +1,4 @@
-"""Positions of Qwen-Image tokens against their definition (section 3.3 of the specification), written out."""
+"""Positions of Qwen-Image tokens against their definition, written out."""
 
 import math
 

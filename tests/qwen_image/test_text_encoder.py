@@ -1,7 +1,6 @@
 """Qwen2.5-VL: the mathematics written out a second time, transformers itself, pictures, files, caching, streaming."""
 # L tokens, E width, P patches, N heads, D head width
 
-import gzip
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -28,9 +27,9 @@ from wanqwen.qwen_image.text_encoder import TextEncoder, positions
 from wanqwen.qwen_image.tokenizer import IMAGE_PAD, VISION_START, Tokenizer
 from wanqwen.qwen_image.vl_config import VisionConfig, VLConfig
 
+from ..manifests import manifest
 from .test_tokenizer import tiny_tokenizer
 
-MANIFESTS = (Path(__file__).parents[1] / "fixtures/manifests", Path("/work/shared/manifests"))
 TOLERANCE = 2e-5  # max |out - ref| / max |ref|, float32
 CPU = torch.device("cpu")
 PROMPTS = ["a red 风 on a white card", "the text 7, bottom right"]
@@ -116,7 +115,7 @@ def rows_of(encoder: TextEncoder, images: list[Tensor], placement: Placement | N
     return [conditioning.text for conditioning in conditionings]
 
 
-# The mathematics of the specification, sections 5.2 and 5.3, once more: no transformers, no code of ours.
+# The published mathematics once more: no transformers, no code of ours.
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ def spec_edit(weights: dict[str, Tensor], encoder: TextEncoder, prompt: str, ima
     return spec_language(weights, x_LE, positions_3L)[len(tokens.prefix) :][None]
 
 
-def test_text_equals_the_specification(official, weights, tokenizer):
+def test_text_equals_the_formulas(official, weights, tokenizer):
     for conditioning, prompt in zip(make_encoder(official, tokenizer).encode(PROMPTS), PROMPTS, strict=True):
         tokens = tokenizer(prompt)
         ids = torch.tensor(tokens.prefix + tokens.ids)
@@ -235,7 +234,7 @@ def test_text_equals_the_specification(official, weights, tokenizer):
         assert relative_error(rows[0], expected[len(tokens.prefix) :]) <= TOLERANCE
 
 
-def test_vision_tower_equals_the_specification(official, weights, tokenizer):
+def test_vision_tower_equals_the_formulas(official, weights, tokenizer):
     encoder = make_encoder(official, tokenizer)
     image = torch.rand(140, 196, 3, generator=torch.Generator().manual_seed(3))  # 5 x 7 cells in windows of 2 x 2
     tower = encoder._load(module.VISION, torch.float32)
@@ -245,7 +244,7 @@ def test_vision_tower_equals_the_specification(official, weights, tokenizer):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_edit_equals_the_specification(official, weights, tokenizer, images, count):
+def test_edit_equals_the_formulas(official, weights, tokenizer, images, count):
     encoder = make_encoder(official, tokenizer)
     for rows, prompt in zip(rows_of(encoder, images[:count]), PROMPTS, strict=True):
         assert relative_error(rows, spec_edit(weights, encoder, prompt, images[:count])) <= TOLERANCE
@@ -321,11 +320,7 @@ def test_published_rotation_is_what_the_model_turns_by():
 
 @pytest.mark.parametrize("name", ["qwen_diffusers_text_encoder", "qwen_comfy_qwen_2.5_vl_7b_bf16"])
 def test_published_files_hold_exactly_these_weights(name):
-    path = next((folder / f"{name}.json.gz" for folder in MANIFESTS if (folder / f"{name}.json.gz").is_file()), None)
-    if path is None:
-        pytest.skip(f"needs the manifest {name}")
-    with gzip.open(path) as file:
-        listed = {key: shape for key, (_, shape) in json.load(file)["tensors"].items()}
+    listed = {key: shape for key, (_, shape) in manifest(name)["tensors"].items()}
     assert listed.pop("lm_head.weight") == [152064, 3584]  # never run, never read
     expected = {
         prefix + key: list(tensor.shape)

@@ -66,7 +66,8 @@ def error(out: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_velocity_equals_that_of_diffusers_on_a_random_model(kind: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     seed = secrets.randbits(32)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     config = draw_config(draw, kind)
@@ -128,7 +129,7 @@ def twin(diffusers, ours: QwenImageTransformer) -> torch.nn.Module:
 
 
 def packed(image_BC1HW: Tensor) -> Tensor:
-    """Return the tokens of one image as section 1 of the specification orders them."""
+    """Return the tokens of one image as the published pipelines order them."""
     batch, channels, _, height, width = image_BC1HW.shape
     out = torch.empty(batch, height * width // 4, channels * 4)
     for y in range(height // 2):
