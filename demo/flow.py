@@ -15,7 +15,6 @@ log = logging.getLogger(__name__)
 
 SIGMA_MEAN, SIGMA_SPREAD = 0.5, 1.2  # of the logit: more noise than not, where the layout is decided
 EMA_DECAY = 0.998
-MUON_RATE = 2.0  # times the rate of AdamW
 CAPTION_DROPOUT = 0.1
 TELLING = 0.8  # sigma above which the loss tells how well a prompt is followed
 
@@ -56,24 +55,22 @@ def train(
     path: Path,
     schedule: Schedule,
     errors: Callable[[nn.Module, int], tuple[Tensor, Tensor]],
-    until: int | None = None,
+    muon: float = 1.0,
 ) -> nn.Module:
-    """Train to step `until` of the schedule and return the moving average; resumes from `path` and saves there.
+    """Train and return the moving average; resumes from `path` and saves there as it goes.
 
     `errors(model, step)` gives the sigmas [B] and squared errors [B] of one batch. The diffusion transformer is
-    `model.transformer`; what else the model has learns with it.
+    `model.transformer`; what else the model has learns with it. The matrices of its blocks learn by Muon, at `muon`
+    times the rate of the rest.
     """
     average = copy.deepcopy(model).requires_grad_(False)
     both = nn.ModuleList([model, average])
-    optimizers = _optimizers(model, schedule.rate)
-    last = schedule.steps if until is None else until
+    optimizers = _optimizers(model)
     losses: list[tuple[float, float]] = []
     start = resume(path, both, optimizers)
-    for group, rate in zip(
-        (o.param_groups[0] for o in optimizers), (MUON_RATE * schedule.rate, schedule.rate), strict=True
-    ):
-        group["initial_lr"] = rate  # a run may go on at another rate than it had
-    for step in range(start, last):
+    for optimizer, share in zip(optimizers, (muon, 1.0), strict=True):
+        optimizer.param_groups[0]["initial_lr"] = share * schedule.rate  # a run may go on at another rate than it had
+    for step in range(start, schedule.steps):
         with sdpa_kernel(SDPBackend.MATH):  # for so few tokens on a CPU the plain spelling is the faster one
             sigma, error = errors(model, step)
             model.zero_grad()
@@ -91,12 +88,12 @@ def train(
             log.info("%s step %d loss %.4f, noisy %.4f", path.stem, step + 1, error.mean().item(), noisy)
             losses = []
         is_first = not distributed.is_initialized() or distributed.get_rank() == 0
-        if is_first and ((step + 1) % 250 == 0 or step + 1 == last):
+        if is_first and ((step + 1) % 250 == 0 or step + 1 == schedule.steps):
             save(path, both, optimizers, step + 1)
     return average
 
 
-def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for the rest."""
     matrices = [
         p
@@ -106,6 +103,6 @@ def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=MUON_RATE * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
     ]

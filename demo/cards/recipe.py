@@ -25,9 +25,9 @@ from .train_vae import CONFIG as VAE_CONFIG
 from .train_vae import pictures, refine_decoder, train_vae
 
 VAE_SCHEDULE = Schedule(steps=2400, rate=2e-3, warmup=50)
-DECODER_SCHEDULE = Schedule(steps=600, rate=1e-3, warmup=30)
-DIT_SCHEDULE = Schedule(steps=5300, rate=1.5e-3)
-TOGETHER_STEPS = 3900  # of them, for both tasks and the text encoder
+DECODER_SCHEDULE = Schedule(steps=850, rate=1e-3, warmup=30)
+TOGETHER = Schedule(steps=2700, rate=2e-3)  # both tasks and the text encoder
+ALONE = {"t2i": Schedule(steps=2250, rate=2.5e-3, warmup=20), "edit": Schedule(steps=1800, rate=2.5e-3, warmup=20)}
 FILES = {"t2i": "qwen_dit", "edit": "qwen_edit_dit"}
 
 # The modulation of each block and all that only text passes through: two thirds of the transformer.
@@ -50,12 +50,12 @@ def train(work: Path, out: Path) -> None:
         tokenizer.write_bytes(text.train_tokenizer())
     pairs, words = draw_pairs(vae, work / "pairs.pt"), Tokenizer.from_json(tokenizer.read_bytes())
     both = work / "cards_both.pt"
-    train_dit(pairs, words, both, DIT_SCHEDULE, TASKS, TOGETHER_STEPS)
+    train_dit(pairs, words, both, TOGETHER, TASKS)
     models = {}
     for task in TASKS:
         path = work / f"cards_{task}.pt"
         fork(both, path)
-        models[task] = train_dit(pairs, words, path, DIT_SCHEDULE, (task,), DIT_SCHEDULE.steps)
+        models[task] = train_dit(pairs, words, path, ALONE[task], (task,))
     write_checkpoints(out, vae, models, tokenizer.read_bytes())
 
 

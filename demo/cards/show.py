@@ -18,7 +18,7 @@ from .. import sheet
 from . import corpus, score
 from .corpus import Edit, Scene
 
-STEPS, GUIDANCE, EDIT_GUIDANCE, NEGATIVE = 20, 3.0, 2.0, " "
+STEPS, GUIDANCE, EDIT_GUIDANCE, NEGATIVE = 12, 3.0, 1.5, " "
 LATENT_SHAPE = LATENT_FORMAT.shape(1, 1, corpus.SIZE, corpus.SIZE)
 KINDS = tuple(corpus.VALUES)
 

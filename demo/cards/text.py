@@ -27,6 +27,9 @@ CONFIG = VLConfig(
 )  # fmt: skip
 CELLS = corpus.SIZE // (CONFIG.vision.patch_size * CONFIG.vision.merge)  # of a picture, in rows and in columns
 INITIAL_SPREAD = 0.05
+# Of the embeddings, which must stay audible under what the layers add: a text encoder that began with small ones lost
+# glyphs, and left and right, before the transformer had learned what they are good for.
+EMBEDDING_SPREAD = 0.6
 
 
 def train_tokenizer() -> bytes:
@@ -135,9 +138,9 @@ class VisionLanguage(nn.Module):
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """Small matrices, norms at one, no bias."""
+    """Small matrices but for the embeddings, norms at one, no bias."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            parameter.normal_(std=INITIAL_SPREAD)
+            parameter.normal_(std=EMBEDDING_SPREAD if "embed_tokens" in name else INITIAL_SPREAD)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -31,7 +31,8 @@ BATCH = {"t2i": 48, "edit": 30}  # about the same work, as an edit has its sourc
 # Shares of words of 1, 2 and 3 glyphs, from a step on: what a glyph looks like, and where, is best learned alone.
 EVENLY = (0.33, 0.33, 0.33)
 LENGTHS_TOGETHER = ((0, EVENLY), (2250, (0.7, 0.2, 0.1)))
-LENGTHS_ALONE = ((0, (0.6, 0.25, 0.15)), (900, EVENLY))
+LENGTHS_ALONE = ((0, (0.6, 0.25, 0.15)), (900, EVENLY), (1500, (0.5, 0.3, 0.2)), (1900, EVENLY))
+MUON = 2.0  # times the rate of AdamW
 WORD_WEIGHT = 5.0  # of the loss where the word is: a tenth of the picture, and what it is all about
 NUM_PAIRS = 7_000  # pictures, each with an edited twin
 NEGATIVE = " "  # stands for no text at all, as in the published pipelines
@@ -87,9 +88,9 @@ def initialise(transformer: QwenImageTransformer) -> None:
 
 
 def train_dit(
-    pairs: Pairs, tokenizer: Tokenizer, path: Path, schedule: Schedule, tasks: Sequence[str], until: int
+    pairs: Pairs, tokenizer: Tokenizer, path: Path, schedule: Schedule, tasks: Sequence[str]
 ) -> TextToPicture:
-    """Return the moving average after step `until` of the schedule; with one task alone the text encoder is frozen."""
+    """Return the moving average of the trained pair; with one task alone the text encoder is frozen."""
     torch.manual_seed(0)
     model = TextToPicture(tokenizer)
     model.text_encoder.requires_grad_(len(tasks) > 1)
@@ -108,7 +109,7 @@ def train_dit(
         ]
         return torch.cat([sigma for sigma, _ in done]), torch.cat([error for _, error in done])
 
-    return flow.train(model, path, schedule, errors, until)
+    return flow.train(model, path, schedule, errors, MUON)
 
 
 def fork(both: Path, path: Path) -> None:

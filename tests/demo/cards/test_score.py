@@ -63,8 +63,8 @@ def test_nothing_is_read_where_nothing_is_written() -> None:
 def test_a_ghost_is_no_glyph() -> None:
     """Half of one glyph over half of another, the commonest failure of a model that has not learned enough."""
     setting = corpus.draw_setting(random.Random(3))
-    twins = corpus.render([replace(SCENE, word=word) for word in ("M", "火")], [setting, setting])
-    top, left, bottom, _ = corpus.word_box(replace(SCENE, word="M"), setting)
+    twins = corpus.render([replace(SCENE, word=word) for word in ("T", "日")], [setting, setting])
+    top, left, bottom, _ = corpus.word_box(replace(SCENE, word="T"), setting)
     ghost = twins[0].clone()
     ghost[:, (top + bottom) // 2 : bottom, left:] = twins[1][:, top : (top + bottom) // 2, left:]
     assert score.judge(ghost.movedim(0, -1) / 2 + 0.5).word == "?"
