@@ -5,15 +5,14 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
-from .core.types import Conditioning, ModelHandle, SampleRequest
+from .core.types import ModelHandle, SampleRequest
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
-from .qwen_image.conditioning import with_references
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
 from .qwen_image.config import VARIANTS
 from .qwen_image.editing import ALIGNED, CUSTOM, PUBLISHED, SIZES, Edit, lay_out
@@ -23,9 +22,6 @@ from .wan.family import fit_clip
 
 if TYPE_CHECKING:
     import torch
-
-    from .core.codec import VideoCodec
-    from .qwen_image.text_encoder import TextEncoder as QwenTextEncoder
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -105,34 +101,46 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import show
 
     seed = options.seed if options.seed is not None else time.time_ns() % 1_000_000
-    sys.stdout.write(show.run(options.count, seed, options.out, blind=options.blind))
+    for report in show.run(options.count, seed, options.out, blind=options.blind):
+        sys.stdout.write(report)
+        sys.stdout.flush()
     return 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
-    """What a family's models were published with, and what its miniature was trained for."""
+class Defaults:
+    """What a run takes when nothing else was asked for."""
 
-    prefix: str  # of the miniature's files
     size: str
-    demo_size: str
     negative: str
-    demo_negative: str
     steps: int
     guidance: float
     solver: str
+    edit_size: str = PUBLISHED
+    text_encoder: Path | None = None
+    vae: Path | None = None
 
 
-PUBLISHED_SETTINGS = {
-    wan.NAME: Published(
-        prefix="wan", size="832x480x81", demo_size="64x64x9", negative=WAN_NEGATIVE, demo_negative="",
-        steps=30, guidance=5.0, solver="unipc",
-    ),
-    qwen_image.NAME: Published(
-        prefix="qwen", size="1328x1328x1", demo_size="112x112x1", negative=QWEN_NEGATIVE, demo_negative=QWEN_NEGATIVE,
-        steps=50, guidance=4.0, solver="euler",
-    ),
-}  # fmt: skip
+DEFAULTS = {
+    wan.NAME: Defaults(size="832x480x81", negative=WAN_NEGATIVE, steps=30, guidance=5.0, solver="unipc"),
+    qwen_image.NAME: Defaults(size="1328x1328x1", negative=QWEN_NEGATIVE, steps=50, guidance=4.0, solver="euler"),
+}
+# What the miniatures were trained for; their other files lie beside them.
+MINIATURES = {
+    wan.NAME: {"size": "64x64x9", "negative": ""},
+    qwen_image.NAME: {"size": "112x112x1", "guidance": 3.0, "edit_size": ALIGNED},
+}
+
+
+def _defaults(model: ModelHandle) -> Defaults:
+    from .loading import DEMO_FOLDER
+
+    name, folder = model.family.name, model.checkpoint.path.resolve().parent
+    if folder != DEMO_FOLDER.resolve():
+        return DEFAULTS[name]
+    prefix = model.checkpoint.path.name.split("_")[0]
+    files = {role: folder / f"{prefix}_{role}.safetensors" for role in ("text_encoder", "vae")}
+    return replace(DEFAULTS[name], **MINIATURES[name], **files)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -140,46 +148,49 @@ def _generate(options: argparse.Namespace) -> int:
 
     from . import media
     from .core import host, runtime
-    from .loading import DEMO_FOLDER, load_model, load_text_encoder, load_vae
+    from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
-    published = PUBLISHED_SETTINGS[model.family.name]
-    is_demo = options.model.resolve().parent == DEMO_FOLDER.resolve()
-    width, height, frames = _size(options.size or (published.demo_size if is_demo else published.size), model)
-    files = {"text_encoder": options.text_encoder, "vae": options.vae}
-    for name, given in files.items():
-        if given is None and not is_demo:
-            raise ValueError(f"--{name.replace('_', '-')} is missing: {options.model.name} needs the published one")
-        files[name] = given or DEMO_FOLDER / f"{published.prefix}_{name}.safetensors"
-    if options.edit_size is None:
-        options.edit_size = CUSTOM if options.size else ALIGNED if is_demo else PUBLISHED
-    elif options.size and options.image and options.edit_size != CUSTOM:
-        raise ValueError(f"--size and --edit-size {options.edit_size} exclude each other: leave one of them out")
+    defaults = _defaults(model)
+    width, height, frames = _size(options.size or defaults.size, model)
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
     media.check_writable(out)
-    vae = load_vae(files["vae"], _dtype(options.vae_precision) or torch.float32)
-    encoder = load_text_encoder(
-        files["text_encoder"],
+    text_file, vae_file = _files(options, defaults)
+    edit = _lay_out(options, model, defaults, (width, height)) if options.image else None
+    vae = load_vae(vae_file, _dtype(options.vae_precision) or torch.float32)
+    text_encoder = load_text_encoder(
+        text_file,
         family=model.family.name,
         device=options.text_device,
         max_vram_bytes=None if options.text_vram_gb is None else int(options.text_vram_gb * (1 << 30)),
         tokenizer=options.tokenizer,
     )
-    negative = published.demo_negative if is_demo else published.negative
-    texts = [options.prompt, negative if options.negative is None else options.negative]
-    finish = None
-    if options.image:
-        edit, prompts = _edit(options, model, encoder, vae, texts, (width, height))
-        width, height, finish = edit.width, edit.height, edit.finish
+    texts = [options.prompt, defaults.negative if options.negative is None else options.negative]
+    if edit is None:
+        prompts = text_encoder.encode(texts)
     else:
-        prompts = encoder.encode(texts)
-    encoder.release()
-    request = _request(options, model, prompts, model.family.latent_format.shape(1, frames, height, width))
+        prompts = edit.encode(texts, text_encoder, vae)
+        width, height = edit.width, edit.height
+    text_encoder.release()
+    request = SampleRequest(
+        latent=torch.zeros(model.family.latent_format.shape(1, frames, height, width)),
+        positive=prompts[0],
+        negative=prompts[1],
+        seed=options.seed,
+        steps=options.steps or defaults.steps,
+        shift=options.shift,
+        guidance=tuple(options.guidance or (defaults.guidance,)),
+        solver=options.solver or defaults.solver,
+        noise_device=options.noise_device,
+    )
+    if options.preset is not None:
+        request, said = runtime.with_preset(model, request, options.preset)
+        sys.stderr.write(f"{said}\n")
     latent = runtime.generate(model, request, host.LogProgress("sampling", _terminal_line))
     sys.stderr.write("\n")
     pixels = vae.decode(latent)[0]
-    if finish is not None:
-        pixels = finish.apply(pixels)
+    if edit is not None and edit.finish is not None:
+        pixels = edit.finish.apply(pixels)
     if frames == 1:
         media.write_png(out, pixels[0])
     else:
@@ -188,48 +199,28 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _request(
-    options: argparse.Namespace, model: ModelHandle, prompts: list[Conditioning], shape: tuple[int, ...]
-) -> SampleRequest:
-    import torch
-
-    published, preset = PUBLISHED_SETTINGS[model.family.name], None
-    if options.preset is not None:
-        preset = model.family.presets.get(options.preset)
-        if preset is None:
-            raise ValueError(f"--preset {options.preset} is not for {model.family.name} models: leave it out")
-    return SampleRequest(
-        latent=torch.zeros(shape),
-        positive=prompts[0],
-        negative=prompts[1],
-        seed=options.seed,
-        steps=preset.steps if preset else options.steps or published.steps,
-        shift=preset.shift if preset else options.shift,
-        guidance=(preset.guidance,) if preset else tuple(options.guidance or (published.guidance,)),
-        solver=preset.solver if preset else options.solver or published.solver,
-        noise_device=options.noise_device,
-    )
+def _files(options: argparse.Namespace, defaults: Defaults) -> tuple[Path, Path]:
+    """Return the text encoder's file and the VAE's."""
+    files = {role: getattr(options, role) or getattr(defaults, role) for role in ("text_encoder", "vae")}
+    missing = [f"--{role.replace('_', '-')} is missing" for role, path in files.items() if path is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: {options.model.name} needs the published one")
+    return files["text_encoder"], files["vae"]
 
 
-def _edit(
-    options: argparse.Namespace,
-    model: ModelHandle,
-    encoder: "QwenTextEncoder",
-    vae: "VideoCodec",
-    texts: list[str],
-    size: tuple[int, int],
-) -> tuple[Edit, list[Conditioning]]:
-    """Return the layout of an edit and both prompts with their pictures."""
+def _lay_out(options: argparse.Namespace, model: ModelHandle, defaults: Defaults, size: tuple[int, int]) -> Edit:
+    """Return the layout of an edit of the given pictures, and tell what was changed about them."""
     from . import media
 
     qwen_image.check_is_qwen_image(model.identity)
-    variant = VARIANTS[model.identity.variant]
-    edit = lay_out([media.read_image(path) for path in options.image], variant, options.edit_size, size)
+    if options.size and options.edit_size not in (None, CUSTOM):
+        raise ValueError(f"--size and --edit-size {options.edit_size} exclude each other: leave one of them out")
+    chosen = CUSTOM if options.size else options.edit_size or defaults.edit_size
+    pictures = [media.read_image(path) for path in options.image]
+    edit = lay_out(pictures, VARIANTS[model.identity.variant], chosen, size)
     for notice in edit.notices:
         sys.stderr.write(f"{notice}\n")
-    latents = [vae.encode(picture[None]) for picture in edit.references]
-    prompts = encoder.encode_edit(texts, edit.seen, variant.template)
-    return edit, [with_references(prompt, latents) for prompt in prompts]
+    return edit
 
 
 def _dtype(name: str) -> "torch.dtype | None":

@@ -12,7 +12,8 @@ from .core.types import Checkpoint, Identity, ModelHandle
 from .core.weights.assemble import assemble
 from .core.weights.identity import own_metadata
 from .core.weights.reader import open_checkpoint, read_tensors
-from .families import family, identify, with_variant
+from .families import family as family_of
+from .families import identify, with_variant
 from .qwen_image.family import NAME as QWEN_IMAGE
 from .qwen_image.text_encoder import TextEncoder as QwenVL
 from .qwen_image.tokenizer import Tokenizer as QwenTokenizer
@@ -37,15 +38,15 @@ TEXT_ENCODERS = {WAN: (UMT5, WanTokenizer), QWEN_IMAGE: (QwenVL, QwenTokenizer)}
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, family_name: str | None = None, variant: str | None = None
+    path: str | Path, dtype: torch.dtype | None = None, family: str | None = None, variant: str | None = None
 ) -> ModelHandle:
     """Open a diffusion model; its weights are read on the first run. Raises ValueError for any other file.
 
-    `family_name`, if given, is the only one that will do. `variant` is a user's word for what the file does not tell:
+    `family`, if given, is the only one that will do. `variant` is a user's word for what the file does not tell:
     which of Qwen-Image's models it holds.
     """
-    checkpoint, identity = _opened(path, "diffusion_model", family_name)
-    known = family(identity.family)
+    checkpoint, identity = _opened(path, "diffusion_model", family)
+    known = family_of(identity.family)
     try:
         if variant is not None:
             identity = with_variant(identity, variant)
@@ -126,7 +127,7 @@ def load_text_encoder(
     return encoder(checkpoint, identity, pieces, read_tensors, dtype=dtype, placement=placement)
 
 
-def _opened(path: str | Path, role: str, family_name: str | None = None) -> tuple[Checkpoint, Identity]:
+def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:
     checkpoint = open_checkpoint(path)
     identity = identify(checkpoint)
     if identity.role != role:
@@ -134,10 +135,10 @@ def _opened(path: str | Path, role: str, family_name: str | None = None) -> tupl
             f"{checkpoint.path.name} is {ROLES[identity.role]}: {identity.family} {identity.variant}. "
             f"Expected {ROLES[role]}: choose another file, or load this one where it belongs."
         )
-    if family_name not in (None, identity.family):
+    if family not in (None, identity.family):
         raise ValueError(
             f"{checkpoint.path.name} belongs to {identity.family} ({identity.variant}), and this loader is for "
-            f"{family_name}: choose another file, or use the loader of its own family."
+            f"{family}: choose another file, or use the loader of its own family."
         )
     problems = {"lacks": identity.missing, "holds, beside it,": identity.unexpected}
     listed = [f"{what} {len(names)} tensors ({_some(names)})" for what, names in problems.items() if names]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,23 @@ def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Ite
     model = handle.weights.get((dtype, handle.identity.config), lambda: _assemble(handle, dtype))
     with resident(model, device, working_bytes):
         yield model, Run(dtype=dtype, check_interrupt=host.block_gate(device))
+
+
+def with_preset(handle: ModelHandle, request: SampleRequest, name: str) -> tuple[SampleRequest, str]:
+    """Return the request with the settings of a preset in place of its own, and what they are.
+
+    Raises ValueError if it is another model's.
+    """
+    preset = handle.family.presets.get(name)
+    if preset is None:
+        fitting = " or ".join([*handle.family.presets, "none"])
+        raise ValueError(f"preset is {name}, which is not for {handle.family.name} models: choose {fitting}.")
+    settings = {
+        "steps": preset.steps, "shift": preset.shift, "guidance": (preset.guidance,), "solver": preset.solver,
+        "sigmas": None,
+    }  # fmt: skip
+    said = f"{name}: {preset.steps} steps of {preset.solver}, shift {preset.shift:g}, guidance {preset.guidance:g}"
+    return replace(request, **settings), f"{said}; other steps, shift, guidance, solver and sigmas are not used."
 
 
 def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest, list[str]]:

@@ -1,14 +1,16 @@
 """Run both miniatures on prompts they have never seen, and say how well they did."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from .cards import show as cards
 from .clips import show as clips
 
 
-def run(count: int, seed: int, out: Path, *, blind: bool = False) -> str:
-    """Make `count` clips, pictures and edits, write videos and contact sheets to `out`, and return the scores as text.
+def run(count: int, seed: int, out: Path, *, blind: bool = False) -> Iterator[str]:
+    """Make `count` clips, then pictures and edits; videos and contact sheets go to `out`, scores are given as text.
 
     All follows from `seed`. `blind` zeroes the text, to show that it is the text that steers.
     """
-    return "\n".join(part.run(count, seed, out, blind=blind) for part in (clips, cards))
+    for part in (clips, cards):
+        yield part.run(count, seed, out, blind=blind)

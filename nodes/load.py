@@ -87,47 +87,21 @@ class LoadWanTextEncoder(io.ComfyNode):
             category=CATEGORY,
             description="Opens the text encoder of Wan (UMT5-XXL). The weights are read when a new prompt comes; "
             "prompts seen before cost nothing.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=list_files("text_encoders", "wan_"),
-                    tooltip="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16 or fp8, or the "
-                    "official .pth with its tokenizer beside it. demo/... is the miniature that comes with this pack.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=list(DEVICES),
-                    default="auto",
-                    tooltip="Where prompts are encoded. auto: the GPU if there is one. cpu leaves all VRAM to the "
-                    "video model; umt5-xxl needs 12 GB of RAM there.",
-                ),
-                io.Float.Input(
-                    "max_vram_gb",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by "
-                    "one. 0 is no limit; 2 is enough for umt5-xxl.",
-                ),
-                io.Combo.Input(
-                    "tokenizer",
-                    options=list(TOKENIZERS),
-                    default="auto",
-                    tooltip="auto: the one inside the file or beside it. hub: download the published one (5 MB, from "
-                    "huggingface.co), for files that come without.",
-                ),
-            ],
+            inputs=_text_encoder_inputs(
+                "wan_",
+                file="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16 or fp8, or the official .pth "
+                "with its tokenizer beside it. demo/... is the miniature that comes with this pack.",
+                on_cpu="video model; umt5-xxl needs 12 GB of RAM there.",
+                limit=" 0 is no limit; 2 is enough for umt5-xxl.",
+                tokenizer="auto: the one inside the file or beside it. hub: download the published one (5 MB, from "
+                "huggingface.co), for files that come without.",
+            ),
             outputs=[WanTextEncoder.Output(display_name="text_encoder", tooltip="For Wan Text Encode.")],
         )
 
     @classmethod
     def validate_inputs(cls, file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
-        return verdict(
-            check_file("text_encoders", file),
-            check_choice("device", device, DEVICES),
-            check_choice("tokenizer", tokenizer, TOKENIZERS),
-        )
+        return _check_text_encoder(file, device, tokenizer)
 
     @classmethod
     def fingerprint_inputs(
@@ -137,10 +111,7 @@ class LoadWanTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, device: str, max_vram_gb: float, tokenizer: str) -> io.NodeOutput:
-        limit = int(max_vram_gb * GIB) or None
-        path = find_file("text_encoders", file)
-        chosen = TOKENIZERS[tokenizer]
-        return io.NodeOutput(load_text_encoder(path, device=device, max_vram_bytes=limit, tokenizer=chosen, family=WAN))
+        return _open_text_encoder(WAN, file, device, max_vram_gb, tokenizer)
 
 
 class LoadWanVAE(io.ComfyNode):
@@ -257,37 +228,15 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
             category=CATEGORY,
             description="Opens the text encoder of Qwen-Image (Qwen2.5-VL-7B), which also looks at the pictures of an "
             "edit. The weights are read when a new prompt comes; prompts seen before cost nothing.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=list_files("text_encoders", "qwen_"),
-                    tooltip="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16 or fp8. demo/... is "
-                    "the miniature that comes with this pack.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=list(DEVICES),
-                    default="auto",
-                    tooltip="Where prompts are encoded. auto: the GPU if there is one. cpu leaves all VRAM to the "
-                    "image model; the 7B encoder needs 17 GB of RAM there.",
-                ),
-                io.Float.Input(
-                    "max_vram_gb",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by "
-                    "one. 0 is no limit.",
-                ),
-                io.Combo.Input(
-                    "tokenizer",
-                    options=list(TOKENIZERS),
-                    default="auto",
-                    tooltip="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
-                    "one (7 MB, from huggingface.co).",
-                ),
-            ],
+            inputs=_text_encoder_inputs(
+                "qwen_",
+                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16 or fp8. demo/... is the "
+                "miniature that comes with this pack.",
+                on_cpu="image model; the 7B encoder needs 17 GB of RAM there.",
+                limit=" 0 is no limit.",
+                tokenizer="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
+                "one (7 MB, from huggingface.co).",
+            ),
             outputs=[
                 QwenTextEncoder.Output(
                     display_name="text_encoder", tooltip="For Qwen-Image Text Encode and Edit Encode."
@@ -297,11 +246,7 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
-        return verdict(
-            check_file("text_encoders", file),
-            check_choice("device", device, DEVICES),
-            check_choice("tokenizer", tokenizer, TOKENIZERS),
-        )
+        return _check_text_encoder(file, device, tokenizer)
 
     @classmethod
     def fingerprint_inputs(
@@ -311,9 +256,46 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, device: str, max_vram_gb: float, tokenizer: str) -> io.NodeOutput:
-        limit = int(max_vram_gb * GIB) or None
-        path = find_file("text_encoders", file)
-        chosen = TOKENIZERS[tokenizer]
-        return io.NodeOutput(
-            load_text_encoder(path, device=device, max_vram_bytes=limit, tokenizer=chosen, family=QWEN_IMAGE)
-        )
+        return _open_text_encoder(QWEN_IMAGE, file, device, max_vram_gb, tokenizer)
+
+
+def _text_encoder_inputs(demo: str, *, file: str, on_cpu: str, limit: str, tokenizer: str) -> list[io.Input]:
+    """Return the inputs that all text encoders have; `demo` is how their miniatures' names begin."""
+    return [
+        io.Combo.Input("file", options=list_files("text_encoders", demo), tooltip=file),
+        io.Combo.Input(
+            "device",
+            options=list(DEVICES),
+            default="auto",
+            tooltip=f"Where prompts are encoded. auto: the GPU if there is one. cpu leaves all VRAM to the {on_cpu}",
+        ),
+        io.Float.Input(
+            "max_vram_gb",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            tooltip="The most VRAM that the text encoder may take, in GB; its layers then come and go one by one."
+            + limit,
+        ),
+        io.Combo.Input("tokenizer", options=list(TOKENIZERS), default="auto", tooltip=tokenizer),
+    ]
+
+
+def _check_text_encoder(file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
+    return verdict(
+        check_file("text_encoders", file),
+        check_choice("device", device, DEVICES),
+        check_choice("tokenizer", tokenizer, TOKENIZERS),
+    )
+
+
+def _open_text_encoder(family: str, file: str, device: str, max_vram_gb: float, tokenizer: str) -> io.NodeOutput:
+    encoder = load_text_encoder(
+        find_file("text_encoders", file),
+        family=family,
+        device=device,
+        max_vram_bytes=int(max_vram_gb * GIB) or None,
+        tokenizer=TOKENIZERS[tokenizer],
+    )
+    return io.NodeOutput(encoder)

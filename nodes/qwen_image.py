@@ -7,14 +7,29 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.types import ModelHandle
-from ..qwen_image.conditioning import to_comfy, with_references
+from ..qwen_image.conditioning import to_comfy
 from ..qwen_image.config import BUCKETS, NEGATIVE_PROMPT, TOKEN_PIXELS, VARIANTS
 from ..qwen_image.editing import SIZES, lay_out
 from ..qwen_image.family import LATENT_FORMAT, check_is_qwen_image
 from ..qwen_image.text_encoder import TextEncoder
-from .types import CATEGORY, FINISH, QwenTextEncoder, WanModel, check_choice, check_is_for_video, tell, verdict
+from .types import (
+    CATEGORY,
+    FINISH,
+    QwenTextEncoder,
+    WanModel,
+    check_choice,
+    check_is_for_video,
+    prompt_inputs,
+    prompt_outputs,
+    tell,
+    verdict,
+)
 
 CUSTOM = "custom"
+NEGATIVE = {
+    "negative": "What to steer away from. A single space is what the model was published with.",
+    "default_negative": NEGATIVE_PROMPT,
+}
 ASPECTS = {f"{ratio} ({width}x{height})": (width, height) for ratio, (width, height) in BUCKETS.items()}
 
 
@@ -31,25 +46,13 @@ class QwenImageTextEncode(io.ComfyNode):
             "result too.",
             inputs=[
                 QwenTextEncoder.Input("text_encoder", tooltip="From Load Qwen-Image Text Encoder."),
-                io.String.Input(
-                    "positive",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What the picture shows, in English or Chinese; text to be written goes in quotes. At most "
-                    "1024 tokens are read. The authors end prompts with ', Ultra HD, 4K, cinematic composition.'",
-                ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    default=NEGATIVE_PROMPT,
-                    tooltip="What to steer away from. A single space is what the model was published with.",
+                *prompt_inputs(
+                    positive="What the picture shows, in English or Chinese; text to be written goes in quotes. At "
+                    "most 1024 tokens are read. The authors end prompts with ', Ultra HD, 4K, cinematic composition.'",
+                    **NEGATIVE,
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
-                io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
-            ],
+            outputs=prompt_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
@@ -80,19 +83,10 @@ class QwenImageEditEncode(io.ComfyNode):
                     "image_1",
                     tooltip="The picture to edit ('Picture 1' of Edit-2509 and 2511). A batch is so many pictures.",
                 ),
-                io.String.Input(
-                    "positive",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What to do, in English or Chinese: 'make the text green'. With several pictures say "
+                *prompt_inputs(
+                    positive="What to do, in English or Chinese: 'make the text green'. With several pictures say "
                     "which: 'the cat of Picture 1 on the sofa of Picture 2'.",
-                ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    default=NEGATIVE_PROMPT,
-                    tooltip="What to steer away from. A single space is what the model was published with.",
+                    **NEGATIVE,
                 ),
                 io.Combo.Input(
                     "size",
@@ -122,8 +116,7 @@ class QwenImageEditEncode(io.ComfyNode):
                 io.Image.Input("image_3", optional=True, tooltip="'Picture 3', for Edit-2509 and Edit-2511."),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
-                io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
+                *prompt_outputs(),
                 io.Latent.Output(display_name="latent", tooltip="Empty, of the size of the result: for the sampler."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -150,15 +143,13 @@ class QwenImageEditEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         check_is_qwen_image(model.identity)
         check_is_for_video(vae)
-        variant = VARIANTS[model.identity.variant]
         pictures = [picture for images in (image_1, image_2, image_3) if images is not None for picture in images]
-        edit = lay_out(pictures, variant, size, (width, height))
-        prompts = text_encoder.encode_edit([positive, negative], edit.seen, variant.template)
-        latents = [vae.encode(picture[None]) for picture in edit.references]
+        edit = lay_out(pictures, VARIANTS[model.identity.variant], size, (width, height))
+        prompts = edit.encode([positive, negative], text_encoder, vae)
         samples = torch.zeros(LATENT_FORMAT.shape(1, 1, edit.height, edit.width))
         made = f"{len(pictures)} picture(s), result {edit.width} x {edit.height}"
         return io.NodeOutput(
-            *(to_comfy([with_references(prompt, latents)]) for prompt in prompts),
+            *(to_comfy([prompt]) for prompt in prompts),
             {"samples": samples} | ({FINISH: edit.finish} if edit.finish else {}),
             ui=tell(cls.hidden.unique_id, [made, *edit.notices]),
         )

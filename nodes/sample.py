@@ -1,7 +1,6 @@
 """The sampler node: from conditioning and noise to latents."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 
 from ..core.conditioning import ComfyConditioning
 from ..core.picture import latent_mask
-from ..core.runtime import generate, prepared
+from ..core.runtime import generate, prepared, with_preset
 from ..core.sampling.sample import SampleError
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, ModelHandle, SampleRequest
@@ -100,7 +99,7 @@ class Sampler(io.ComfyNode):
         )
         lines = []
         if preset != NO_PRESET:
-            request, said = with_preset(request, model, preset)
+            request, said = with_preset(model, request, preset)
             lines.append(said)
         lines += prepared(model, request)[1]
         shown = tell(cls.hidden.unique_id, lines or [f"{_count(request)} steps"])
@@ -123,27 +122,6 @@ def clip_of(latent: dict[str, Any]) -> torch.Tensor:
     """Return the latents [B, C, T, h, w] of a LATENT; a picture [B, C, h, w] becomes one frame."""
     samples = latent["samples"]
     return samples[:, :, None] if samples.dim() == 4 else samples
-
-
-def with_preset(request: SampleRequest, model: ModelHandle, name: str) -> tuple[SampleRequest, str]:
-    """Return the request with the settings of a preset, and what they are.
-
-    Raises ValueError if it is another model's.
-    """
-    found = model.family.presets.get(name)
-    if found is None:
-        raise ValueError(
-            f"preset is {name}, which is not for {model.family.name} models: choose "
-            f"{' or '.join([*model.family.presets, NO_PRESET])}."
-        )
-    request = replace(
-        request, steps=found.steps, shift=found.shift, guidance=(found.guidance,), solver=found.solver, sigmas=None
-    )
-    said = (
-        f"{name}: {found.steps} steps of {found.solver}, shift {found.shift:g}, guidance {found.guidance:g}; the "
-        "node's own steps, shift, guidance, solver and sigmas are not used."
-    )
-    return request, said
 
 
 def guidance_values(constant: float, schedule: str) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from ..wan.conditioning import to_comfy
 from ..wan.config import NEGATIVE_PROMPT, TEXT_LEN
 from ..wan.text_encoder import TextEncoder
 from ..wan.tokenizer import Tokens
-from .types import CATEGORY, WanTextEncoder, tell
+from .types import CATEGORY, WanTextEncoder, prompt_inputs, prompt_outputs, tell
 
 
 class WanTextEncode(io.ComfyNode):
@@ -22,26 +22,15 @@ class WanTextEncode(io.ComfyNode):
             "the result too.",
             inputs=[
                 WanTextEncoder.Input("text_encoder", tooltip="From Load Wan Text Encoder."),
-                io.String.Input(
-                    "positive",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What the video shows, in English or Chinese: subject, motion, scene, camera, style. At "
+                *prompt_inputs(
+                    positive="What the video shows, in English or Chinese: subject, motion, scene, camera, style. At "
                     "most 512 tokens are read.",
-                ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    default=NEGATIVE_PROMPT,
-                    tooltip="What to steer away from. The default is the official one of Wan: garish colours, "
+                    negative="What to steer away from. The default is the official one of Wan: garish colours, "
                     "overexposure, stills, blur, subtitles, bad anatomy, walking backwards...",
+                    default_negative=NEGATIVE_PROMPT,
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
-                io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
-            ],
+            outputs=prompt_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 

@@ -30,6 +30,22 @@ DEMO_FILES = {
 }
 
 
+def prompt_inputs(*, positive: str, negative: str, default_negative: str) -> list[io.Input]:
+    """Return the two prompts of a run, with what their tooltips say."""
+    return [
+        io.String.Input("positive", multiline=True, dynamic_prompts=True, default="", tooltip=positive),
+        io.String.Input("negative", multiline=True, default=default_negative, tooltip=negative),
+    ]
+
+
+def prompt_outputs() -> list[io.Output]:
+    """Return what prompts become."""
+    return [
+        io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
+        io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
+    ]
+
+
 def list_files(folder: str, demo: str = "") -> list[str]:
     """Return what a dropdown offers: the readable files of one of ComfyUI's model folders, then the miniatures.
 

@@ -4,13 +4,18 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..core.picture import Finish, pad_to_grid
-from .conditioning import TEXT_ALONE
+from ..core.types import Conditioning
+from .conditioning import TEXT_ALONE, with_references
 from .config import TOKEN_PIXELS, Variant
 from .images import dims, lanczos, to_rgb
+
+if TYPE_CHECKING:
+    from .text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +29,27 @@ LARGE = 2.5  # million pixels above which the model is far from what it was trai
 class Edit:
     """An edit laid out.
 
-    `seen` [H, W, 3] are for the text encoder, which scales them itself; `references` [H, W, 3], sides multiples of 16,
-    for the VAE. The result is `width` x `height` and then `finish`ed. `notices` are for the user.
+    `seen` [H, W, 3] are for the text encoder, which puts them into `template` and scales them itself; `references`
+    [H, W, 3], sides multiples of 16, for the VAE. The result is `width` x `height` and then `finish`ed. `notices` are
+    for the user.
     """
 
+    template: str
     seen: tuple[Tensor, ...]
     references: tuple[Tensor, ...]
     width: int
     height: int
     finish: Finish | None
     notices: tuple[str, ...]
+
+    def encode(self, texts: Sequence[str], text_encoder: "TextEncoder", vae: Any) -> list[Conditioning]:
+        """Return what each of the texts asks for, with the pictures that it is about.
+
+        `vae` is ours or one of ComfyUI's. Raises ValueError if the text encoder has no room.
+        """
+        latents = [vae.encode(picture[None]) for picture in self.references]
+        prompts = text_encoder.encode_edit(texts, self.seen, self.template)
+        return [with_references(prompt, latents) for prompt in prompts]
 
 
 def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tuple[int, int] = (0, 0)) -> Edit:
@@ -67,6 +83,7 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
             changed = f"{custom[0]} x {custom[1]} changed to {width} x {height}"
             notices.append(f"{changed}: multiples of {TOKEN_PIXELS} are needed.")
     return Edit(
+        template=variant.template,
         seen=tuple(rgb),
         references=tuple(references),
         width=width,

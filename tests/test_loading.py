@@ -35,12 +35,12 @@ def test_each_loader_takes_its_own_file_only(folder: Path, loader: str, file: st
 @pytest.mark.parametrize("of", FAMILIES)
 def test_a_file_of_the_other_family_is_refused_by_name(folder: Path, of: str) -> None:
     own, [other] = FAMILIES[of], [name for name in FAMILIES.values() if name != FAMILIES[of]]
-    assert load_model(folder / f"{of}model.safetensors", family_name=own).identity.family == own
+    assert load_model(folder / f"{of}model.safetensors", family=own).identity.family == own
     assert (
         load_text_encoder(folder / f"{of}text.safetensors", family=own).checkpoint.path.name == f"{of}text.safetensors"
     )
     for file, load in (
-        ("model", lambda path: load_model(path, family_name=other)),
+        ("model", lambda path: load_model(path, family=other)),
         ("text", lambda path: load_text_encoder(path, family=other)),
     ):
         with pytest.raises(ValueError, match=rf"{of}{file}.safetensors belongs to {own} .*this loader is for {other}"):

@@ -89,7 +89,7 @@ def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--model", "MODEL"), "--text-encoder is missing: qwen_model.safetensors needs the published one"),
+        (("--model", "MODEL"), "--text-encoder is missing, --vae is missing: qwen_model.safetensors needs"),
         (("--image", "PNG", "--edit-size", "pixel_aligned", "--size", "64x64"), "--size and --edit-size pixel_aligned"),
         (("--image", "PNG"), "Qwen-Image, which makes pictures from text alone"),
         (("--image", "TXT"), "is no image that Pillow can read"),

@@ -65,16 +65,11 @@ class Pipeline:
         pixels = self.vae.decode(runtime.generate(model, request))[0, 0]
         return Picture(wish, pixels, time.perf_counter() - started)
 
-    def _conditionings(self, wish: Wish) -> tuple[Conditioning, Conditioning]:
+    def _conditionings(self, wish: Wish) -> list[Conditioning]:
         words = [wish.words, NEGATIVE]
         if wish.source is None:
-            positive, negative = self.text_encoder.encode(words)
-            return positive, negative
-        layout = lay_out([wish.source], VARIANTS["edit"], ALIGNED)
-        references = tuple(self.vae.encode(picture[None]) for picture in layout.references)
-        rows = self.text_encoder.encode_edit(words, layout.seen, VARIANTS["edit"].template)
-        positive, negative = (Conditioning(text=row.text, references=references) for row in rows)
-        return positive, negative
+            return self.text_encoder.encode(words)
+        return lay_out([wish.source], VARIANTS["edit"], ALIGNED).encode(words, self.text_encoder, self.vae)
 
 
 def unseen_prompts(count: int, seed: int) -> list[Wish]:

@@ -67,6 +67,7 @@ def modules(models: Path) -> dict[str, ModuleType | SimpleNamespace]:
         NodeOutput=NodeOutput,
         Custom=_socket,
         Input=Slot,
+        Output=Slot,
         Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
         **{name: _socket(name.upper()) for name in SOCKETS},
     )
