@@ -97,9 +97,8 @@ def working_bytes(
     tokens = batch * frames * height * width // math.prod(config.patch_size)
     feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
     self_attention = config.dim * (34 + 3 * dtype.itemsize)
-    prompts = (
-        len(conditionings) * (2 * config.num_layers + 2) * config.text_len * config.dim * dtype.itemsize
-    )  # and their rows
+    text_row = config.dim * dtype.itemsize
+    prompts = len(conditionings) * config.text_len * text_row * 2 * (config.num_layers + 1)  # keys, values and rows
     return tokens * max(feed_forward, self_attention) + prompts
 
 

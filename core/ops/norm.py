@@ -41,7 +41,7 @@ def modulate(x_BLE: Tensor, shift_B1E: Tensor, scale_B1E: Tensor, eps: float) ->
     """
     width = x_BLE.shape[-1:]
     if shift_B1E.numel() == scale_B1E.numel() == width[0]:
-        # One modulation for all rows is what LayerNorm takes for its own weights: one pass over memory instead of two.
+        # One modulation for all rows is what LayerNorm takes for its own weights.
         return F.layer_norm(x_BLE.float(), width, 1 + scale_B1E.float().flatten(), shift_B1E.float().flatten(), eps)
     normed = F.layer_norm(x_BLE.float(), width, eps=eps)
     return torch.addcmul(shift_B1E, normed, 1 + scale_B1E)

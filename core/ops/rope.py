@@ -37,7 +37,7 @@ def grid_rope(axes: list[tuple[Tensor, int]], device: torch.device) -> tuple[Ten
 def rotate(x_BLND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate adjacent pairs (2j, 2j+1) of each head by the token's angles; computes and returns float32.
 
-    A pair is a complex number and the rotation one product: one pass over memory where pairs of real ones take eight.
+    A pair is a complex number and its rotation one product.
     """
     turn_L1P = torch.complex(*rope)[:, None]
     pairs_BLNP = torch.view_as_complex(x_BLND.float().contiguous().unflatten(-1, (-1, 2)))
