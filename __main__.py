@@ -215,6 +215,8 @@ def _lay_out(options: argparse.Namespace, model: ModelHandle, defaults: Defaults
     qwen_image.check_is_qwen_image(model.identity)
     if options.size and options.edit_size not in (None, CUSTOM):
         raise ValueError(f"--size and --edit-size {options.edit_size} exclude each other: leave one of them out")
+    if options.edit_size == CUSTOM and not options.size:
+        raise ValueError("--edit-size custom needs a size: give --size WIDTHxHEIGHT too")
     chosen = CUSTOM if options.size else options.edit_size or defaults.edit_size
     pictures = [media.read_image(path) for path in options.image]
     edit = lay_out(pictures, VARIANTS[model.identity.variant], chosen, size)
@@ -235,10 +237,12 @@ def _size(text: str, model: ModelHandle) -> tuple[int, int, int]:
         width, height, frames = (*(int(part) for part in text.lower().split("x")), 1)[:3]
     except ValueError as error:
         raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT") from error
-    fitting = fit_clip(width, height, 1 if model.family.name == qwen_image.NAME else frames)
+    makes_pictures = model.family.name == qwen_image.NAME
+    fitting = fit_clip(width, height, 1 if makes_pictures else frames)
     if fitting != (width, height, frames):
+        rule = "Qwen-Image makes one picture" if makes_pictures else "frames must be 4n + 1"
         found = "x".join(map(str, fitting))
-        raise ValueError(f"--size {text}: width and height must be multiples of 16 and frames 4n + 1; try {found}")
+        raise ValueError(f"--size {text}: width and height must be multiples of 16, and {rule}; try {found}")
     return fitting
 
 

@@ -9,7 +9,7 @@ from .core import host
 from .core.codec import VideoCodec
 from .core.text import Placement
 from .core.types import Checkpoint, Identity, ModelHandle
-from .core.weights.assemble import assemble
+from .core.weights.assemble import assemble, check_formats
 from .core.weights.identity import own_metadata
 from .core.weights.reader import open_checkpoint, read_tensors
 from .families import family as family_of
@@ -102,6 +102,7 @@ def load_text_encoder(
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"text encoder device is {device!r}: choose auto, cpu or gpu.")
     checkpoint, identity = _opened(path, "text_encoder", family)
+    check_formats(checkpoint, identity.names)
     encoder, tokenizers = TEXT_ENCODERS[identity.family]
     if tokenizer is None:
         own = tokenizers.comfy_folder and host.comfy_folder(tokenizers.comfy_folder)

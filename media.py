@@ -49,14 +49,18 @@ def check_writable(path: Path) -> None:
 
 
 def read_image(path: Path) -> Tensor:
-    """Return an image file as [H, W, 3] in [0, 1], turned as its camera says. Raises ValueError if it can't be read."""
+    """Return an image file as [H, W, 3] in [0, 1], or 4 with alpha, turned as its camera says.
+
+    Raises ValueError if it can't be read.
+    """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ValueError(f"Reading {path.name} needs the package Pillow: pip install pillow") from error
     try:
         with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB"))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that Pillow can read: give a PNG, JPEG or WebP file.") from error
     return torch.from_numpy(pixels).float() / 255

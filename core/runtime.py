@@ -132,8 +132,8 @@ def _check_latent(latent: Tensor, latent_format: LatentFormat) -> None:
     if latent.dim() != 5 or latent.shape[1] != latent_format.channels or latent.shape[3] % 2 or latent.shape[4] % 2:
         raise ValueError(
             f"The sampler got a latent of shape {tuple(latent.shape)}; this model takes "
-            f"[batch, {latent_format.channels}, frames, height/8, width/8] with even sizes. Connect "
-            "an empty latent of this model's own node, or encode a video whose width and height are multiples of 16."
+            f"[batch, {latent_format.channels}, frames, height/8, width/8] with even sizes. Connect an empty latent of "
+            "this model's own node, or encode a picture or video whose width and height are multiples of 16."
         )
     if not torch.isfinite(latent).all():
         raise ValueError("The latent given to the sampler holds NaN or infinite values: look at the node that made it.")

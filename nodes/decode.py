@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.picture import Finish, lay_out_inpainting
-from .types import CATEGORY, FINISH, check_choice, check_is_for_video, dropped_alpha, tell, verdict
+from .types import CATEGORY, FINISH, check_choice, check_is_for_video, check_is_rgb, dropped_alpha, tell, verdict
 
 TILING = ("auto", "tiled")
 BATCHES = ("clip", "pictures")
@@ -23,7 +23,8 @@ class VAEDecode(io.ComfyNode):
             display_name="VAE Decode (WanQwen)",
             category=CATEGORY,
             description="Turns latents into pictures or the frames of a video. Memory does not grow with the number of "
-            "frames, and time is never cut. What Edit Encode and Inpaint Latent keep is put back exactly.",
+            "frames, and time is never cut. The padding of Edit Encode is cut off; what Inpaint Latent keeps is put "
+            "back exactly.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From the sampler."),
                 io.Vae.Input("vae", tooltip="From Load Wan / Qwen-Image VAE, or ComfyUI's Load VAE."),
@@ -77,7 +78,15 @@ class VAEDecode(io.ComfyNode):
             frames = vae.decode(samples)
         pictures = frames.reshape(-1, *frames.shape[-3:])
         finish: Finish | None = latent.get(FINISH)
-        return io.NodeOutput(pictures if finish is None else finish.apply(pictures))
+        if finish is None:
+            return io.NodeOutput(pictures)
+        numbers = latent.get("batch_index", ())  # of Latent Batch, which keeps what belongs to its first latent alone
+        if finish.source is not None and len(set(numbers)) < len(numbers):
+            raise ValueError(
+                "The latent joins several, of which at least one is inpainted, and what is put back around the mask "
+                "is known for the first only: decode each of them on its own, and join the pictures."
+            )
+        return io.NodeOutput(finish.apply(pictures))
 
 
 class VAEEncode(io.ComfyNode):
@@ -117,10 +126,11 @@ class VAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, images: Tensor, vae: Any, batch: str = "clip") -> io.NodeOutput:
         check_is_for_video(vae)
+        seen = images[..., : vae.output_channels]  # ComfyUI's own VAE does not drop alpha by itself
         if batch == "pictures":
-            samples = torch.cat([vae.encode(picture) for picture in images.split(1)])
+            samples = torch.cat([vae.encode(picture) for picture in seen.split(1)])
         else:
-            samples = vae.encode(images)
+            samples = vae.encode(seen)
         lines = _encoded(images, samples, vae, batch) + dropped_alpha(images, vae)
         return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))
 
@@ -155,12 +165,7 @@ class InpaintLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Tensor, mask: Tensor, vae: Any, soft_edge: int) -> io.NodeOutput:
-        check_is_for_video(vae)
-        if vae.output_channels != 3:
-            raise ValueError(
-                f"This VAE makes pictures of {vae.output_channels} channels, as layers have them, and inpainting "
-                "is for RGB: load the VAE of Qwen-Image or Wan."
-            )
+        check_is_rgb(vae)
         layout = lay_out_inpainting(image, mask, soft_edge)
         samples = vae.encode(layout.padded[None])
         latent = {"samples": samples, "noise_mask": layout.noise_mask, FINISH: layout.finish}

@@ -53,8 +53,8 @@ class LoadWanModel(io.ComfyNode):
                     "precision",
                     options=list(MODEL_PRECISIONS),
                     default="auto",
-                    tooltip="What the model computes in. auto: bf16 on a GPU, fp32 on a CPU. fp16 is for GPUs without "
-                    "bf16; it can overflow.",
+                    tooltip="What the model computes in. auto: bf16 on GPUs that have it, else fp32. fp16 is for "
+                    "GPUs without bf16; it can overflow.",
                 ),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="The diffusion model, for the Sampler.")],
@@ -185,8 +185,8 @@ class LoadQwenImageModel(io.ComfyNode):
                     "precision",
                     options=list(QWEN_PRECISIONS),
                     default="auto",
-                    tooltip="What the model computes in. auto: bf16 on a GPU, fp32 on a CPU. There is no fp16: this "
-                    "model overflows in it.",
+                    tooltip="What the model computes in. auto: bf16 on GPUs that have it, else fp32. There is no "
+                    "fp16: this model overflows in it.",
                 ),
             ],
             outputs=[
@@ -232,7 +232,7 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
                 "qwen_",
                 file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16 or fp8. demo/... is the "
                 "miniature that comes with this pack.",
-                on_cpu="image model; the 7B encoder needs 17 GB of RAM there.",
+                on_cpu="image model. The 7B encoder takes 17 GB of RAM either way, read from fp8 too.",
                 limit=" 0 is no limit.",
                 tokenizer="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
                 "one (7 MB, from huggingface.co).",

@@ -9,16 +9,17 @@ from torch import Tensor
 from ..core.types import ModelHandle
 from ..qwen_image.conditioning import to_comfy
 from ..qwen_image.config import BUCKETS, NEGATIVE_PROMPT, TOKEN_PIXELS, VARIANTS
-from ..qwen_image.editing import SIZES, lay_out
+from ..qwen_image.editing import SIZES, lay_out, on_grid
 from ..qwen_image.family import LATENT_FORMAT, check_is_qwen_image
 from ..qwen_image.text_encoder import TextEncoder
+from ..qwen_image.tokenizer import MAX_TEXT_TOKENS
 from .types import (
     CATEGORY,
     FINISH,
     QwenTextEncoder,
     WanModel,
     check_choice,
-    check_is_for_video,
+    check_is_rgb,
     prompt_inputs,
     prompt_outputs,
     tell,
@@ -142,7 +143,7 @@ class QwenImageEditEncode(io.ComfyNode):
         image_3: Tensor | None = None,
     ) -> io.NodeOutput:
         check_is_qwen_image(model.identity)
-        check_is_for_video(vae)
+        check_is_rgb(vae)
         pictures = [picture for images in (image_1, image_2, image_3) if images is not None for picture in images]
         edit = lay_out(pictures, VARIANTS[model.identity.variant], size, (width, height))
         prompts = edit.encode([positive, negative], text_encoder, vae)
@@ -193,14 +194,12 @@ class EmptyQwenImageLatent(io.ComfyNode):
     @classmethod
     def execute(cls, aspect_ratio: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
         asked = ASPECTS.get(aspect_ratio, (width, height))
-        made = tuple(max(TOKEN_PIXELS, side // TOKEN_PIXELS * TOKEN_PIXELS) for side in asked)
-        lines = ["{} x {}".format(*made)]
-        if made != asked:
-            lines.append("{} x {} changed to {} x {}: multiples of {} are needed.".format(*asked, *made, TOKEN_PIXELS))
-        samples = torch.zeros(LATENT_FORMAT.shape(batch_size, 1, made[1], made[0]))
+        width, height, notices = on_grid(*asked)
+        lines = [f"{width} x {height}", *notices]
+        samples = torch.zeros(LATENT_FORMAT.shape(batch_size, 1, height, width))
         return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))
 
 
 def _size(name: str, text_encoder: TextEncoder, text: str) -> str:
-    tokens = text_encoder.tokenise(text)
-    return f"{name}: {tokens.notice or f'{len(tokens.ids)} tokens'}"
+    tokens, around = text_encoder.tokenise(text), text_encoder.tokenise("")
+    return f"{name}: {tokens.notice or f'{len(tokens.ids) - len(around.ids)} of {MAX_TEXT_TOKENS} tokens'}"

@@ -104,6 +104,16 @@ def check_is_for_video(vae: Any) -> None:
         )
 
 
+def check_is_rgb(vae: Any) -> None:
+    """Raise ValueError for a VAE that is not one of Wan's or Qwen-Image's kind, or is that of layers with alpha."""
+    check_is_for_video(vae)
+    if vae.output_channels != 3:
+        raise ValueError(
+            f"This VAE makes pictures of {vae.output_channels} channels, as the layers of Qwen-Image-Layered have "
+            "them, and here RGB is meant: load the VAE of Qwen-Image or Wan."
+        )
+
+
 def dropped_alpha(images: Tensor, vae: Any) -> list[str]:
     """Return what to tell of images [..., channels] that have an alpha channel which the VAE does not take."""
     return ["The image's alpha channel was dropped."] if images.shape[-1] > vae.output_channels else []

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 TEXT_ALONE = (  # what a user of the wrong file is told
     "which makes pictures from text alone: load a Qwen-Image-Edit file. If it is one under another name, choose its "
-    "variant in Load Qwen-Image Model."
+    "variant in Load Qwen-Image Model (--variant on the command line)."
 )
 REFERENCES = "reference_latents"  # ComfyUI's name of the option: raw latents, one per picture
 

@@ -46,7 +46,8 @@ class QwenImageConfig:
 class Variant:
     """What a published model does, beyond its shapes.
 
-    `max_references` images may steer it; `template` names how they are shown to the text encoder (see text_encoder).
+    `max_references` images may steer it; `template` is one of `tokenizer.TEMPLATES`: how they are
+    shown to the text encoder.
     """
 
     name: str

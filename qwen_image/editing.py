@@ -60,16 +60,20 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
     scaled nor moved and the result lies on its very pixels. Raises ValueError for more pictures than the variant takes
     and for pictures that it can't take. Source: the published edit pipelines.
     """
-    _check(pictures, variant, size)
-    converted = [to_rgb(picture) for picture in pictures]
-    rgb = [picture for picture, _ in converted]
-    notices = [notice for _, notice in converted if notice]
-    sizes = [dims(AREA, picture.shape[1] / picture.shape[0]) for picture in rgb]
-    references = [lanczos(picture, *to) for picture, to in zip(rgb, sizes, strict=True)]
-    (width, height), finish = sizes[-1], None
+    _check(len(pictures), variant, size)
+    rgb, references, notices = [], [], []
+    for number, picture in enumerate(pictures, start=1):
+        try:
+            converted, notice = to_rgb(picture)
+            to = dims(AREA, picture.shape[1] / picture.shape[0])
+        except ValueError as error:
+            raise ValueError(f"Picture {number}: {error}") from error
+        is_aligned = size == ALIGNED and number == 1
+        rgb.append(converted)
+        references.append(pad_to_grid(converted, TOKEN_PIXELS) if is_aligned else lanczos(converted, *to))
+        notices += [f"Picture {number}: {notice}"] if notice else []
+    (height, width), finish = references[0 if size == ALIGNED else -1].shape[:2], None
     if size == ALIGNED:
-        references[0] = pad_to_grid(rgb[0], TOKEN_PIXELS)
-        height, width = references[0].shape[:2]
         kept = (rgb[0].shape[1], rgb[0].shape[0])
         finish = Finish(decoded=(width, height), kept=kept)
         if width * height > LARGE * 1e6:
@@ -78,10 +82,8 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
                 f"{LARGE:g} million are slow and often repeat things. Scale it down first."
             )
     elif size == CUSTOM:
-        width, height = (max(TOKEN_PIXELS, side // TOKEN_PIXELS * TOKEN_PIXELS) for side in custom)
-        if (width, height) != custom:
-            changed = f"{custom[0]} x {custom[1]} changed to {width} x {height}"
-            notices.append(f"{changed}: multiples of {TOKEN_PIXELS} are needed.")
+        width, height, changes = on_grid(*custom)
+        notices += changes
     return Edit(
         template=variant.template,
         seen=tuple(rgb),
@@ -93,7 +95,14 @@ def lay_out(pictures: Sequence[Tensor], variant: Variant, size: str, custom: tup
     )
 
 
-def _check(pictures: Sequence[Tensor], variant: Variant, size: str) -> None:
+def on_grid(width: int, height: int) -> tuple[int, int, list[str]]:
+    """Return the nearest smaller width and height that a picture can have, and what was changed, in words."""
+    made = tuple(max(TOKEN_PIXELS, side // TOKEN_PIXELS * TOKEN_PIXELS) for side in (width, height))
+    changed = f"{width} x {height} changed to {made[0]} x {made[1]}: multiples of {TOKEN_PIXELS} are needed."
+    return *made, [changed] if made != (width, height) else []
+
+
+def _check(num_pictures: int, variant: Variant, size: str) -> None:
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}.")
     if variant.layered:
@@ -103,9 +112,11 @@ def _check(pictures: Sequence[Tensor], variant: Variant, size: str) -> None:
         )
     if not variant.max_references:
         raise ValueError(f"This model is {variant.title}, {TEXT_ALONE}")
-    if not 1 <= len(pictures) <= variant.max_references:
-        more = "" if variant.max_references > 1 else " Qwen-Image-Edit-2509 and 2511 take up to 3."
+    if not 1 <= num_pictures <= variant.max_references:
+        takes, more = "1 picture", " Edit-2509 and Edit-2511 take up to 3."
+        if variant.max_references > 1:
+            takes, more = f"1 to {variant.max_references} pictures", ""
         raise ValueError(
-            f"{variant.title} takes 1 to {variant.max_references} picture(s), got {len(pictures)} (a batch of images "
-            f"counts as so many): connect fewer.{more}"
+            f"{variant.title} takes {takes}, got {num_pictures} (a batch of images counts as so many): give it as "
+            f"many.{more}"
         )

@@ -118,7 +118,7 @@ def check_is_qwen_image(identity: Identity) -> None:
     if identity.family != NAME:
         raise ValueError(
             f"The model is {identity.family} {identity.variant}, which can't edit pictures: connect Load Qwen-Image "
-            "Model."
+            "Model (on the command line, give --model one of its files)."
         )
 
 

@@ -72,8 +72,9 @@ PIPELINES = {
     "QwenImageEditInpaintPipeline": "edit",
     "QwenImageEditPlusPipeline": "edit-2509",
 }
-# A word in the name of a file or folder -> the variant, the most particular first.
-WORDS = (("2511", "edit-2511"), ("2509", "edit-2509"), ("plus", "edit-2509"), ("edit", "edit"))
+# A word beside "edit" in the name of a file or folder -> the variant, the most particular first.
+EDIT = "edit"
+WORDS = (("2511", "edit-2511"), ("2509", "edit-2509"), ("plus", "edit-2509"), (EDIT, "edit"))
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 
 
@@ -215,7 +216,7 @@ def _tellings(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for name in _called(checkpoint.path):
         words = [word.lower() for word in WORD.findall(name)]
         for word, variant in WORDS:
-            if word in words:
+            if EDIT in words and word in words:
                 yield variant, f"the word {word!r} in {name!r}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from wanqwen.loading import load_model, load_text_encoder, load_vae
 
@@ -45,6 +46,21 @@ def test_a_file_of_the_other_family_is_refused_by_name(folder: Path, of: str) ->
     ):
         with pytest.raises(ValueError, match=rf"{of}{file}.safetensors belongs to {own} .*this loader is for {other}"):
             load(folder / f"{of}{file}.safetensors")
+
+
+@pytest.mark.parametrize("of", FAMILIES)
+def test_a_text_encoder_in_a_format_that_can_t_be_read_is_refused_when_opened(
+    folder: Path, tmp_path: Path, of: str
+) -> None:
+    path = folder / f"{of}text.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    name = next(name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2)
+    blocks = {name.removesuffix("weight") + "weight_scale": torch.ones(tensors[name].shape[0], 2)}
+    save_file(tensors | blocks, tmp_path / "blocks.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"blocks\.safetensors .*stored in a way that can't be read: .*weight_scale"):
+        load_text_encoder(tmp_path / "blocks.safetensors")
 
 
 def test_qwen_image_is_not_run_in_float16(folder: Path) -> None:

@@ -91,6 +91,7 @@ def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (("--model", "MODEL"), "--text-encoder is missing, --vae is missing: qwen_model.safetensors needs"),
         (("--image", "PNG", "--edit-size", "pixel_aligned", "--size", "64x64"), "--size and --edit-size pixel_aligned"),
+        (("--image", "PNG", "--edit-size", "custom"), "--edit-size custom needs a size"),
         (("--image", "PNG"), "Qwen-Image, which makes pictures from text alone"),
         (("--image", "TXT"), "is no image that Pillow can read"),
         (("--preset", "lightning-4", "--variant", "t2i", "--size", "64x64x5"), "try 64x64x1"),
@@ -102,6 +103,15 @@ def test_qwen_requests_that_can_t_be_met(
     assert qwen(folder, tmp_path, *more) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_images_keep_their_alpha_for_whoever_must_say_that_it_is_dropped(tmp_path: Path) -> None:
+    from PIL import Image
+    from wanqwen.media import read_image
+
+    for mode, channels in (("RGBA", 4), ("LA", 4), ("RGB", 3), ("L", 3), ("P", 3)):
+        Image.new(mode, (6, 4)).save(tmp_path / f"{mode}.png")
+        assert read_image(tmp_path / f"{mode}.png").shape == (4, 6, channels)
 
 
 def test_generate_writes_a_picture_of_qwen_image(folder: Path, tmp_path: Path) -> None:

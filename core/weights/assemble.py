@@ -1,7 +1,7 @@
 """Make a module of a checkpoint, with a strict account: every parameter is filled, every tensor used or known."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def assemble(
     with torch.device("meta"):
         module = build()
     parameters = dict(module.named_parameters())
-    _check_formats(checkpoint, names)
+    check_formats(checkpoint, names)
     _check_account(parameters, names, checkpoint, ignored)
     companions = {official: file for official, file in names.items() if formats.companion(official)}
     scales = _read_scales(checkpoint, companions)
@@ -68,7 +68,6 @@ def _check_account(
         ("missing", [name for name in parameters if name not in names]),
         ("not part of this model", [name for name in checkpoint.tensors if name not in used and name not in known]),
         ("of another shape", list(_other_shapes(parameters, found))),
-        ("stored in a way that can't be read", _unreadable(found.values(), names, checkpoint)),
     ]
     lines = [
         f"{len(rows)} {what}: {', '.join(rows[:SHOWN])}{', ...' * (len(rows) > SHOWN)}"
@@ -95,7 +94,8 @@ def _other_shapes(parameters: Mapping[str, Tensor], found: Mapping[str, TensorIn
             yield f"{name} is {list(info.shape)} instead of {list(parameters[name].shape)}"
 
 
-def _unreadable(found: Iterable[TensorInfo], names: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:
+def _unreadable(names: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:
+    found = (checkpoint.tensors[file] for official, file in names.items() if not formats.companion(official))
     dtypes = sorted({info.dtype for info in found} - formats.STORAGE.keys())
     scales = {o: checkpoint.tensors[f] for o, f in names.items() if o.endswith(formats.WEIGHT_SCALES)}
     for official, scale in scales.items():
@@ -106,8 +106,11 @@ def _unreadable(found: Iterable[TensorInfo], names: Mapping[str, str], checkpoin
     return dtypes
 
 
-def _check_formats(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Raise if the file says of a layer that it is stored in a format other than fp8."""
+def check_formats(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Raise ValueError if weights are stored in a way that can't be read: anything but plain floats and scaled fp8.
+
+    `names` maps official names, scales and records among them, to the file's.
+    """
     record_names = [file for official, file in names.items() if official.endswith(formats.RECORD)]
     texts = {
         name: bytes(tensor.to(torch.uint8).tolist()).decode(errors="replace")
@@ -123,6 +126,11 @@ def _check_formats(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
         raise ValueError(
             f"{checkpoint.path} is quantised as {found!r} ({len(others)} layers, such as {name}): only "
             f"{' and '.join(formats.READABLE_RECORDS)} can be read; use an fp8 or 16-bit file of this model"
+        )
+    if rows := _unreadable(names, checkpoint):
+        raise ValueError(
+            f"{checkpoint.path} has {len(rows)} kinds of weights stored in a way that can't be read: "
+            f"{', '.join(rows[:SHOWN])}{', ...' * (len(rows) > SHOWN)}; use an fp8 or 16-bit file of this model"
         )
 
 

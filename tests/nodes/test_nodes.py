@@ -91,6 +91,19 @@ def test_encode_takes_the_batch_as_one_clip(nodes, vae):
     assert output.ui == {"text": ["5 frames of 48 x 32", "The image's alpha channel was dropped."]}
 
 
+@pytest.mark.parametrize("batch", ["clip", "pictures"])
+def test_a_vae_of_comfyui_never_sees_alpha(nodes, vae, batch):
+    class StockVAE:
+        latent_dim, output_channels, upscale_ratio = 3, vae.output_channels, vae.upscale_ratio
+
+        def encode(self, pixels):
+            assert pixels.shape[-1] == 3
+            return vae.encode(pixels)
+
+    output = nodes.VAEEncode.execute(torch.rand(1, 32, 48, 4), StockVAE(), batch)
+    assert output.ui["text"][-1] == "The image's alpha channel was dropped."
+
+
 def test_encode_takes_the_batch_as_pictures_of_their_own(nodes, vae):
     images = torch.rand(3, 32, 50, 3)
     output = nodes.VAEEncode.execute(images, vae, "pictures")

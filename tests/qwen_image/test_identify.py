@@ -287,6 +287,8 @@ def variant(path: Path, own=None, marker: bool = False, layered: bool = False) -
         ("qwen_image_edit_2511_bf16", "edit-2511"),
         ("Qwen_Image_Edit_Plus", "edit-2509"),
         ("qwen_image_credit_edition_20250911", "t2i"),
+        ("qwen_image_2509_merge", "t2i"),
+        ("qwen-image-plus", "t2i"),
         ("qwen_image_layered_bf16", "t2i"),
     ],
 )
