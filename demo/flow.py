@@ -2,11 +2,11 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .training import Schedule, resume, save
@@ -30,24 +30,6 @@ def add_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
 def squared_errors(velocity: Tensor, wanted: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Return the mean squared error [B] of each velocity, its positions weighted."""
     return ((velocity - wanted).square() * weight).flatten(1).mean(dim=1)
-
-
-def share_of(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the tasks that fall to this process; where several train together, gradients are averaged."""
-    if not distributed.is_initialized():
-        return tuple(tasks)
-    return tuple(tasks[distributed.get_rank() :: distributed.get_world_size()])
-
-
-def _average_gradients(model: nn.Module) -> None:
-    if not distributed.is_initialized():
-        return
-    learning = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for p, gradient in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
-        p.grad = gradient.view_as(p)
 
 
 def train(
@@ -75,7 +57,6 @@ def train(
             sigma, error = errors(model, step)
             model.zero_grad()
             error.mean().backward()
-        _average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             schedule.apply(optimizer, step)
@@ -87,8 +68,7 @@ def train(
             noisy = sum(e for _, e in losses) / max(1, len(losses))
             log.info("%s step %d loss %.4f, noisy %.4f", path.stem, step + 1, error.mean().item(), noisy)
             losses = []
-        is_first = not distributed.is_initialized() or distributed.get_rank() == 0
-        if is_first and ((step + 1) % 250 == 0 or step + 1 == schedule.steps):
+        if (step + 1) % 250 == 0 or step + 1 == schedule.steps:
             save(path, both, optimizers, step + 1)
     return average
 
@@ -101,7 +81,7 @@ def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
         if name.startswith("transformer.") and "blocks." in name and p.dim() == 2
     ]
     chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),

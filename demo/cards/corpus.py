@@ -9,14 +9,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .glyphs import CELL_HEIGHT, CELL_WIDTH, GLYPHS, bitmaps
+from .glyphs import CELL, GLYPHS, bitmaps
 
 SIZE = 112  # pixels, both sides: 7 x 7 tokens
-CARD_HEIGHT, CARD_WIDTH = 84, 100
-MARGIN = 6  # pixels between the edge of the card and a word in its corner
+CARD = 96  # pixels, both sides
+EDGE = (SIZE - CARD) // 2  # pixels of backdrop around the card
+MARGIN = 8  # pixels between the edge of the card and a word in its corner: words stand on the grid of the tokens
 LONGEST = 3  # glyphs of a word
-GRID = 8  # pixels: words stand on the grid of the latents, so that a glyph always looks the same there
-CARD_OFFSETS = ((-4, 4), (-8, 0, 8))  # pixels by which a card is off the middle: across, down
 
 # Ink and card colours are two disjoint lists, so that a caption never names one colour in two roles.
 INKS = {
@@ -147,41 +146,29 @@ def draw_edit(rng: random.Random, scene: Scene, *, held_out: bool, kind: str | N
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What no caption tells and no edit changes: the backdrop, and how far the card is off the middle (x, y)."""
+    """What no caption tells and no edit changes: the backdrop, which goes from one tint to another."""
 
     tints: tuple[tuple[float, float, float], tuple[float, float, float]]
     direction: tuple[float, float]
-    offsets: tuple[int, int]
 
 
 def draw_setting(rng: random.Random) -> Setting:
     """Return a random setting."""
     first, second = (tuple(c + rng.uniform(-TINT_SPREAD, TINT_SPREAD) for c in rng.choice(TINTS)) for _ in range(2))
-    direction = (rng.uniform(-1, 1), rng.uniform(-1, 1))
-    return Setting((first, second), direction, tuple(rng.choice(offsets) for offsets in CARD_OFFSETS))
-
-
-def card_corner(setting: Setting) -> tuple[int, int]:
-    """Return (top, left) of the card in pixels."""
-    x, y = setting.offsets
-    return (SIZE - CARD_HEIGHT) // 2 + y, (SIZE - CARD_WIDTH) // 2 + x
+    return Setting((first, second), (rng.uniform(-1, 1), rng.uniform(-1, 1)))
 
 
 def word_corner(num_glyphs: int, place: str) -> tuple[int, int]:
-    """Return (top, left) of a word in pixels from the card's corner."""
+    """Return (top, left) of a word in pixels from the card's corner; two glyphs stand left of the middle."""
     left, above = PLACES[place]
-    free = (CARD_HEIGHT - 2 * MARGIN - CELL_HEIGHT, CARD_WIDTH - 2 * MARGIN - num_glyphs * CELL_WIDTH)
-    corner = ((SIZE - CARD_HEIGHT) // 2, (SIZE - CARD_WIDTH) // 2 + CARD_OFFSETS[0][0])  # of any card, modulo the grid
-    wanted = (MARGIN + above * free[0], MARGIN + left * free[1])
-    top, left = (round((c + w) / GRID) * GRID - c for c, w in zip(corner, wanted, strict=True))
-    return top, left
+    free = ((CARD - 2 * MARGIN) // CELL - 1, (CARD - 2 * MARGIN) // CELL - num_glyphs)  # cells, down and across
+    return MARGIN + int(above * free[0]) * CELL, MARGIN + int(left * free[1]) * CELL
 
 
-def word_box(scene: Scene, setting: Setting) -> tuple[int, int, int, int]:
+def word_box(scene: Scene) -> tuple[int, int, int, int]:
     """Return (top, left, bottom, right) of the word's cells in pixels of the picture."""
-    corners = zip(card_corner(setting), word_corner(len(scene.word), scene.place), strict=True)
-    top, left = (sum(parts) for parts in corners)
-    return top, left, top + CELL_HEIGHT, left + len(scene.word) * CELL_WIDTH
+    top, left = (EDGE + corner for corner in word_corner(len(scene.word), scene.place))
+    return top, left, top + CELL, left + len(scene.word) * CELL
 
 
 def render(scenes: list[Scene], settings: list[Setting]) -> Tensor:
@@ -196,11 +183,10 @@ def _picture(scene: Scene, setting: Setting, glyphs: Tensor) -> Tensor:
     share = 0.5 + (setting.direction[0] * axis + setting.direction[1] * axis[:, None]) / 2
     start, end = (torch.tensor(tint)[:, None, None] for tint in setting.tints)
     picture = start + (end - start) * share
-    top, left = card_corner(setting)
-    picture[:, top : top + CARD_HEIGHT, left : left + CARD_WIDTH] = torch.tensor(CARDS[scene.card])[:, None, None]
-    top, left, bottom, _ = word_box(scene, setting)
+    picture[:, EDGE:-EDGE, EDGE:-EDGE] = torch.tensor(CARDS[scene.card])[:, None, None]
+    top, left, bottom, _ = word_box(scene)
     ink = torch.tensor(INKS[scene.ink])[:, None, None]
     for i, glyph in enumerate(scene.word):
-        cell = picture[:, top:bottom, left + i * CELL_WIDTH : left + (i + 1) * CELL_WIDTH]
+        cell = picture[:, top:bottom, left + i * CELL : left + (i + 1) * CELL]
         cell += (ink - cell) * glyphs[GLYPHS.index(glyph)]
     return picture

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GLYPHS = "012457ACKLTX风山水日大"  # no twins such as O and 0, I and 1, Z and 2
-CELL_HEIGHT, CELL_WIDTH = 28, 24  # pixels that a glyph has to itself
-HEIGHT, WIDTH = 26, 21  # pixels of the largest glyph in it
+GLYPHS = "0123456789ACKLTX风山水日大"  # no twins such as O and 0, I and 1, Z and 2
+CELL = 16  # pixels, both sides, that a glyph has to itself: those of one token
+HEIGHT, WIDTH = 14, 13  # pixels of the largest glyph in it
 FILE = Path(__file__).parent / "glyphs.npz"
 
 
 def bitmaps() -> Tensor:
-    """Return the coverage [N, 28, 24] of every glyph in its cell, in [0, 1], in the order of `GLYPHS`."""
+    """Return the coverage [N, 16, 16] of every glyph in its cell, in [0, 1], in the order of `GLYPHS`."""
     with np.load(FILE) as archive:
         return torch.from_numpy(archive["cover"]).float() / 255
 
@@ -35,9 +35,9 @@ def draw(font: Path) -> None:
         page = Image.new("L", (320, 320))
         ImageDraw.Draw(page).text((60, 40), glyph, fill=255, font=face, stroke_width=5)
         ink = page.crop(page.getbbox())
-        size = (min(WIDTH, max(7, round(ink.width * HEIGHT / ink.height))), HEIGHT)
-        cell = Image.new("L", (CELL_WIDTH, CELL_HEIGHT))
-        place = ((CELL_WIDTH - size[0]) // 2, (CELL_HEIGHT - size[1]) // 2)
+        size = (min(WIDTH, max(4, round(ink.width * HEIGHT / ink.height))), HEIGHT)
+        cell = Image.new("L", (CELL, CELL))
+        place = ((CELL - size[0]) // 2, (CELL - size[1]) // 2)
         cell.paste(ink.resize(size, Image.Resampling.BOX), place)
         cells.append(np.asarray(cell))
     np.savez_compressed(FILE, cover=np.stack(cells))

@@ -1,7 +1,7 @@
 """Train the miniature Qwen-Image and write its four files, in the key names of the published ones.
 
-qwen_vae, qwen_text_encoder (its tokenizer inside), and two transformers that began as one: qwen_dit makes pictures from
-text, qwen_edit_dit edits them.
+qwen_vae, qwen_text_encoder (its tokenizer inside), and two transformers: qwen_dit makes pictures from text,
+qwen_edit_dit edits them.
 """
 
 import json
@@ -15,19 +15,21 @@ from ...core.weights.identity import METADATA_KEY
 from ...core.weights.keymap import Renamer
 from ...qwen_image.family import LATENT_FORMAT, keep_float32
 from ...qwen_image.tokenizer import EMBEDDED_NAME, Tokenizer
+from ...qwen_image.transformer import QwenImageTransformer
 from ...wan.keymap import vae_spellings
 from ...wan.vae import WanVAE
 from .. import vae as shared
 from ..training import Schedule, write
 from . import text
-from .train_dit import CONFIG, TASKS, TextToPicture, draw_pairs, fork, train_dit
+from .train_dit import CONFIG, TASKS, draw_pairs, train_dit
+from .train_text import train_text
 from .train_vae import CONFIG as VAE_CONFIG
 from .train_vae import pictures, refine_decoder, train_vae
 
 VAE_SCHEDULE = Schedule(steps=2400, rate=2e-3, warmup=50)
 DECODER_SCHEDULE = Schedule(steps=850, rate=1e-3, warmup=30)
-TOGETHER = Schedule(steps=2700, rate=2e-3)  # both tasks and the text encoder
-ALONE = {"t2i": Schedule(steps=2250, rate=2.5e-3, warmup=20), "edit": Schedule(steps=1800, rate=2.5e-3, warmup=20)}
+TEXT_SCHEDULE = Schedule(steps=1500, rate=2e-3, warmup=50)
+DIT_SCHEDULE = {"t2i": Schedule(steps=3400, rate=2.5e-3), "edit": Schedule(steps=5500, rate=2.5e-3)}
 FILES = {"t2i": "qwen_dit", "edit": "qwen_edit_dit"}
 
 # The modulation of each block and all that only text passes through: two thirds of the transformer.
@@ -48,23 +50,26 @@ def train(work: Path, out: Path) -> None:
     tokenizer = work / "tokenizer.json"
     if not tokenizer.exists():
         tokenizer.write_bytes(text.train_tokenizer())
-    pairs, words = draw_pairs(vae, work / "pairs.pt"), Tokenizer.from_json(tokenizer.read_bytes())
-    both = work / "cards_both.pt"
-    train_dit(pairs, words, both, TOGETHER, TASKS)
-    models = {}
-    for task in TASKS:
-        path = work / f"cards_{task}.pt"
-        fork(both, path)
-        models[task] = train_dit(pairs, words, path, ALONE[task], (task,))
-    write_checkpoints(out, vae, models, tokenizer.read_bytes())
+    text_encoder = train_text(Tokenizer.from_json(tokenizer.read_bytes()), work / "cards_text.pt", TEXT_SCHEDULE)
+    pairs = draw_pairs(vae, work / "pairs.pt")
+    models = {
+        task: train_dit(task, pairs, text_encoder, work / f"cards_{task}.pt", DIT_SCHEDULE[task]) for task in TASKS
+    }
+    write_checkpoints(out, vae, text_encoder, models, tokenizer.read_bytes())
 
 
-def write_checkpoints(folder: Path, vae: WanVAE, models: dict[str, TextToPicture], tokenizer: bytes) -> None:
+def write_checkpoints(
+    folder: Path,
+    vae: WanVAE,
+    text_encoder: text.VisionLanguage,
+    models: dict[str, QwenImageTransformer],
+    tokenizer: bytes,
+) -> None:
     """Write the four files: matrices in bfloat16, two thirds of the transformers' in fp8, norms in float32."""
     to_diffusers = Renamer(vae_spellings(VAE_CONFIG.num_res_blocks)[1].table)
     rgb, bias = shared.latent_colours(vae, pictures(64, seed=4), LATENT_FORMAT)
     write(folder / "qwen_vae.safetensors", {to_diffusers(n): t.bfloat16() for n, t in vae.state_dict().items()}, {})
-    encoder = {name: t.bfloat16() for name, t in models["t2i"].text_encoder.state_dict().items()}
+    encoder = {name: t.bfloat16() for name, t in text_encoder.state_dict().items()}
     encoder[EMBEDDED_NAME] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     write(folder / "qwen_text_encoder.safetensors", encoder, {METADATA_KEY: json.dumps(encoder_facts())})
     for task, model in models.items():
@@ -80,10 +85,10 @@ def encoder_facts() -> dict[str, object]:
     return told | {"vision_heads": vision["num_heads"]} | {k: vision[k] for k in ("window", "full_attention")}
 
 
-def stored(model: TextToPicture) -> dict[str, Tensor]:
+def stored(model: QwenImageTransformer) -> dict[str, Tensor]:
     """Return the tensors of a transformer's file; an fp8 matrix has a scale for each of its rows."""
     tensors = {}
-    for name, tensor in model.transformer.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if name.endswith(tuple(f"{layer}.weight" for layer in SMALL)):
             scale = (tensor.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max).clamp_min(1e-12)
             tensors[name] = (tensor / scale[:, None]).to(torch.float8_e4m3fn)

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import corpus
-from .corpus import CARD_HEIGHT, CARD_WIDTH, LONGEST, Scene
-from .glyphs import CELL_HEIGHT, CELL_WIDTH, GLYPHS, bitmaps
+from .corpus import CARD, LONGEST, Scene
+from .glyphs import CELL, GLYPHS, bitmaps
 
 ATTRIBUTES = ("word", "ink", "card", "place")
 CARD_TOLERANCE = 45  # of 255: a pixel this near a card colour may belong to the card
-MIN_CARD_SHARE = 0.5  # of the card's area that must have its colour; the longest word covers about a tenth
+MIN_CARD_SHARE = 0.5  # of the card's area that must have its colour; the longest word covers a twelfth of it
 MIN_CONTRAST = 60  # of 255: the weakest ink, purple on gray, differs by 118
 MIN_LIKENESS = 0.8  # correlation of a glyph with its bitmap; what the VAE alone does to a picture leaves 0.87
-MAX_PLACE_ERROR = 6  # pixels between the word and where the place has it; two places are 12 apart at least
+MAX_PLACE_ERROR = 6  # pixels between the word and where the place has it; two places are 16 apart at least
 RIM = 2  # pixels around the card that count as its edge, neither card nor backdrop
 
 
@@ -41,10 +41,10 @@ def judge(picture_HWC: Tensor) -> Verdict:
     card, (top, left), is_clear = _find_card(pixels)
     if not is_clear:
         return Verdict("", "", "", "", 0.0, (top, left))
-    on_card = pixels[top : top + CARD_HEIGHT, left : left + CARD_WIDTH]
+    on_card = pixels[top : top + CARD, left : left + CARD]
     paper = _middle(on_card[(on_card - torch.tensor(corpus.CARDS[card])).norm(dim=-1) < CARD_TOLERANCE])
     contrast = (on_card[RIM:-RIM, RIM:-RIM] - paper).norm(dim=-1)
-    strongest = contrast.flatten().topk(40).values.min()  # the thinnest glyph, 1, has about 150 pixels
+    strongest = contrast.flatten().topk(15).values.min()  # the thinnest glyph, 1, has about 46 pixels
     if strongest < MIN_CONTRAST:
         return Verdict("", "", card, "", 0.0, (top, left))
     ink = _nearest(_middle(on_card[RIM:-RIM, RIM:-RIM][contrast > 0.7 * strongest]), corpus.INKS)
@@ -96,7 +96,7 @@ def outside_card(picture_HWC: Tensor, source_HWC: Tensor) -> float:
     """Return the mean absolute difference, in 255ths, between two pictures where neither shows the source's card."""
     _, (top, left), _ = _find_card(source_HWC.float() * 255)
     outside = torch.ones(source_HWC.shape[:2], dtype=torch.bool)
-    outside[max(0, top - RIM) : top + CARD_HEIGHT + RIM, max(0, left - RIM) : left + CARD_WIDTH + RIM] = False
+    outside[max(0, top - RIM) : top + CARD + RIM, max(0, left - RIM) : left + CARD + RIM] = False
     return (picture_HWC - source_HWC)[outside].abs().mean().item() * 255
 
 
@@ -105,12 +105,12 @@ def _find_card(pixels: Tensor) -> tuple[str, tuple[int, int], bool]:
     colours = torch.tensor(list(corpus.CARDS.values()), dtype=torch.float32)
     # A colour counts the more the nearer it is: some backdrops come within the tolerance of a gray card.
     near = (1 - (pixels[None] - colours[:, None, None]).norm(dim=-1) / CARD_TOLERANCE).clamp_min(0)
-    size = (CARD_HEIGHT, CARD_WIDTH)
+    size = (CARD, CARD)
     shares = F.avg_pool2d(near[:, None], size, stride=1)[:, 0]
     best = int(shares.flatten(1).amax(dim=1).argmax())
     share = shares[best]
     # Ink may leave several boxes equally full: the middle of the best ones is the card.
-    tied = torch.nonzero(share > share.max() - 0.5 / (CARD_HEIGHT * CARD_WIDTH))
+    tied = torch.nonzero(share > share.max() - 0.5 / (CARD**2))
     top, left = tied.float().mean(dim=0).round().int().tolist()
     return list(corpus.CARDS)[best], (top, left), bool(share.max() > MIN_CARD_SHARE)
 
@@ -121,20 +121,20 @@ def _read(cover_HW: Tensor) -> tuple[str, float, tuple[int, int]]:
     Of all words of 1 to 3 cells at all places the one is taken that leaves the least squares unexplained.
     """
     glyphs = bitmaps()
-    cells = F.unfold(cover_HW[None, None], (CELL_HEIGHT, CELL_WIDTH))[0]  # [672, positions]
-    size = (cover_HW.shape[0] - CELL_HEIGHT + 1, cover_HW.shape[1] - CELL_WIDTH + 1)
+    cells = F.unfold(cover_HW[None, None], CELL)[0]  # [256, positions]
+    size = (cover_HW.shape[0] - CELL + 1, cover_HW.shape[1] - CELL + 1)
     energy = cells.square().sum(dim=0).view(size)
     products = (glyphs.flatten(1) @ cells).view(-1, *size)
     misfit, chosen = (glyphs.square().sum(dim=(1, 2))[:, None, None] - 2 * products).min(dim=0)
     best = (float("inf"), 0, 0, 0)
     for count in range(1, LONGEST + 1):
-        width = energy.shape[1] - (count - 1) * CELL_WIDTH
-        total = sum(misfit[:, i * CELL_WIDTH : i * CELL_WIDTH + width] for i in range(count))
+        width = energy.shape[1] - (count - 1) * CELL
+        total = sum(misfit[:, i * CELL : i * CELL + width] for i in range(count))
         y, x = divmod(int(total.argmin()), width)
         best = min(best, (total[y, x].item(), count, y, x))
     _, count, y, x = best
     word, likenesses = "", []
-    for column in range(x, x + count * CELL_WIDTH, CELL_WIDTH):
+    for column in range(x, x + count * CELL, CELL):
         index = int(chosen[y, column])
         length = (energy[y, column] * glyphs[index].square().sum()).sqrt().clamp_min(1e-6)
         likenesses.append((products[index, y, column] / length).item())

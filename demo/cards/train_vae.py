@@ -17,7 +17,7 @@ from . import corpus
 log = logging.getLogger(__name__)
 
 CONFIG = VAEConfig(dim=16, dim_mult=(1, 2, 2, 3), num_res_blocks=1)
-CROP, CROPS_BATCH, WHOLE_BATCH = 80, 16, 8  # pixels, pictures
+CROP, CROPS_BATCH, WHOLE_BATCH = 48, 28, 6  # pixels, pictures
 WHOLE_EVERY = 4  # steps, of which one sees whole pictures
 LATENT_NOISE = 0.1  # of a channel's spread, which the decoder learns to put up with: about what sampling leaves
 
@@ -34,18 +34,32 @@ def train_vae(work: Path, schedule: Schedule) -> WanVAE:
 
 def pictures(count: int, seed: int, *, held_out: bool = False) -> Tensor:
     """Return pixels [B, 3, 1, H, W] in [-1, 1] of random scenes."""
+    return _rendered(_scenes(count, seed, held_out), seed)
+
+
+def _scenes(count: int, seed: int, held_out: bool = False) -> list[corpus.Scene]:
     rng = random.Random(seed)
-    scenes = [corpus.draw_scene(rng, held_out=held_out) for _ in range(count)]
+    return [corpus.draw_scene(rng, held_out=held_out) for _ in range(count)]
+
+
+def _rendered(scenes: list[corpus.Scene], seed: int) -> Tensor:
+    rng = random.Random(seed)
     return corpus.render(scenes, [corpus.draw_setting(rng) for _ in scenes])[:, :, None]
 
 
 def _draw(step: int) -> Tensor:
-    """Return whole pictures, or crops of them at random places, glyphs or not."""
+    """Return whole pictures, or crops of them around one of the glyphs."""
     if step % WHOLE_EVERY == 0:
         return pictures(WHOLE_BATCH, step)
-    rng = random.Random(step)
-    y, x = (rng.randint(0, corpus.SIZE - CROP) for _ in range(2))
-    return pictures(CROPS_BATCH, step)[..., y : y + CROP, x : x + CROP]
+    rng, scenes, crops = random.Random(step), _scenes(CROPS_BATCH, step), []
+    for scene, picture in zip(scenes, _rendered(scenes, step), strict=True):
+        top, left, bottom, right = corpus.word_box(scene)
+        y, x = (
+            rng.randint(max(0, low + corpus.CELL - CROP), min(high - corpus.CELL, corpus.SIZE - CROP))
+            for low, high in ((top, bottom), (left, right))
+        )
+        crops.append(picture[..., y : y + CROP, x : x + CROP])
+    return torch.stack(crops)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ import random
 
 import torch
 from wanqwen.demo.cards import corpus
-from wanqwen.demo.cards.corpus import CARD_HEIGHT, CARD_WIDTH, LONGEST, PLACES, SIZE, Edit
+from wanqwen.demo.cards.corpus import EDGE, LONGEST, PLACES, SIZE, Edit
+from wanqwen.demo.cards.glyphs import CELL
 
 
 def test_training_and_prompts_share_no_word_and_no_look() -> None:
@@ -17,23 +18,20 @@ def test_training_and_prompts_share_no_word_and_no_look() -> None:
     assert not {(s.ink, s.card, s.place) for s in edited} & {(s.ink, s.card, s.place) for s in prompts}
 
 
-def test_every_word_fits_on_its_card_and_every_card_on_its_picture() -> None:
-    rng = random.Random(0)
-    for _ in range(300):
-        setting = corpus.draw_setting(rng)
-        top, left = corpus.card_corner(setting)
-        assert top >= 2 and top + CARD_HEIGHT <= SIZE - 2 and left >= 2 and left + CARD_WIDTH <= SIZE - 2
-        for place in PLACES:
-            for count in range(1, LONGEST + 1):
-                box = corpus.word_box(corpus.Scene("7" * count, "red", "white", place), setting)
-                assert top < box[0] and left < box[1] and box[2] < top + CARD_HEIGHT and box[3] < left + CARD_WIDTH
+def test_every_word_stands_on_its_card_and_on_the_grid_of_the_tokens() -> None:
+    boxes = set()
+    for place in PLACES:
+        for count in range(1, LONGEST + 1):
+            box = corpus.word_box(corpus.Scene("7" * count, "red", "white", place))
+            assert min(box) > EDGE and max(box) < SIZE - EDGE and all(side % CELL == 0 for side in box)
+            boxes.add(box)
+    assert len(boxes) == len(PLACES) * LONGEST
 
 
 def test_an_edit_changes_the_card_and_nothing_around_it() -> None:
     scene, setting = corpus.Scene("风7", "red", "white", "top left"), corpus.draw_setting(random.Random(0))
-    top, left = corpus.card_corner(setting)
     around = torch.ones(SIZE, SIZE, dtype=torch.bool)
-    around[top : top + CARD_HEIGHT, left : left + CARD_WIDTH] = False
+    around[EDGE:-EDGE, EDGE:-EDGE] = False
     [before] = corpus.render([scene], [setting])
     for edit in (Edit("ink", "blue"), Edit("card", "black"), Edit("place", "centre")):
         [after] = corpus.render([edit.apply(scene)], [setting])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from wanqwen.demo.cards import corpus, score
-from wanqwen.demo.cards.glyphs import CELL_HEIGHT, CELL_WIDTH, GLYPHS, bitmaps
+from wanqwen.demo.cards.glyphs import CELL, GLYPHS, bitmaps
 
 SCENE = corpus.Scene("风7A", "red", "white", "top left")
 
@@ -64,7 +64,7 @@ def test_a_ghost_is_no_glyph() -> None:
     """Half of one glyph over half of another, the commonest failure of a model that has not learned enough."""
     setting = corpus.draw_setting(random.Random(3))
     twins = corpus.render([replace(SCENE, word=word) for word in ("T", "日")], [setting, setting])
-    top, left, bottom, _ = corpus.word_box(replace(SCENE, word="T"), setting)
+    top, left, bottom, _ = corpus.word_box(replace(SCENE, word="T"))
     ghost = twins[0].clone()
     ghost[:, (top + bottom) // 2 : bottom, left:] = twins[1][:, top : (top + bottom) // 2, left:]
     assert score.judge(ghost.movedim(0, -1) / 2 + 0.5).word == "?"
@@ -91,6 +91,6 @@ def test_the_difference_around_the_card_leaves_the_card_out() -> None:
 
 def test_bitmaps_fill_their_cells() -> None:
     cover = bitmaps()
-    assert cover.shape == (len(GLYPHS), CELL_HEIGHT, CELL_WIDTH) and len(set(GLYPHS)) == len(GLYPHS)
+    assert cover.shape == (len(GLYPHS), CELL, CELL) and len(set(GLYPHS)) == len(GLYPHS)
     assert cover.amax(dim=(1, 2)).min() > 0.95 and cover.mean(dim=(1, 2)).min() > 0.1
     assert cover[:, [0, -1]].max() == 0 and cover[:, :, [0, -1]].max() == 0

@@ -11,14 +11,10 @@ from wanqwen.loading import DEMO_FOLDER
 pytest.importorskip("transformers")
 
 SEED = 20_000  # of prompts and noise; no word and no combination of colours and place among them was ever trained on
-COUNT = 60
-# What the committed files reach, some points below their figures in demo/README.md.
-ENOUGH = {"ink": 0.95, "card": 0.95, "place": 0.60}
-EDITS_DONE = {"ink": 0.90, "card": 0.80}  # with the word still right
+COUNT = 100
+ENOUGH = {"glyphs": 0.90, "ink": 0.95, "card": 0.95, "place": 0.95}
+EDITS_DONE = 0.90  # of all, with the word still right; and of all, with nothing else changed
 AROUND = 2.0  # mean difference from the source outside the card, in 255ths
-# What they are meant to reach.
-WANTED = {"glyphs": 0.90, "ink": 0.95, "card": 0.95, "place": 0.95}
-EDITS_WANTED = 0.90
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +31,15 @@ def rates(pictures: list[show.Picture]) -> dict[str, float]:
     return score.rates([score.judge(p.pixels) for p in pictures], [p.wish.scene for p in pictures])
 
 
-def below(reached: dict[str, float], least: dict[str, float]) -> dict[str, float]:
-    return {name: reached[name] for name, share in least.items() if reached[name] < share}
+def test_pictures_of_unseen_prompts_show_what_was_asked_for(pictures: list[show.Picture]) -> None:
+    reached = rates(pictures)
+    assert {name: reached[name] for name, least in ENOUGH.items() if reached[name] < least} == {}
 
 
-def test_pictures_of_unseen_prompts_have_the_colours_and_places_asked_for(pictures: list[show.Picture]) -> None:
-    assert below(rates(pictures), ENOUGH) == {}
-
-
-@pytest.mark.xfail(strict=True, reason="training was stopped before glyphs were learned, see demo/README.md")
-def test_pictures_of_unseen_prompts_show_all_that_was_asked_for(pictures: list[show.Picture]) -> None:
-    assert below(rates(pictures), WANTED) == {}
-
-
-def test_unseen_edits_of_colours_are_carried_out_and_the_rest_stays(edits: list[show.Picture]) -> None:
+def test_unseen_edits_are_carried_out_and_the_rest_stays(edits: list[show.Picture]) -> None:
     reached = show.edit_rates(edits)
-    assert below(reached.done, EDITS_DONE) == {}
+    assert reached.done["all"] >= EDITS_DONE and reached.kept >= EDITS_DONE
     assert reached.outside < AROUND
-
-
-@pytest.mark.xfail(strict=True, reason="training was stopped before words could be moved, see demo/README.md")
-def test_unseen_edits_of_all_kinds_are_carried_out(edits: list[show.Picture]) -> None:
-    assert show.edit_rates(edits).done["all"] >= EDITS_WANTED
 
 
 def test_without_its_text_the_score_falls_to_chance(pictures: list[show.Picture]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wanqwen.core.weights.identity import METADATA_KEY
-from wanqwen.demo.cards import corpus, recipe, text
+from wanqwen.demo.cards import corpus, recipe, text, train_text
 from wanqwen.demo.cards.glyphs import GLYPHS
 from wanqwen.loading import load_text_encoder
 from wanqwen.qwen_image.tokenizer import EMBEDDED_NAME, Tokenizer
@@ -59,3 +59,17 @@ def check(trained: tuple[torch.Tensor, torch.Tensor], wanted: list[torch.Tensor]
     for row, is_kept, expected in zip(rows, valid, wanted, strict=True):
         assert row[is_kept].shape == expected[0].shape
         assert (row[is_kept] - expected[0]).abs().max() <= 1e-4
+
+
+def test_what_the_text_encoder_learns_to_read_is_where_and_what_the_caption_says(tokenizer_json: bytes) -> None:
+    reader, rng = train_text.Reader(Tokenizer.from_json(tokenizer_json)), random.Random(0)
+    prompts, answers, seen = train_text.batch("t2i", rng, None)
+    _, glyphs, slots = reader.glyph_rows(prompts)
+    words = "".join(GLYPHS[glyph] for glyph in glyphs)
+    starts = [i for i, slot in enumerate(slots.tolist()) if slot == 0] + [len(words)]
+    for prompt, start, end, length in zip(prompts, starts[:-1], starts[1:], answers["length"].tolist(), strict=True):
+        assert words[start:end] in prompt and end - start == length + 1
+    assert seen is None and set(answers) == set(train_text.QUESTIONS["t2i"])
+    loss, right = reader("t2i", prompts, answers, seen)
+    loss.backward()
+    assert len(right) == len(answers) + 2 and reader.text_encoder.model.embed_tokens.weight.grad.abs().max() > 0
