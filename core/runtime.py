@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import host
 from .blocks import Run
-from .memory.resident import resident
+from .memory.resident import streamed
+from .memory.slab import Loaded
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
@@ -31,13 +32,14 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
 def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Iterator[tuple[nn.Module, Run]]:
     """Give the model on the device with a fresh run, and take it off the device again, also after an error.
 
-    Room is made for its weights and for `working_bytes` beside them. The assembled weights stay in RAM with the handle,
-    for its next run.
+    Room is made for its weights and for `working_bytes` beside them; blocks that don't fit stream in as they are
+    needed. The assembled weights stay in RAM with the handle, for its next run.
     """
-    dtype = compute_dtype(handle, device)
-    model = handle.weights.get((dtype, handle.identity.config), lambda: _assemble(handle, dtype))
-    with resident(model, device, working_bytes):
-        yield model, Run(dtype=dtype, check_interrupt=host.block_gate(device))
+    dtype, family = compute_dtype(handle, device), handle.family
+    loaded = handle.weights.get((dtype, handle.identity.config), lambda: _assemble(handle, dtype))
+    with streamed(loaded, device, working_bytes) as swap:
+        hooks = {family.blocks: [swap]} if swap else {}
+        yield loaded.module, Run(dtype=dtype, hooks=hooks, check_interrupt=host.block_gate(device))
 
 
 def with_preset(handle: ModelHandle, request: SampleRequest, name: str) -> tuple[SampleRequest, str]:
@@ -117,8 +119,8 @@ def _hold(request: SampleRequest, clean: Tensor) -> Hold | None:
     return Hold(mask=request.mask.to(clean), clean=clean)
 
 
-def _assemble(handle: ModelHandle, dtype: torch.dtype) -> nn.Module:
-    return assemble(
+def _assemble(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
+    module = assemble(
         lambda: handle.family.build(handle.identity.config),
         handle.identity.names,
         handle.checkpoint,
@@ -126,6 +128,7 @@ def _assemble(handle: ModelHandle, dtype: torch.dtype) -> nn.Module:
         dtype=dtype,
         ignored=handle.identity.ignored,
     )
+    return Loaded(module, module.get_submodule(handle.family.blocks))
 
 
 def _check_latent(latent: Tensor, latent_format: LatentFormat) -> None:

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +176,9 @@ Combine = Callable[[Tensor, Tensor, float], Tensor]  # (with the prompt, without
 class Family:
     """What core needs to know of a family to run its diffusion model; `config` is the family's own record.
 
-    `build(config)` makes the module. `float32(name)` says which parameters stay in float32 whatever the compute dtype,
-    `dtypes` what it may be. `schedule(config, latent shape)` is the published one.
+    `build(config)` makes the module, `blocks` is the name of its list of blocks, which `run_blocks` knows it by too.
+    `float32(name)` says which parameters stay in float32 whatever the compute dtype, `dtypes` what it may be.
+    `schedule(config, latent shape)` is the published one.
     `denoisers(model, run, conditionings, device)` returns one `Velocity` per conditioning, sharing work where equal.
     `guidance_patch(config)` is None for plain classifier-free guidance; n keeps the length of every token of n x n
     latent positions as the prompt alone has it. `working_bytes(config, latent shape, conditionings, dtype)` estimates
@@ -189,6 +190,7 @@ class Family:
     name: str
     latent_format: LatentFormat
     build: Callable[[Any], nn.Module]
+    blocks: str
     float32: Callable[[str], bool]
     schedule: Callable[[Any, tuple[int, ...]], Schedule]
     denoisers: Callable[..., list[Velocity]]
@@ -201,19 +203,22 @@ class Family:
     presets: Mapping[str, Preset] = field(default_factory=dict)
 
 
+Weights = TypeVar("Weights")
+
+
 class Assembled:
     """Where a model's assembled weights are kept between runs; every copy of a handle shares one."""
 
     def __init__(self) -> None:
         self._key: object = None
-        self._module: nn.Module | None = None
+        self._weights: Any = None
 
-    def get(self, key: object, assemble: Callable[[], nn.Module]) -> nn.Module:
-        """Return the module, assembling it when there is none yet or `key` (its dtype) differs from last time's."""
-        if self._module is None or key != self._key:
-            self._module = None  # let the old one go before the new one comes
-            self._module, self._key = assemble(), key
-        return self._module
+    def get(self, key: object, assemble: Callable[[], Weights]) -> Weights:
+        """Return the weights, assembling them if there are none yet or `key` (their dtype) differs from last time's."""
+        if self._weights is None or key != self._key:
+            self._weights = None  # let the old ones go before the new ones come
+            self._weights, self._key = assemble(), key
+        return self._weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

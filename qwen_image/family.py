@@ -131,6 +131,7 @@ FAMILY = Family(
     name=NAME,
     latent_format=LATENT_FORMAT,
     build=QwenImageTransformer,
+    blocks="transformer_blocks",
     float32=keep_float32,
     schedule=schedule,
     denoisers=denoisers,

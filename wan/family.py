@@ -106,6 +106,7 @@ FAMILY = Family(
     name=NAME,
     latent_format=LATENT_FORMAT,
     build=WanTransformer,
+    blocks="blocks",
     float32=keep_float32,
     schedule=schedule,
     denoisers=denoisers,

@@ -1,0 +1,113 @@
+"""A block's weights as one slab: a contiguous host buffer that crosses to the device in a single copy."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PAGE = 4096  # bytes
+ALIGNMENT = 256  # bytes, of each tensor in a slab: what CUDA's own allocator gives, and kernels may count on
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of a block: where it is registered, and where it lies in the slab."""
+
+    table: dict[str, Tensor | None]
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    nbytes: int
+    is_parameter: bool
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Return this tensor as it lies in a buffer of bytes."""
+        view = buffer[self.start : self.start + self.nbytes].view(self.dtype).view(self.shape)
+        return nn.Parameter(view, requires_grad=False) if self.is_parameter else view
+
+
+class Slab:
+    """All parameters and buffers of a block in one buffer in RAM; from then on the block's own tensors are its views.
+
+    `host` is the buffer, uint8. Weights are frozen: what is on a device is a copy that is never copied back.
+    """
+
+    def __init__(self, block: nn.Module):
+        found, end = [], 0
+        for table, name, tensor in _tensors(block):
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + tensor.nbytes
+            is_parameter = isinstance(tensor, nn.Parameter)
+            found.append(Piece(table, name, tensor.dtype, tensor.shape, start, tensor.nbytes, is_parameter))
+        self.pieces = tuple(found)
+        self.host = _on_pages(end)
+        self._is_pinned = False
+        for piece in self.pieces:
+            piece.of(self.host).copy_(piece.table[piece.name])
+        self.bind(self.host)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the slab takes."""
+        return self.host.numel()
+
+    def pin(self) -> bool:
+        """Register the buffer with CUDA, so that copies from it run beside everything else; say whether that worked.
+
+        Exactly the slab is registered: PyTorch's own pinned memory rounds up to powers of two. It ends with the slab.
+        """
+        if not self._is_pinned:
+            runtime, size = torch.cuda.cudart(), -(-self.nbytes // PAGE) * PAGE
+            self._is_pinned = int(runtime.cudaHostRegister(self.host.data_ptr(), size, 0)) == 0
+            if self._is_pinned:
+                weakref.finalize(self, _unregister, self.host).atexit = False
+        return self._is_pinned
+
+    def bind(self, buffer: Tensor) -> None:
+        """Make the block use the weights that lie in a buffer [>= nbytes] of bytes, on whatever device it is."""
+        for piece in self.pieces:
+            piece.table[piece.name] = piece.of(buffer)
+
+
+class Loaded:
+    """A model's weights in RAM. `blocks` are those of its modules that can stream; each has a slab once it did."""
+
+    def __init__(self, module: nn.Module, blocks: Iterable[nn.Module]):
+        self.module, self.blocks = module, tuple(blocks)
+        self._slabs: dict[int, Slab] = {}
+
+    def slab(self, i: int) -> Slab:
+        """Return the slab of a block."""
+        if i not in self._slabs:
+            self._slabs[i] = Slab(self.blocks[i])
+        return self._slabs[i]
+
+
+def _on_pages(num_bytes: int) -> Tensor:
+    """Return a buffer of bytes that has the memory pages it lies on to itself, as registering needs."""
+    buffer = torch.empty(num_bytes + 2 * PAGE, dtype=torch.uint8)
+    start = -buffer.data_ptr() % PAGE
+    return buffer[start : start + num_bytes]
+
+
+def _unregister(host: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+
+def nbytes(block: nn.Module) -> int:
+    """Return how many bytes the slab of a block takes, without making it."""
+    end = 0
+    for *_, tensor in _tensors(block):
+        end = -(-end // ALIGNMENT) * ALIGNMENT + tensor.nbytes
+    return end
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    for part in block.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    yield table, name, tensor

@@ -1,0 +1,82 @@
+"""Whole runs of both families with blocks that stream: the very bits of a resident run, also after a run that broke."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from wanqwen.core import host, runtime
+from wanqwen.core.memory import resident as memory
+from wanqwen.core.memory.placement import Placement
+from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
+from wanqwen.loading import DEMO_FOLDER, load_model
+
+from .late_link import LateLink
+
+FILES = {"wan_dit": 96, "qwen_dit": 128}  # the latter partly in scaled fp8 -> width of its text rows
+
+
+@pytest.fixture(params=FILES)
+def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
+    generator, width = torch.Generator().manual_seed(0), FILES[request.param]
+    positive, negative = (Conditioning(text=torch.randn(1, n, width, generator=generator)) for n in (7, 4))
+    latent = torch.zeros(1, 16, 1, 8, 8)
+    asked = SampleRequest(latent=latent, positive=positive, negative=negative, steps=3, guidance=(3.0,), seed=5)
+    return load_model(DEMO_FOLDER / f"{request.param}.safetensors"), asked
+
+
+def stream(monkeypatch: pytest.MonkeyPatch, streaming: tuple[int, ...], num_slots: int) -> list[LateLink]:
+    """Make the CPU stand for a device that nothing is on yet and that holds only so much; return the links made."""
+    links = []
+
+    def link_to(where: torch.device, slots: int) -> LateLink:
+        links.append(LateLink())
+        return links[-1]
+
+    monkeypatch.setattr(memory, "_is_on", lambda tensor, device: False)
+    monkeypatch.setattr(memory, "link_to", link_to)
+    monkeypatch.setattr(
+        memory, "place", lambda blocks, *_: Placement(streaming=streaming, num_slots=num_slots, slot_bytes=max(blocks))
+    )
+    return links
+
+
+@pytest.mark.parametrize(("streaming", "num_slots"), [((0, 1, 2, 3), 2), ((0, 2, 3), 1), ((1, 3), 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_runs_give_the_bits_of_resident_ones(
+    run: tuple[ModelHandle, SampleRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    streaming: tuple[int, ...],
+    num_slots: int,
+    dtype: torch.dtype,
+) -> None:
+    handle, request = replace(run[0], dtype=dtype), run[1]
+    wanted = runtime.generate(handle, request)
+    links = stream(monkeypatch, streaming, num_slots)
+    for _ in range(2):
+        assert torch.equal(runtime.generate(handle, request), wanted)
+    assert len(links) == 2 and all(link.loads >= len(streaming) for link in links)
+    monkeypatch.undo()
+    assert torch.equal(runtime.generate(handle, request), wanted)
+
+
+def test_a_run_that_broke_off_leaves_nothing_behind(
+    run: tuple[ModelHandle, SampleRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, request = run
+    wanted = runtime.generate(handle, request)
+    stream(monkeypatch, (0, 1, 3), 2)
+    for failing in range(1, 12):
+        asked = []
+
+        def interrupt(asked: list[int] = asked, failing: int = failing) -> None:
+            asked.append(1)
+            if len(asked) == failing:
+                raise InterruptedError
+
+        monkeypatch.setattr(host, "check_interrupt", interrupt)
+        with pytest.raises(InterruptedError):
+            runtime.generate(handle, request)
+    monkeypatch.setattr(host, "check_interrupt", lambda: None)
+    assert torch.equal(runtime.generate(handle, request), wanted)
+    monkeypatch.undo()
+    assert torch.equal(runtime.generate(handle, request), wanted)
