@@ -1,5 +1,6 @@
 # make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
+# make test-oldest   the tests of the text encoders with the oldest transformers that the pack takes
 # Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
@@ -8,9 +9,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 
 TORCH := $(shell sed -n 's/^torch==//p' requirements-dev.txt)
+OLDEST_TRANSFORMERS := $(shell sed -n 's/^transformers>=/transformers==/p' requirements.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test setup clean
+.PHONY: demo test test-oldest setup clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m wanqwen demo
@@ -19,6 +21,11 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pytest -q
+
+# Beside the environment's own packages and before them. pip remarks that others there want newer ones; these tests don't.
+test-oldest: $(READY)
+	@$(PIP) install --upgrade --target $(VENV)/oldest $(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/pytest -q tests/wan/test_text_encoder.py tests/qwen_image/test_text_encoder.py
 
 setup: $(READY)
 
