@@ -186,7 +186,8 @@ def _generate(options: argparse.Namespace) -> int:
     if options.preset is not None:
         request, said = runtime.with_preset(model, request, options.preset)
         sys.stderr.write(f"{said}\n")
-    latent = runtime.generate(model, request, host.LogProgress("sampling", _terminal_line))
+    progress = host.LogProgress("sampling", _terminal_line)
+    latent = runtime.generate(model, request, progress, lambda line: sys.stderr.write(f"{line}\n"))
     sys.stderr.write("\n")
     pixels = vae.decode(latent)[0]
     if edit is not None and edit.finish is not None:

@@ -1,7 +1,7 @@
 """From a model handle and a request to latents: the one place where weights, memory, blocks and sampling meet."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from . import host
 from .blocks import Run
-from .memory.resident import streamed
+from .memory.resident import Residency, streamed
 from .memory.slab import Loaded
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
-from .types import LatentFormat, ModelHandle, SampleRequest
+from .types import LatentFormat, ModelHandle, SampleRequest, Velocity
 from .weights.assemble import assemble
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Iterator[tuple[nn.Module, Run]]:
+def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Iterator[tuple[nn.Module, Run, Residency]]:
     """Give the model on the device with a fresh run, and take it off the device again, also after an error.
 
     Room is made for its weights and for `working_bytes` beside them; blocks that don't fit stream in as they are
@@ -37,9 +37,9 @@ def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Ite
     """
     dtype, family = compute_dtype(handle, device), handle.family
     loaded = handle.weights.get((dtype, handle.identity.config), lambda: _assemble(handle, dtype))
-    with streamed(loaded, device, working_bytes) as swap:
-        hooks = {family.blocks: [swap]} if swap else {}
-        yield loaded.module, Run(dtype=dtype, hooks=hooks, check_interrupt=host.block_gate(device))
+    with streamed(loaded, device, working_bytes) as residency:
+        hooks = {family.blocks: [residency]}
+        yield loaded.module, Run(dtype=dtype, hooks=hooks, check_interrupt=host.block_gate(device)), residency
 
 
 def with_preset(handle: ModelHandle, request: SampleRequest, name: str) -> tuple[SampleRequest, str]:
@@ -68,11 +68,17 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
     return handle.family.prepare(handle.identity, request)
 
 
-def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progress | None = None) -> Tensor:
+def generate(
+    handle: ModelHandle,
+    request: SampleRequest,
+    progress: host.Progress | None = None,
+    tell: Callable[[str], None] = log.info,
+) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request.
 
+    `tell` hears in words where the weights are. A pass that runs out of memory is repeated with more blocks streaming.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
-    good latents if the numbers break down on the way.
+    good latents if the numbers break down on the way, or memory does not suffice even so.
     """
     family, config = handle.family, handle.identity.config
     latent_format, device = family.latent_format, host.device()
@@ -88,8 +94,11 @@ def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progres
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     combine = combination(family.guidance_patch(config))
     working_bytes = family.working_bytes(config, shape, conditionings, compute_dtype(handle, device))
-    with torch.inference_mode(), opened(handle, device, working_bytes) as (model, run):
-        positive, *negative = family.denoisers(model, run, conditionings, device)
+    with torch.inference_mode(), opened(handle, device, working_bytes) as (model, run, residency):
+        if line := residency.describe():
+            tell(line)
+        velocities = family.denoisers(model, run, conditionings, device)
+        positive, *negative = (_persistent(velocity, residency, tell) for velocity in velocities)
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
         try:
@@ -103,9 +112,29 @@ def generate(handle: ModelHandle, request: SampleRequest, progress: host.Progres
                 _hold(request, clean),
             )
         except SampleError as error:
-            error.latent = latent_format.denormalise(error.latent).cpu()
+            error.latent = latent_format.denormalise(error.latent.cpu())
             raise
         return latent_format.denormalise(x).cpu()
+
+
+def _persistent(velocity: Velocity, residency: Residency, tell: Callable[[str], None]) -> Velocity:
+    """Return a velocity that tries again with fewer blocks on the device as often as memory runs out."""
+
+    def attempt(x: Tensor, timestep_B: Tensor) -> Tensor | None:
+        try:
+            return velocity(x, timestep_B)
+        except torch.OutOfMemoryError:
+            if not residency.staying:
+                raise
+        return None  # outside of the except clause, where all that the failed pass held is gone
+
+    def persistent(x: Tensor, timestep_B: Tensor) -> Tensor:
+        while (v := attempt(x, timestep_B)) is None:
+            residency.give_way()
+            tell(f"The device ran out of memory; now {residency.describe()}")
+        return v
+
+    return persistent
 
 
 def _hold(request: SampleRequest, clean: Tensor) -> Hold | None:

@@ -101,10 +101,16 @@ class Sampler(io.ComfyNode):
         if preset != NO_PRESET:
             request, said = with_preset(model, request, preset)
             lines.append(said)
-        lines += prepared(model, request)[1]
-        shown = tell(cls.hidden.unique_id, lines or [f"{_count(request)} steps"])
+        lines = [*lines, *prepared(model, request)[1]] or [f"{_count(request)} steps"]
+
+        def add(line: str) -> None:
+            lines.append(line)
+            tell(cls.hidden.unique_id, lines)
+
+        tell(cls.hidden.unique_id, lines)
         try:
-            return io.NodeOutput({**latent, "samples": generate(model, request)}, ui=shown)
+            samples = generate(model, request, tell=add)
+            return io.NodeOutput({**latent, "samples": samples}, ui=tell(cls.hidden.unique_id, lines))
         except SampleError as error:
             raise ValueError(f"{error} The latent of step {error.steps_done} is kept: {_keep(error.latent)}") from error
 

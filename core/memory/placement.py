@@ -12,11 +12,10 @@ HEADROOM = 512 << 20  # bytes left free: for what other programs take meanwhile,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """`streaming` are the indices of the blocks that come and go through `num_slots` slots of `slot_bytes` each."""
+    """`streaming` are the indices of the blocks that come and go through a ring of `num_slots` slots."""
 
     streaming: tuple[int, ...] = ()
     num_slots: int = 0
-    slot_bytes: int = 0
 
 
 def place(blocks: Sequence[int], others: int, working: int, free: int) -> Placement:
@@ -44,7 +43,7 @@ def place(blocks: Sequence[int], others: int, working: int, free: int) -> Placem
             free / 1e9, (others + ring + working) / 1e9,
         )  # fmt: skip
     num_streaming = len(blocks) - max(0, room) // slot
-    return Placement(streaming=spread(len(blocks), num_streaming), num_slots=ring // slot, slot_bytes=slot)
+    return Placement(streaming=spread(len(blocks), num_streaming), num_slots=ring // slot)
 
 
 def spread(total: int, chosen: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Weights on the device for the length of a run: all of them, or some streaming through."""
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from .. import host
 from .block_swap import BlockSwap
 from .link import link_to
-from .placement import place
+from .placement import NUM_SLOTS, place, spread
 from .slab import Loaded, Slab, nbytes
 
 log = logging.getLogger(__name__)
 
 MIN_RAM = 2 << 30  # bytes that stay for everything else
+LEAST = 3  # blocks that leave the device when it is too full: two make the slots of a ring, so that one is gained
 
 Module = TypeVar("Module", bound=nn.Module)
-Slot = tuple[dict[str, Tensor | None], str, Tensor]  # where a tensor is registered
+Slot = tuple[dict[str, Tensor | None], str, Tensor]  # where a tensor is registered, and the tensor as it was
 
 
 @contextmanager
@@ -30,65 +31,124 @@ def resident(module: Module, device: torch.device, working_bytes: int = 0) -> It
     on the device are let go, nothing is copied back. Raises ValueError if the weights alone don't fit.
     """
     away = _away(module, device)
-    _make_room(away, device, working_bytes)
-    needed = sum(tensor.nbytes for *_, tensor in away)
-    if away and needed > (free := host.free_memory(device)):
+    needed = _make_room(away, device, working_bytes)
+    if needed > (free := host.free_memory(device)):
         raise ValueError(
             f"The weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: use a smaller file "
             "of this model (fp8 takes half of bf16) or a smaller model, or close what else uses the card."
         )
-    with _moved(away, device):
-        yield module
-
-
-@contextmanager
-def streamed(loaded: Loaded, device: torch.device, working_bytes: int) -> Iterator[BlockSwap | None]:
-    """Bring a model to the device, blocks that don't fit beside `working_bytes` by a hook that streams them.
-
-    Without such blocks there is no hook. On the way out, also after an error, all weights are where they were. Raises
-    ValueError if not even two blocks fit beside what is no block.
-    """
-    away = _away(loaded.module, device)
-    if not away:
-        yield None
-        return
-    _make_room(away, device, working_bytes)
-    sizes = [nbytes(block) for block in loaded.blocks]
-    inside = {id(table) for block in loaded.blocks for table, *_ in _away(block, device)}
-    others = sum(tensor.nbytes for table, _, tensor in away if id(table) not in inside)
-    plan = place(sizes, others, working_bytes, host.free_memory(device))
-    slabs = {i: loaded.slab(i) for i in plan.streaming}
-    if device.type == "cuda":
-        _pin(slabs.values())
-    with _moved(_away(loaded.module, device, [loaded.blocks[i] for i in plan.streaming]), device):
-        if not slabs:
-            yield None
-            return
-        slots = [torch.empty(plan.slot_bytes, dtype=torch.uint8, device=device) for _ in range(plan.num_slots)]
-        swap = BlockSwap(slabs, slots, link_to(device, plan.num_slots))
-        try:
-            yield swap
-        finally:
-            swap.close()
-
-
-@contextmanager
-def _moved(away: Collection[Slot], device: torch.device) -> Iterator[None]:
     try:
-        for table, name, tensor in away:
-            copy = tensor.detach().to(device, non_blocking=True)
-            table[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
-        yield
+        _bring(away, device)
+        yield module
     finally:
-        for table, name, tensor in away:
-            table[name] = tensor
+        _restore(away)
         if away:
             host.empty_cache()
 
 
-def _away(module: nn.Module, device: torch.device, streaming: Collection[nn.Module] = ()) -> list[Slot]:
-    """Return the tensors that are not on the device yet, but for those of blocks that stream."""
-    skipped = {id(part) for block in streaming for part in block.modules()}
+@contextmanager
+def streamed(loaded: Loaded, device: torch.device, working_bytes: int) -> Iterator["Residency"]:
+    """Bring a model to the device, in part as blocks that stream; after the run all weights are where they were.
+
+    Raises ValueError if not even two blocks fit beside what is no block.
+    """
+    residency = Residency(loaded, device)
+    try:
+        residency.come(working_bytes)
+        yield residency
+    finally:
+        residency.close()
+
+
+class Residency:
+    """Where a model's weights are during a run: on the device, or coming in block by block. A `BlockHook`."""
+
+    def __init__(self, loaded: Loaded, device: torch.device):
+        self.loaded, self.device = loaded, device
+        self.others = _away(loaded.module, device, loaded.blocks)
+        self.staying = {i: slots for i, block in enumerate(loaded.blocks) if (slots := _away(block, device))}
+        self.is_needed = bool(self.others or self.staying)
+        self.ring: BlockSwap | None = None
+
+    def come(self, working_bytes: int) -> None:
+        """Bring to the device what fits there beside `working_bytes`, and make the other blocks stream.
+
+        Raises ValueError if not even two blocks fit beside what is no block.
+        """
+        if not self.is_needed:
+            return
+        inside = [slot for slots in self.staying.values() for slot in slots]
+        _make_room([*self.others, *inside], self.device, working_bytes)
+        sizes = [nbytes(block) for block in self.loaded.blocks]
+        others = sum(tensor.nbytes for *_, tensor in self.others)
+        plan = place(sizes, others, working_bytes, host.free_memory(self.device))
+        self._stream(plan.streaming, plan.num_slots)
+        for slots in (self.others, *self.staying.values()):
+            _bring(slots, self.device)
+
+    def give_way(self) -> bool:
+        """Make more blocks stream, after the device ran out of memory; False if all of them do already."""
+        staying = sorted(self.staying)
+        if not staying:
+            return False
+        going = spread(len(staying), min(len(staying), max(LEAST, len(self.loaded.blocks) // 8)))
+        already = tuple(self.ring.slabs) if self.ring else ()
+        self._halt()
+        for k in going:
+            _restore(self.staying[staying[k]])
+        host.empty_cache()
+        streaming = sorted((*already, *(staying[k] for k in going)))
+        self._stream(streaming, min(NUM_SLOTS, len(streaming)))
+        return True
+
+    def describe(self) -> str:
+        """Say where the blocks are; nothing if all are where they always were."""
+        if not self.is_needed:
+            return ""
+        total, away = len(self.loaded.blocks), len(self.ring.slabs) if self.ring else 0
+        line = f"{total - away} of {total} blocks on the device"
+        return f"{line}, {away} streaming in from RAM" if away else line
+
+    def before(self, i: int) -> None:
+        """Make block i ready to run."""
+        if self.ring:
+            self.ring.before(i)
+
+    def after(self, i: int) -> None:
+        """Go on without block i."""
+        if self.ring:
+            self.ring.after(i)
+
+    def close(self) -> None:
+        """Put everything back where it was."""
+        self._halt()
+        for slots in (self.others, *self.staying.values()):
+            _restore(slots)
+        if self.is_needed:
+            host.empty_cache()
+
+    def _stream(self, streaming: Sequence[int], num_slots: int) -> None:
+        """Make these blocks stream, which are not on the device."""
+        if not streaming:
+            return
+        for i in streaming:
+            self.staying.pop(i, None)
+        slabs = {i: self.loaded.slab(i) for i in streaming}
+        if self.device.type == "cuda":
+            _pin(slabs.values())
+        size = max(slab.nbytes for slab in slabs.values())
+        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(num_slots)]
+        self.ring = BlockSwap(slabs, slots, link_to(self.device, num_slots))
+
+    def _halt(self) -> None:
+        if self.ring:
+            self.ring.close()
+            self.ring = None
+
+
+def _away(module: nn.Module, device: torch.device, but: Collection[nn.Module] = ()) -> list[Slot]:
+    """Return where tensors are registered that are not on the device, those in the modules `but` left out."""
+    skipped = {id(part) for block in but for part in block.modules()}
     return [
         (table, name, tensor)
         for part in module.modules()
@@ -97,6 +157,30 @@ def _away(module: nn.Module, device: torch.device, streaming: Collection[nn.Modu
         for name, tensor in table.items()
         if tensor is not None and not _is_on(tensor, device)
     ]
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Say whether a tensor is there already; a device without a number is whichever one of its kind."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def _make_room(slots: Collection[Slot], device: torch.device, working_bytes: int) -> int:
+    """Ask for room for tensors and for what is computed with them; return the bytes of the tensors alone."""
+    needed = sum(tensor.nbytes for *_, tensor in slots)
+    if slots:
+        host.make_room(needed + working_bytes, device)
+    return needed
+
+
+def _bring(slots: Collection[Slot], device: torch.device) -> None:
+    for table, name, tensor in slots:
+        copy = tensor.detach().to(device, non_blocking=True)
+        table[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _restore(slots: Collection[Slot]) -> None:
+    for table, name, tensor in slots:
+        table[name] = tensor
 
 
 def _pin(slabs: Collection[Slab]) -> None:
@@ -108,13 +192,3 @@ def _pin(slabs: Collection[Slab]) -> None:
         pinned += 1
     if pinned < len(slabs):
         log.info("%d of %d streamed blocks are pinned; the others come in more slowly.", pinned, len(slabs))
-
-
-def _is_on(tensor: Tensor, device: torch.device) -> bool:
-    """Say whether a tensor is there already; a device without a number is whichever one of its kind."""
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
-
-
-def _make_room(away: Collection[Slot], device: torch.device, working_bytes: int) -> None:
-    if away:
-        host.make_room(sum(tensor.nbytes for *_, tensor in away) + working_bytes, device)

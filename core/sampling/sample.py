@@ -59,7 +59,7 @@ def sample(
     what the picture would be and the latents as they are. `hold` keeps a part of the picture as it is. A run in two
     parts, cut anywhere, equals the whole with euler and lcm; unipc and dpm++2m begin each part without history, at
     first order.
-    Raises SampleError when a step gives NaN or infinity, ValueError when `x` holds some already.
+    Raises SampleError when a step gives NaN or infinity or runs out of memory, ValueError when `x` holds NaN already.
     """
     if not torch.isfinite(x).all():
         raise ValueError("The latent given to the sampler holds NaN or infinity: look at the node that made it.")
@@ -68,7 +68,10 @@ def sample(
     for i, timestep in enumerate(plan.timesteps):
         sigma, sigma_next, memory.step = plan.sigmas[i], plan.sigmas[i + 1], plan.start + i
         timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32)  # on the CPU: its angles are formed there
-        v = velocity(x, timestep_B, plan.guidance[i])
+        try:
+            v = velocity(x, timestep_B, plan.guidance[i])
+        except torch.OutOfMemoryError as error:
+            raise SampleError(_out_of_memory(x, i, total), x, i) from error
         v = v if hold is None else hold.velocity(x, v, sigma)
         following = step(x, v, sigma, sigma_next, memory)
         if not torch.isfinite(following).all():
@@ -112,6 +115,15 @@ def noised(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
 def start_of(plan: StepPlan, latent: Tensor, noise: Tensor) -> Tensor:
     """Return what a run starts from: the noise alone, unscaled, or the latent noised to the plan's first sigma."""
     return noise if plan.from_noise else noised(latent, noise, plan.sigmas[0])
+
+
+def _out_of_memory(x: Tensor, i: int, total: int) -> str:
+    batch, _, frames, height, width = x.shape
+    size = f"{batch} x {frames} x {height} x {width} latent positions (batch, frames, height, width)"
+    return (
+        f"Sampling stopped at step {i + 1} of {total}: {x.device} is out of memory with {size}. Make the picture "
+        "smaller, take fewer frames or a smaller batch, or close what else uses the card."
+    )
 
 
 def _diagnosis(v: Tensor, i: int, plan: StepPlan) -> str:

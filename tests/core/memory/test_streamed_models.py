@@ -7,6 +7,7 @@ import torch
 from wanqwen.core import host, runtime
 from wanqwen.core.memory import resident as memory
 from wanqwen.core.memory.placement import Placement
+from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
 from wanqwen.loading import DEMO_FOLDER, load_model
 
@@ -34,9 +35,7 @@ def stream(monkeypatch: pytest.MonkeyPatch, streaming: tuple[int, ...], num_slot
 
     monkeypatch.setattr(memory, "_is_on", lambda tensor, device: False)
     monkeypatch.setattr(memory, "link_to", link_to)
-    monkeypatch.setattr(
-        memory, "place", lambda blocks, *_: Placement(streaming=streaming, num_slots=num_slots, slot_bytes=max(blocks))
-    )
+    monkeypatch.setattr(memory, "place", lambda blocks, *_: Placement(streaming=streaming, num_slots=num_slots))
     return links
 
 
@@ -80,3 +79,49 @@ def test_a_run_that_broke_off_leaves_nothing_behind(
     assert torch.equal(runtime.generate(handle, request), wanted)
     monkeypatch.undo()
     assert torch.equal(runtime.generate(handle, request), wanted)
+
+
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that everything fits on, but where nothing runs until so many blocks have left it; how many is set."""
+    needed = [0]
+    stream(monkeypatch, (), 0)
+    original = memory.Residency.before
+
+    def before(self: memory.Residency, i: int) -> None:
+        if i == 2 and len(self.ring.slabs if self.ring else ()) < needed[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(self, i)
+
+    monkeypatch.setattr(memory.Residency, "before", before)
+    return needed
+
+
+def test_a_pass_that_runs_out_of_memory_is_repeated_with_fewer_blocks_there(
+    run: tuple[ModelHandle, SampleRequest], crowded: list[int]
+) -> None:
+    handle, request = run
+    wanted, said = runtime.generate(handle, request), []
+    for needed in (1, 3, 4):
+        crowded[0] = needed
+        assert torch.equal(runtime.generate(handle, request, tell=said.append), wanted)
+    assert said[0] == "4 of 4 blocks on the device"
+    assert said[1] == "The device ran out of memory; now 1 of 4 blocks on the device, 3 streaming in from RAM"
+    assert said[-1] == "The device ran out of memory; now 0 of 4 blocks on the device, 4 streaming in from RAM"
+
+
+def test_where_memory_never_suffices_the_last_good_latent_is_kept(
+    run: tuple[ModelHandle, SampleRequest], crowded: list[int]
+) -> None:
+    handle, request = run
+    wanted = runtime.generate(handle, replace(request, end_step=2, solver="euler"))
+
+    class Late:
+        def update(self, done: int, total: int, x0: torch.Tensor) -> None:
+            crowded[0] = 5 if done == 2 else 0
+
+    with pytest.raises(SampleError, match=r"step 3 of 3: cpu is out of memory with 1 x 1 x 8 x 8 .* smaller") as caught:
+        runtime.generate(handle, replace(request, solver="euler"), Late())
+    assert caught.value.steps_done == 2 and torch.equal(caught.value.latent, wanted)
+    crowded[0] = 0
+    assert runtime.generate(handle, request).isfinite().all()
