@@ -59,13 +59,10 @@ def free_memory(where: torch.device) -> int:
 
 
 def available_ram() -> int:
-    """Return the bytes of RAM that can be used without swapping, 8 GiB where the system does not say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        return int(kilobytes) * 1024
-    except (OSError, StopIteration):
-        return 8 << 30
+    """Return the bytes of RAM that can be used without swapping."""
+    import psutil  # comes with accelerate, and with ComfyUI
+
+    return psutil.virtual_memory().available
 
 
 def make_room(nbytes: int, where: torch.device) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import host
 from ..ops import formats
 from ..ops.linear import Linear
 from ..types import Checkpoint, TensorInfo
@@ -30,13 +31,14 @@ def assemble(
     which `float32` holds are stored in float32; fp8 weights of a `Linear` stay as they are, with their scale in its
     `weight_scale`; all others are stored in `dtype`. `ignored` are names of the file that are known and not needed.
     Raises ValueError, before any weight is read, for parameters the file lacks, tensors that nothing takes, other
-    shapes, or a format that can't be read.
+    shapes, a format that can't be read, or if there is not the RAM for weights in another dtype than the file's.
     """
     with torch.device("meta"):
         module = build()
     parameters = dict(module.named_parameters())
     check_formats(checkpoint, names)
     _check_account(parameters, names, checkpoint, ignored)
+    _check_ram(module, names, checkpoint, float32, dtype)
     companions = {official: file for official, file in names.items() if formats.companion(official)}
     scales = _read_scales(checkpoint, companions)
     weights = {file: official for official, file in names.items() if official not in companions}
@@ -44,7 +46,7 @@ def assemble(
         official = weights[file]
         path, _, leaf = official.rpartition(".")
         owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
-        if isinstance(owner, Linear) and leaf == "weight" and _stays(tensor, float32(official)):
+        if _stays(owner, leaf, tensor.dtype, float32(official)):
             stored = tensor
             owner.weight_scale = None if scale is None else scale
         else:
@@ -54,8 +56,31 @@ def assemble(
     return module.eval()
 
 
-def _stays(weight: Tensor, float32: bool) -> bool:
-    return weight.dtype in formats.FLOAT8 and not float32
+def _stays(owner: nn.Module, leaf: str, stored: torch.dtype, float32: bool) -> bool:
+    return isinstance(owner, Linear) and leaf == "weight" and stored in formats.FLOAT8 and not float32
+
+
+def _check_ram(
+    module: nn.Module,
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    float32: Callable[[str], bool],
+    dtype: torch.dtype,
+) -> None:
+    needed = 0
+    for official, parameter in module.named_parameters():
+        path, _, leaf = official.rpartition(".")
+        stored, _ = formats.STORAGE[checkpoint.tensors[names[official]].dtype]
+        wanted = torch.float32 if float32(official) else dtype
+        if stored != wanted and not _stays(module.get_submodule(path), leaf, stored, float32(official)):
+            needed += parameter.numel() * wanted.itemsize
+    if needed > (free := host.available_ram()):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{checkpoint.path} stores its weights in another way than {name}, in which they take "
+            f"{needed / 1e9:.1f} GB of RAM, and {free / 1e9:.1f} GB are free: choose the precision that the file has, "
+            "or close other programs"
+        )
 
 
 def _check_account(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from wanqwen.core import host
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
@@ -230,3 +231,15 @@ def test_scale_of_a_plain_module_is_applied_when_it_is_read(tmp_path):
         dtype=torch.bfloat16,
     )
     assert torch.equal(model[0].weight, (weight.float() * 0.5).bfloat16())
+
+
+def test_ram_that_does_not_suffice_is_said_before_anything_is_read(tmp_path, state, monkeypatch):
+    path = save(tmp_path / "half.safetensors", {name: tensor.bfloat16() for name, tensor in state.items()})
+    needed = sum(tensor.numel() * 4 for tensor in state.values())
+    monkeypatch.setattr(host, "available_ram", lambda: needed)
+    load(path)
+    monkeypatch.setattr(host, "available_ram", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"half\.safetensors stores its weights in another way than float32, .* free"):
+        load(path)
+    monkeypatch.setattr(host, "available_ram", lambda: 0)
+    load(save(tmp_path / "whole.safetensors", state))  # used as it is
