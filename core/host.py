@@ -65,6 +65,13 @@ def available_ram() -> int:
     return psutil.virtual_memory().available
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether an error means that a device has no memory left, by whichever of PyTorch's ways to say it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "STATUS_ALLOC_FAILED")
+    )
+
+
 def make_room(nbytes: int, where: torch.device) -> None:
     """Ask ComfyUI to unload other models until `nbytes` are free on the device."""
     if management := _comfy("model_management"):

@@ -76,7 +76,8 @@ def generate(
 ) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request.
 
-    `tell` hears in words where the weights are. A pass that runs out of memory is repeated with more blocks streaming.
+    `tell` hears in words where the weights are. A pass through the model that runs out of
+    memory is repeated with more blocks streaming.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way, or memory does not suffice even so.
     """
@@ -123,14 +124,15 @@ def _persistent(velocity: Velocity, residency: Residency, tell: Callable[[str], 
     def attempt(x: Tensor, timestep_B: Tensor) -> Tensor | None:
         try:
             return velocity(x, timestep_B)
-        except torch.OutOfMemoryError:
-            if not residency.staying:
+        except RuntimeError as error:
+            if not host.is_out_of_memory(error):
                 raise
         return None  # outside of the except clause, where all that the failed pass held is gone
 
     def persistent(x: Tensor, timestep_B: Tensor) -> Tensor:
         while (v := attempt(x, timestep_B)) is None:
-            residency.give_way()
+            if not residency.give_way():
+                raise torch.OutOfMemoryError(f"{x.device} is out of memory")
             tell(f"The device ran out of memory; now {residency.describe()}")
         return v
 

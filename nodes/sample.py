@@ -112,7 +112,17 @@ class Sampler(io.ComfyNode):
             samples = generate(model, request, tell=add)
             return io.NodeOutput({**latent, "samples": samples}, ui=tell(cls.hidden.unique_id, lines))
         except SampleError as error:
-            raise ValueError(f"{error} The latent of step {error.steps_done} is kept: {_keep(error.latent)}") from error
+            raise ValueError(f"{error}{_kept(error)}") from error
+
+
+def _kept(error: SampleError) -> str:
+    """Keep what a run made before it went wrong, if anything, and say where."""
+    if not error.steps_done:
+        return ""
+    try:
+        return f" The latent of step {error.steps_done} is kept: {_keep(error.latent)}"
+    except OSError as trouble:
+        return f" The latent of step {error.steps_done} could not be kept: {trouble}"
 
 
 def _keep(samples: torch.Tensor) -> Path:

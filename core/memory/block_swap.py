@@ -49,9 +49,9 @@ class BlockSwap:
 
     def close(self) -> None:
         """Point every block at its own weights again, and wait for copies under way; also after an error."""
-        self.link.close()
         for slab in self.slabs.values():
             slab.bind(slab.host)
+        self.link.close()
 
     def _load(self, block: int, slot: int) -> None:
         for former in [known for known, where in self.holder.items() if where == slot]:

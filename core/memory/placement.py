@@ -47,5 +47,13 @@ def place(blocks: Sequence[int], others: int, working: int, free: int) -> Placem
 
 
 def spread(total: int, chosen: int) -> tuple[int, ...]:
-    """Return `chosen` of `total` indices at even distances."""
-    return tuple((2 * k + 1) * total // (2 * chosen) for k in range(chosen))
+    """Return `chosen` of `total` indices, far from each other; fewer of them are always among more.
+
+    Each comes into the middle of the largest gap that the ones before it left, the end and the beginning being joined.
+    """
+    picked = [total // 2][:chosen]
+    while len(picked) < chosen:
+        following = (*picked[1:], picked[0] + total)
+        size, start = max((after - before, before) for before, after in zip(picked, following, strict=True))
+        picked = sorted([*picked, (start + size // 2) % total])
+    return tuple(picked)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from .. import host
 from .block_swap import BlockSwap
 from .link import link_to
-from .placement import NUM_SLOTS, place, spread
-from .slab import Loaded, Slab, nbytes
+from .placement import HEADROOM, NUM_SLOTS, place, spread
+from .slab import Loaded, nbytes
 
 log = logging.getLogger(__name__)
 
-MIN_RAM = 2 << 30  # bytes that stay for everything else
 LEAST = 3  # blocks that leave the device when it is too full: two make the slots of a ring, so that one is gained
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,7 +30,9 @@ def resident(module: Module, device: torch.device, working_bytes: int = 0) -> It
     on the device are let go, nothing is copied back. Raises ValueError if the weights alone don't fit.
     """
     away = _away(module, device)
-    needed = _make_room(away, device, working_bytes)
+    needed = sum(tensor.nbytes for *_, tensor in away)
+    if away:
+        host.make_room(needed + working_bytes, device)
     if needed > (free := host.free_memory(device)):
         raise ValueError(
             f"The weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: use a smaller file "
@@ -77,20 +78,20 @@ class Residency:
         """
         if not self.is_needed:
             return
-        inside = [slot for slots in self.staying.values() for slot in slots]
-        _make_room([*self.others, *inside], self.device, working_bytes)
         sizes = [nbytes(block) for block in self.loaded.blocks]
         others = sum(tensor.nbytes for *_, tensor in self.others)
+        host.make_room(sum(sizes) + others + working_bytes + HEADROOM, self.device)
         plan = place(sizes, others, working_bytes, host.free_memory(self.device))
         self._stream(plan.streaming, plan.num_slots)
         for slots in (self.others, *self.staying.values()):
             _bring(slots, self.device)
 
     def give_way(self) -> bool:
-        """Make more blocks stream, after the device ran out of memory; False if all of them do already."""
+        """After the device ran out of memory, make more blocks stream; False if that can't help any more."""
         staying = sorted(self.staying)
-        if not staying:
+        if not staying or len(self.loaded.blocks) <= NUM_SLOTS:
             return False
+        host.make_room(sum(nbytes(block) for block in self.loaded.blocks), self.device)
         going = spread(len(staying), min(len(staying), max(LEAST, len(self.loaded.blocks) // 8)))
         already = tuple(self.ring.slabs) if self.ring else ()
         self._halt()
@@ -121,29 +122,32 @@ class Residency:
 
     def close(self) -> None:
         """Put everything back where it was."""
-        self._halt()
-        for slots in (self.others, *self.staying.values()):
-            _restore(slots)
-        if self.is_needed:
-            host.empty_cache()
+        try:
+            self._halt()
+        finally:
+            for slots in (self.others, *self.staying.values()):
+                _restore(slots)
+            if self.is_needed:
+                host.empty_cache()
 
     def _stream(self, streaming: Sequence[int], num_slots: int) -> None:
         """Make these blocks stream, which are not on the device."""
         if not streaming:
             return
+        slabs = {}
         for i in streaming:
-            self.staying.pop(i, None)
-        slabs = {i: self.loaded.slab(i) for i in streaming}
-        if self.device.type == "cuda":
-            _pin(slabs.values())
+            self.staying.pop(i, None)  # the last hold on what the slab replaces
+            slabs[i] = self.loaded.slab(i, self.device)
+        if (pinned := sum(slab.is_pinned for slab in slabs.values())) < len(slabs) and self.device.type == "cuda":
+            log.info("%d of %d streamed blocks are pinned; the others make the device wait.", pinned, len(slabs))
         size = max(slab.nbytes for slab in slabs.values())
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(num_slots)]
         self.ring = BlockSwap(slabs, slots, link_to(self.device, num_slots))
 
     def _halt(self) -> None:
-        if self.ring:
-            self.ring.close()
-            self.ring = None
+        ring, self.ring = self.ring, None
+        if ring:
+            ring.close()
 
 
 def _away(module: nn.Module, device: torch.device, but: Collection[nn.Module] = ()) -> list[Slot]:
@@ -164,14 +168,6 @@ def _is_on(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
-def _make_room(slots: Collection[Slot], device: torch.device, working_bytes: int) -> int:
-    """Ask for room for tensors and for what is computed with them; return the bytes of the tensors alone."""
-    needed = sum(tensor.nbytes for *_, tensor in slots)
-    if slots:
-        host.make_room(needed + working_bytes, device)
-    return needed
-
-
 def _bring(slots: Collection[Slot], device: torch.device) -> None:
     for table, name, tensor in slots:
         copy = tensor.detach().to(device, non_blocking=True)
@@ -181,14 +177,3 @@ def _bring(slots: Collection[Slot], device: torch.device) -> None:
 def _restore(slots: Collection[Slot]) -> None:
     for table, name, tensor in slots:
         table[name] = tensor
-
-
-def _pin(slabs: Collection[Slab]) -> None:
-    """Pin slabs until the system refuses, or has so little RAM left that it must be free to swap them out."""
-    pinned = 0
-    for slab in slabs:
-        if host.available_ram() < MIN_RAM or not slab.pin():
-            break
-        pinned += 1
-    if pinned < len(slabs):
-        log.info("%d of %d streamed blocks are pinned; the others come in more slowly.", pinned, len(slabs))

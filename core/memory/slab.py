@@ -1,5 +1,6 @@
 """A block's weights as one slab: a contiguous host buffer that crosses to the device in a single copy."""
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import host
+
+MIN_RAM = 2 << 30  # bytes that stay for everything else
 PAGE = 4096  # bytes
 ALIGNMENT = 256  # bytes, of each tensor in a slab: what CUDA's own allocator gives, and kernels may count on
 
@@ -44,7 +48,7 @@ class Slab:
             found.append(Piece(table, name, tensor.dtype, tensor.shape, start, tensor.nbytes, is_parameter))
         self.pieces = tuple(found)
         self.host = _on_pages(end)
-        self._is_pinned = False
+        self.is_pinned = False
         for piece in self.pieces:
             piece.of(self.host).copy_(piece.table[piece.name])
         self.bind(self.host)
@@ -54,17 +58,18 @@ class Slab:
         """How many bytes the slab takes."""
         return self.host.numel()
 
-    def pin(self) -> bool:
+    def pin(self, device: torch.device) -> bool:
         """Register the buffer with CUDA, so that copies from it run beside everything else; say whether that worked.
 
         Exactly the slab is registered: PyTorch's own pinned memory rounds up to powers of two. It ends with the slab.
         """
-        if not self._is_pinned:
-            runtime, size = torch.cuda.cudart(), -(-self.nbytes // PAGE) * PAGE
-            self._is_pinned = int(runtime.cudaHostRegister(self.host.data_ptr(), size, 0)) == 0
-            if self._is_pinned:
-                weakref.finalize(self, _unregister, self.host).atexit = False
-        return self._is_pinned
+        size = -(-self.nbytes // PAGE) * PAGE
+        if int(torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), size, 0)):
+            _clear_error(device)
+            return False
+        weakref.finalize(self, _unregister, self.host, device).atexit = False
+        self.is_pinned = True
+        return True
 
     def bind(self, buffer: Tensor) -> None:
         """Make the block use the weights that lie in a buffer [>= nbytes] of bytes, on whatever device it is."""
@@ -73,28 +78,34 @@ class Slab:
 
 
 class Loaded:
-    """A model's weights in RAM. `blocks` are those of its modules that can stream; each has a slab once it did."""
+    """A model's weights in RAM. `blocks` are those of its modules that can stream; each has a slab once it did.
+
+    A slab holds its block's weights from then on: who replaces a tensor of a block must make another `Loaded`.
+    """
 
     def __init__(self, module: nn.Module, blocks: Iterable[nn.Module]):
         self.module, self.blocks = module, tuple(blocks)
         self._slabs: dict[int, Slab] = {}
+        self._may_pin = True
 
-    def slab(self, i: int) -> Slab:
-        """Return the slab of a block."""
+    def slab(self, i: int, device: torch.device) -> Slab:
+        """Return the slab of a block, pinned if the device is CUDA's and the system allows it.
+
+        Raises ValueError if there is not the RAM to make it.
+        """
         if i not in self._slabs:
+            needed, free = nbytes(self.blocks[i]) + MIN_RAM, host.available_ram()
+            if free < needed:
+                raise ValueError(
+                    f"The model does not fit on {device}, and {free / 1e9:.1f} GB of RAM are free to stream it from, "
+                    f"where the next block needs {needed / 1e9:.1f} GB. Use a smaller file of this model (fp8 takes "
+                    "half of bf16), or close other programs."
+                )
             self._slabs[i] = Slab(self.blocks[i])
-        return self._slabs[i]
-
-
-def _on_pages(num_bytes: int) -> Tensor:
-    """Return a buffer of bytes that has the memory pages it lies on to itself, as registering needs."""
-    buffer = torch.empty(num_bytes + 2 * PAGE, dtype=torch.uint8)
-    start = -buffer.data_ptr() % PAGE
-    return buffer[start : start + num_bytes]
-
-
-def _unregister(host: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        slab = self._slabs[i]
+        if device.type == "cuda" and not slab.is_pinned and self._may_pin:
+            self._may_pin = host.available_ram() >= MIN_RAM and slab.pin(device)
+        return slab
 
 
 def nbytes(block: nn.Module) -> int:
@@ -111,3 +122,22 @@ def _tensors(block: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, 
             for name, tensor in table.items():
                 if tensor is not None:
                     yield table, name, tensor
+
+
+def _on_pages(num_bytes: int) -> Tensor:
+    """Return a buffer of bytes that has the memory pages it lies on to itself, as registering needs."""
+    buffer = torch.empty(num_bytes + 2 * PAGE, dtype=torch.uint8)
+    start = -buffer.data_ptr() % PAGE
+    return buffer[start : start + num_bytes]
+
+
+def _unregister(buffer: Tensor, device: torch.device) -> None:
+    if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
+        _clear_error(device)
+
+
+def _clear_error(device: torch.device) -> None:
+    """Let CUDA report the error of a refused call, for which it would blame the next kernel that is launched."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import host
 from .guidance import Guided
 from .schedule import StepPlan
 from .solvers import Memory, find_solver
@@ -70,7 +71,9 @@ def sample(
         timestep_B = torch.full((x.shape[0],), timestep, dtype=torch.float32)  # on the CPU: its angles are formed there
         try:
             v = velocity(x, timestep_B, plan.guidance[i])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not host.is_out_of_memory(error):
+                raise
             raise SampleError(_out_of_memory(x, i, total), x, i) from error
         v = v if hold is None else hold.velocity(x, v, sigma)
         following = step(x, v, sigma, sigma_next, memory)

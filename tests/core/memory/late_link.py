@@ -1,5 +1,6 @@
 """A copy stream as unkind as the rules allow."""
 
+import torch
 from torch import Tensor
 from wanqwen.core.memory.link import SynchronousLink
 
@@ -14,10 +15,12 @@ class LateLink(SynchronousLink):
         self.pending: dict[int, tuple[Tensor, Tensor]] = {}
         self.in_use: set[int] = set()
         self.loads = 0
+        self.slots: list[Tensor] = []
 
     def load(self, slot: int, device: Tensor, host: Tensor) -> None:
         assert slot not in self.in_use, f"slot {slot} is filled while the compute may still read it"
         device.fill_(0xFF)  # NaN, whatever the dtype
+        self.slots.append(device)
         self.pending[slot] = (device, host)
         self.loads += 1
 
@@ -29,3 +32,9 @@ class LateLink(SynchronousLink):
 
     def used(self, slot: int) -> None:
         self.in_use.remove(slot)
+
+    def spoil(self) -> None:
+        """Do to the slots what others do to memory that was let go."""
+        with torch.inference_mode():
+            for slot in self.slots:
+                slot.fill_(0xFF)

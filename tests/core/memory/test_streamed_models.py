@@ -54,6 +54,8 @@ def test_streamed_runs_give_the_bits_of_resident_ones(
     for _ in range(2):
         assert torch.equal(runtime.generate(handle, request), wanted)
     assert len(links) == 2 and all(link.loads >= len(streaming) for link in links)
+    for link in links:
+        link.spoil()
     monkeypatch.undo()
     assert torch.equal(runtime.generate(handle, request), wanted)
 
@@ -63,7 +65,7 @@ def test_a_run_that_broke_off_leaves_nothing_behind(
 ) -> None:
     handle, request = run
     wanted = runtime.generate(handle, request)
-    stream(monkeypatch, (0, 1, 3), 2)
+    links = stream(monkeypatch, (0, 1, 3), 2)
     for failing in range(1, 12):
         asked = []
 
@@ -77,6 +79,8 @@ def test_a_run_that_broke_off_leaves_nothing_behind(
             runtime.generate(handle, request)
     monkeypatch.setattr(host, "check_interrupt", lambda: None)
     assert torch.equal(runtime.generate(handle, request), wanted)
+    for link in links:
+        link.spoil()
     monkeypatch.undo()
     assert torch.equal(runtime.generate(handle, request), wanted)
 
