@@ -126,6 +126,21 @@ def test_sampler_keeps_what_else_a_latent_holds_and_does_not_touch_its_input(nod
     assert output["batch_index"] == [0] and not latent["samples"].any() and output["samples"].any()
 
 
+def test_a_first_step_without_memory_is_said_and_leaves_no_file(nodes, model, prompts, monkeypatch):
+    from wanqwen.nodes import sample
+    from wanqwen.wan.transformer import WanTransformer
+
+    def forward(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sample, "_keep", None)
+    monkeypatch.setattr(WanTransformer, "forward", forward)
+    with pytest.raises(ValueError, match=r"step 1 of 2: cpu is out of memory with 1 x 2 x 4 x 4 .* smaller"):
+        sampled(nodes, model, prompts, empty(nodes))
+    monkeypatch.undo()
+    assert sampled(nodes, model, prompts, empty(nodes))["samples"].any()
+
+
 def test_what_was_sampled_before_a_breakdown_is_kept(nodes, model, prompts, monkeypatch):
     from wanqwen.wan.transformer import WanTransformer
 
