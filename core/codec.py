@@ -180,8 +180,8 @@ class VideoCodec:
             while True:
                 try:
                     return run(network, tile)
-                except torch.OutOfMemoryError:
-                    if max(tile.height, tile.width) <= MIN_TILE:
+                except RuntimeError as error:
+                    if not host.is_out_of_memory(error) or max(tile.height, tile.width) <= MIN_TILE:
                         raise
                     is_large = tile.height > DEFAULT_TILE.height or tile.width > DEFAULT_TILE.width
                     tile = DEFAULT_TILE if is_large else tile.halved()

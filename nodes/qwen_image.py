@@ -20,6 +20,7 @@ from .types import (
     WanModel,
     check_choice,
     check_is_rgb,
+    encode_prompts,
     prompt_inputs,
     prompt_outputs,
     tell,
@@ -59,10 +60,7 @@ class QwenImageTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: TextEncoder, positive: str, negative: str) -> io.NodeOutput:
-        texts = {"positive": positive, "negative": negative}
-        prompts = text_encoder.encode(list(texts.values()))
-        lines = [_size(name, text_encoder, text) for name, text in texts.items()]
-        return io.NodeOutput(*(to_comfy([prompt]) for prompt in prompts), ui=tell(cls.hidden.unique_id, lines))
+        return encode_prompts(cls.hidden.unique_id, text_encoder, positive, negative, to_comfy, MAX_TEXT_TOKENS)
 
 
 class QwenImageEditEncode(io.ComfyNode):
@@ -198,8 +196,3 @@ class EmptyQwenImageLatent(io.ComfyNode):
         lines = [f"{width} x {height}", *notices]
         samples = torch.zeros(LATENT_FORMAT.shape(batch_size, 1, height, width))
         return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))
-
-
-def _size(name: str, text_encoder: TextEncoder, text: str) -> str:
-    tokens, around = text_encoder.tokenise(text), text_encoder.tokenise("")
-    return f"{name}: {tokens.notice or f'{len(tokens.ids) - len(around.ids)} of {MAX_TEXT_TOKENS} tokens'}"

@@ -1,7 +1,7 @@
 """What all nodes share with ComfyUI: sockets of our own, dropdowns of model files, notices to the user."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ def prompt_outputs() -> list[io.Output]:
         io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
         io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
     ]
+
+
+def encode_prompts(
+    node_id: str | None, text_encoder: Any, positive: str, negative: str, to_comfy: Callable, max_tokens: int
+) -> io.NodeOutput:
+    """Encode both prompts, and say on the node how long they are: without what the encoder puts around any text."""
+    texts, around = {"positive": positive, "negative": negative}, len(text_encoder.tokenise("").ids)
+    prompts = text_encoder.encode(list(texts.values()))
+    lines = []
+    for name, text in texts.items():
+        tokens = text_encoder.tokenise(text)
+        lines.append(f"{name}: {tokens.notice or f'{len(tokens.ids) - around} of {max_tokens} tokens'}")
+    return io.NodeOutput(*(to_comfy([prompt]) for prompt in prompts), ui=tell(node_id, lines))
 
 
 def list_files(folder: str, demo: str = "") -> list[str]:

@@ -12,14 +12,13 @@ from .. import host
 from .block_swap import BlockSwap
 from .link import link_to
 from .placement import HEADROOM, NUM_SLOTS, place, spread
-from .slab import Loaded, nbytes
+from .slab import Loaded, Slot, nbytes, tensors
 
 log = logging.getLogger(__name__)
 
 LEAST = 3  # blocks that leave the device when it is too full: two make the slots of a ring, so that one is gained
 
 Module = TypeVar("Module", bound=nn.Module)
-Slot = tuple[dict[str, Tensor | None], str, Tensor]  # where a tensor is registered, and the tensor as it was
 
 
 @contextmanager
@@ -151,16 +150,8 @@ class Residency:
 
 
 def _away(module: nn.Module, device: torch.device, but: Collection[nn.Module] = ()) -> list[Slot]:
-    """Return where tensors are registered that are not on the device, those in the modules `but` left out."""
-    skipped = {id(part) for block in but for part in block.modules()}
-    return [
-        (table, name, tensor)
-        for part in module.modules()
-        if id(part) not in skipped
-        for table in (part._parameters, part._buffers)
-        for name, tensor in table.items()
-        if tensor is not None and not _is_on(tensor, device)
-    ]
+    """Return where tensors are registered that are not on the device, those inside the modules `but` left out."""
+    return [slot for slot in tensors(module, but) if not _is_on(slot[2], device)]
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:

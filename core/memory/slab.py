@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from .. import host
 MIN_RAM = 2 << 30  # bytes that stay for everything else
 PAGE = 4096  # bytes
 ALIGNMENT = 256  # bytes, of each tensor in a slab: what CUDA's own allocator gives, and kernels may count on
+
+Slot = tuple[dict[str, Tensor | None], str, Tensor]  # where a tensor is registered: table and name; and the tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +42,8 @@ class Slab:
     """
 
     def __init__(self, block: nn.Module):
-        found, end = [], 0
-        for table, name, tensor in _tensors(block):
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-            end = start + tensor.nbytes
-            is_parameter = isinstance(tensor, nn.Parameter)
-            found.append(Piece(table, name, tensor.dtype, tensor.shape, start, tensor.nbytes, is_parameter))
-        self.pieces = tuple(found)
-        self.host = _on_pages(end)
+        self.pieces = _layout(block)
+        self.host = _on_pages(_end(self.pieces))
         self.is_pinned = False
         for piece in self.pieces:
             piece.of(self.host).copy_(piece.table[piece.name])
@@ -110,18 +106,29 @@ class Loaded:
 
 def nbytes(block: nn.Module) -> int:
     """Return how many bytes the slab of a block takes, without making it."""
-    end = 0
-    for *_, tensor in _tensors(block):
-        end = -(-end // ALIGNMENT) * ALIGNMENT + tensor.nbytes
-    return end
+    return _end(_layout(block))
 
 
-def _tensors(block: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    for part in block.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    yield table, name, tensor
+def tensors(module: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[Slot]:
+    """Yield where all parameters and buffers are registered, but for those inside the modules `but`."""
+    skipped = {id(part) for other in but for part in other.modules()}
+    for part in module.modules():
+        if id(part) not in skipped:
+            for table in (part._parameters, part._buffers):
+                yield from ((table, name, tensor) for name, tensor in table.items() if tensor is not None)
+
+
+def _layout(block: nn.Module) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    for table, name, tensor in tensors(block):
+        start = -(-_end(pieces) // ALIGNMENT) * ALIGNMENT
+        is_parameter = isinstance(tensor, nn.Parameter)
+        pieces.append(Piece(table, name, tensor.dtype, tensor.shape, start, tensor.nbytes, is_parameter))
+    return tuple(pieces)
+
+
+def _end(pieces: Sequence[Piece]) -> int:
+    return pieces[-1].start + pieces[-1].nbytes if pieces else 0
 
 
 def _on_pages(num_bytes: int) -> Tensor:

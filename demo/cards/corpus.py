@@ -68,6 +68,7 @@ CHINESE_INSTRUCTIONS = {
     "place": ("把文字移到{to}", "将它移到{to}"),
 }
 VALUES = {"ink": tuple(INKS), "card": tuple(CARDS), "place": tuple(PLACES)}
+CHINESE_SHARE = 0.4
 HELD_OUT_SHARE = 8  # one word in so many, and one combination of ink, card and place in so many
 
 
@@ -109,6 +110,11 @@ class Edit:
         if chinese:
             return rng.choice(CHINESE_INSTRUCTIONS[self.kind]).format(to=CHINESE[self.to])
         return rng.choice(INSTRUCTIONS[self.kind]).format(to=self.to)
+
+
+def is_chinese(rng: random.Random) -> bool:
+    """Draw the language of a caption or an instruction to train on."""
+    return rng.random() < CHINESE_SHARE
 
 
 def is_held_out_word(word: str) -> bool:

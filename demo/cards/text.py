@@ -27,9 +27,7 @@ CONFIG = VLConfig(
 )  # fmt: skip
 CELLS = corpus.SIZE // (CONFIG.vision.patch_size * CONFIG.vision.merge)  # of a picture, in rows and in columns
 INITIAL_SPREAD = 0.05
-# Of the embeddings, which must stay audible under what the layers add: a text encoder that began with small ones lost
-# glyphs, and left and right, before the transformer had learned what they are good for.
-EMBEDDING_SPREAD = 0.6
+EMBEDDING_SPREAD = 0.6  # more, so that a token stays audible under what the layers add
 
 
 def train_tokenizer() -> bytes:

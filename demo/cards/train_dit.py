@@ -31,7 +31,6 @@ MUON = 2.0  # times the rate of AdamW
 WORD_WEIGHT = 8.0  # of the loss where a word is: two tokens of 49, and what it is all about
 NUM_PAIRS = 6_000  # pictures, each with an edited twin
 NEGATIVE = " "  # stands for no text at all, as in the published pipelines
-CHINESE_SHARE = 0.4
 EDITS = ("ink", "card", "place", "place")  # kinds, the harder one more often
 
 
@@ -106,7 +105,7 @@ def _picture_errors(
         pairs.edits[i].apply(pairs.scenes[i]) if is_edited else pairs.scenes[i]
         for i, is_edited in zip(chosen.tolist(), which.tolist(), strict=True)
     ]
-    prompts = [scene.caption(rng, _is_chinese(rng)) for scene in scenes]
+    prompts = [scene.caption(rng, corpus.is_chinese(rng)) for scene in scenes]
     noisy, sigma, wanted = flow.add_noise(pairs.latents[which, chosen].float(), generator)
     velocity = model(noisy, 1000 * sigma, _with_blanks(prompts, rng), None, ())
     return sigma, flow.squared_errors(velocity, wanted, pairs.weights[which, chosen])
@@ -116,7 +115,7 @@ def _edit_errors(
     model: nn.Module, pairs: Pairs, chosen: Tensor, generator: torch.Generator, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Return sigmas and errors of edited pictures from their sources and the instructions."""
-    prompts = [pairs.edits[i].instruction(rng, _is_chinese(rng)) for i in chosen.tolist()]
+    prompts = [pairs.edits[i].instruction(rng, corpus.is_chinese(rng)) for i in chosen.tolist()]
     source, target = pairs.latents[:, chosen].float()
     noisy, sigma, wanted = flow.add_noise(target, generator)
     velocity = model(noisy, 1000 * sigma, _with_blanks(prompts, rng), pairs.seen[chosen], (source,))
@@ -125,10 +124,6 @@ def _edit_errors(
 
 
 ERRORS = {"t2i": _picture_errors, "edit": _edit_errors}
-
-
-def _is_chinese(rng: random.Random) -> bool:
-    return rng.random() < CHINESE_SHARE
 
 
 def _with_blanks(prompts: list[str], rng: random.Random) -> list[str]:

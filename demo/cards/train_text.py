@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 BATCH = {"t2i": 64, "edit": 24}
 NUM_PICTURES = 1_500
-CHINESE_SHARE = 0.4
 CHANGES = [(kind, value) for kind in VALUES for value in VALUES[kind]]  # what an instruction can ask for
 # What the last row has to tell: how many answers there are to each question.
 QUESTIONS = {
@@ -122,13 +121,13 @@ def batch(
     prompts, facts, seen = [], [], None
     if task == "t2i":
         scenes = [corpus.draw_scene(rng, held_out=False) for _ in range(BATCH[task])]
-        prompts = [scene.caption(rng, rng.random() < CHINESE_SHARE) for scene in scenes]
+        prompts = [scene.caption(rng, corpus.is_chinese(rng)) for scene in scenes]
         facts = [_facts(scene) for scene in scenes]
     else:
         chosen = rng.sample(range(len(pictures.scenes)), BATCH[task])
         for i in chosen:
             edit = corpus.draw_edit(rng, pictures.scenes[i], held_out=False)
-            prompts.append(edit.instruction(rng, rng.random() < CHINESE_SHARE))
+            prompts.append(edit.instruction(rng, corpus.is_chinese(rng)))
             facts.append(_facts(pictures.scenes[i]) | {"change": CHANGES.index((edit.kind, edit.to))})
         seen = pictures.seen[chosen]
     answers = {name: torch.tensor([fact[name] for fact in facts]) for name in QUESTIONS[task]}

@@ -281,7 +281,7 @@ def test_a_prompt_that_is_too_long_is_cut_aloud(nodes, text_encoder):
     assert positive[0][0].shape == negative[0][0].shape == (1, 512, 32)
     cut, whole = output.ui["text"]
     assert cut.startswith("positive: The prompt has ") and "cut off" in cut
-    assert whole == "negative: 1 of 512 tokens"
+    assert whole == "negative: 0 of 511 tokens"
 
 
 def test_prompts_are_comfyui_conditioning(nodes, text_encoder, prompts):
