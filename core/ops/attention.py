@@ -1,6 +1,7 @@
 """Attention in one layout, B L N D; SDPA is the truth. Only this file knows that backends disagree on layout."""
 # B batch, L query tokens, S key tokens, N heads, D head width
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,4 +15,18 @@ def attention(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tenso
     batch = q_BLND.shape[0]
     q, k, v = (t.transpose(1, 2) for t in (q_BLND, k_BSND.expand(batch, -1, -1, -1), v_BSND.expand(batch, -1, -1, -1)))
     mask = None if key_bias_BS is None else key_bias_BS[:, None, None, :].to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return fused_attention(q, k, v, mask).transpose(1, 2)
+
+
+def fused_attention(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return SDPA of heads [B, N, L, D]; on the meta device only the memory that it takes.
+
+    There PyTorch spells it out, scores and all, which the kernels of real devices never hold: they keep the result and
+    one number a row.
+    """
+    if q_BNLD.is_meta:
+        row_sums = q_BNLD.new_empty(q_BNLD.shape[:-1], dtype=torch.float32)
+        result = torch.empty_like(q_BNLD)
+        del row_sums
+        return result
+    return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=mask)
