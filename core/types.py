@@ -50,10 +50,14 @@ class LatentFormat:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint as its header states it; `dtype` is the safetensors name (F32, BF16, F8_E4M3...)."""
+    """One tensor of a checkpoint as its header states it; `dtype` is the safetensors name (F32, BF16, F8_E4M3...).
+
+    `start` is where in its file its bytes begin, None where they don't lie there as they are (.pth).
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +13,148 @@ from .. import host
 from ..ops import formats
 from ..ops.linear import Linear
 from ..types import Checkpoint, TensorInfo
+from .ranges import Range, read_ranges
 from .reader import read_tensors
 
 SHOWN = 8  # names per list in an error
+SCALE = "weight_scale"  # the buffer of a `Linear` whose weight stays in fp8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How one parameter comes about: the file's tensor, times the file's `scale` if any, in `dtype`."""
+
+    tensor: str
+    scale: str | None
+    dtype: torch.dtype
+
+
+class Weights:
+    """A module on the meta device, and how each of its tensors is made of a checkpoint's bytes.
+
+    Made by `prepare`, which has checked the whole account; the bytes are read by `fill` or `materialise`.
+    """
+
+    def __init__(self, module: nn.Module, checkpoint: Checkpoint, recipes: Mapping[str, Recipe]):
+        self.module, self.checkpoint, self.recipes = module, checkpoint, dict(recipes)
+
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
+        """Write tensors of the module into given memory: contiguous CPU tensors of their shapes and dtypes, by name.
+
+        What the file holds as it is wanted is read in large pieces straight to its place; `go_on` is asked between
+        them and stops by raising. Raises ValueError for a file that was cut off meanwhile, OSError where it can't be
+        read.
+        """
+        ranges: list[Range] = []
+        converted: list[tuple[str, Tensor]] = []
+        for name, target in out.items():
+            recipe = self.recipes[name]
+            info = self.checkpoint.tensors[recipe.tensor]
+            stored = target
+            if recipe.scale is not None or formats.STORAGE[info.dtype][0] != target.dtype:
+                stored = torch.empty(info.shape, dtype=formats.STORAGE[info.dtype][0])
+                converted.append((name, stored))
+            if info.start is None:
+                stored.copy_(self._pickled[recipe.tensor])
+            else:
+                file = self.checkpoint.location[recipe.tensor]
+                ranges.append(Range(file=file, start=info.start, name=recipe.tensor, out=stored))
+        read_ranges(ranges, go_on)
+        for name, stored in converted:
+            go_on()
+            scale = self._scales.get(self.recipes[name].scale)
+            target = out[name]
+            target.copy_(
+                stored.view(target.shape) if scale is None else formats.dequantise(stored, scale, target.dtype)
+            )
+
+    def materialise(self, names: Collection[str] | None = None) -> nn.Module:
+        """Give the module, or its tensors of these names, real memory on the CPU; return the module.
+
+        What is stored as it is wanted stays memory-mapped: its bytes are read when they are first used. Raises
+        ValueError if there is not the RAM for what has to be converted.
+        """
+        chosen = {name: self.recipes[name] for name in (self.recipes if names is None else names)}
+        self._check_ram(chosen)
+        wanted: dict[str, list[str]] = {}
+        for name, recipe in chosen.items():
+            wanted.setdefault(recipe.tensor, []).append(name)
+        for tensor_name, stored in read_tensors(self.checkpoint, wanted):
+            for name in wanted[tensor_name]:
+                recipe = self.recipes[name]
+                scale = self._scales.get(recipe.scale)
+                _register(self.module, name, formats.dequantise(stored, scale, recipe.dtype))
+        return self.module
+
+    @cached_property
+    def _scales(self) -> dict[str | None, Tensor]:
+        """The scales of weights that are multiplied when they are read, by the file's name, in float32."""
+        used = {recipe.scale for recipe in self.recipes.values() if recipe.scale is not None}
+        return {name: tensor.to(torch.float32, copy=True) for name, tensor in read_tensors(self.checkpoint, used)}
+
+    @cached_property
+    def _pickled(self) -> dict[str, Tensor]:
+        """The tensors of files that must be opened as a whole, memory-mapped."""
+        names = {recipe.tensor for recipe in self.recipes.values()}
+        return dict(
+            read_tensors(self.checkpoint, [name for name in names if self.checkpoint.tensors[name].start is None])
+        )
+
+    def _check_ram(self, chosen: Mapping[str, Recipe]) -> None:
+        parameters = dict(self.module.named_parameters())
+        needed, dtypes = 0, set()
+        for name, recipe in chosen.items():
+            stored, _ = formats.STORAGE[self.checkpoint.tensors[recipe.tensor].dtype]
+            if name in parameters and (stored != recipe.dtype or recipe.scale is not None):
+                needed += parameters[name].numel() * recipe.dtype.itemsize
+                dtypes.add(recipe.dtype)
+        if needed > (free := host.available_ram()):
+            wanted = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ValueError(
+                f"{self.checkpoint.path} stores its weights in another way than {wanted}, in which they take "
+                f"{needed / 1e9:.1f} GB of RAM, and {free / 1e9:.1f} GB are free: choose the precision that the file "
+                "has, or close other programs"
+            )
+
+
+def prepare(
+    build: Callable[[], nn.Module],
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    *,
+    float32: Callable[[str], bool],
+    dtype: torch.dtype,
+    ignored: Collection[str] = (),
+) -> Weights:
+    """Return a module on the meta device and how to fill it, in eval mode and without gradients.
+
+    `build` makes it; `names` maps its parameters, and the scales of quantised ones, to the file's names. Parameters for
+    which `float32` holds are stored in float32; fp8 weights of a `Linear` stay as they are, with their scale in its
+    `weight_scale`; all others are stored in `dtype`. `ignored` are names of the file that are known and not needed.
+    Raises ValueError, without reading a weight, for parameters the file lacks, tensors that nothing takes, other
+    shapes, or a format that can't be read.
+    """
+    with torch.device("meta"):
+        module = build()
+    parameters = dict(module.named_parameters())
+    check_formats(checkpoint, names)
+    _check_account(parameters, names, checkpoint, ignored)
+    scales = {o.rpartition(".")[0]: file for o, file in names.items() if o.endswith(formats.WEIGHT_SCALES)}
+    recipes: dict[str, Recipe] = {}
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
+        stored, _ = formats.STORAGE[checkpoint.tensors[names[name]].dtype]
+        wanted = torch.float32 if float32(name) else dtype
+        if isinstance(owner, Linear) and leaf == "weight" and stored in formats.FLOAT8 and not float32(name):
+            wanted = stored
+            if scale is not None:
+                owner.weight_scale = torch.empty(checkpoint.tensors[scale].shape, device="meta")
+                recipes[f"{path}.{SCALE}"] = Recipe(tensor=scale, scale=None, dtype=torch.float32)
+                scale = None
+        owner.register_parameter(leaf, nn.Parameter(parameter.to(wanted), requires_grad=False))
+        recipes[name] = Recipe(tensor=names[name], scale=scale, dtype=wanted)
+    return Weights(module.eval(), checkpoint, recipes)
 
 
 def assemble(
@@ -25,62 +166,20 @@ def assemble(
     dtype: torch.dtype,
     ignored: Collection[str] = (),
 ) -> nn.Module:
-    """Return the module with the checkpoint's weights, in eval mode and without gradients.
-
-    `build` makes it; `names` maps its parameters, and the scales of quantised ones, to the file's names. Parameters for
-    which `float32` holds are stored in float32; fp8 weights of a `Linear` stay as they are, with their scale in its
-    `weight_scale`; all others are stored in `dtype`. `ignored` are names of the file that are known and not needed.
-    Raises ValueError, before any weight is read, for parameters the file lacks, tensors that nothing takes, other
-    shapes, a format that can't be read, or if there is not the RAM for weights in another dtype than the file's.
-    """
-    with torch.device("meta"):
-        module = build()
-    parameters = dict(module.named_parameters())
-    check_formats(checkpoint, names)
-    _check_account(parameters, names, checkpoint, ignored)
-    _check_ram(module, names, checkpoint, float32, dtype)
-    companions = {official: file for official, file in names.items() if formats.companion(official)}
-    scales = _read_scales(checkpoint, companions)
-    weights = {file: official for official, file in names.items() if official not in companions}
-    for file, tensor in read_tensors(checkpoint, weights):
-        official = weights[file]
-        path, _, leaf = official.rpartition(".")
-        owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
-        if _stays(owner, leaf, tensor.dtype, float32(official)):
-            stored = tensor
-            owner.weight_scale = None if scale is None else scale
-        else:
-            stored = formats.dequantise(tensor, scale, torch.float32 if float32(official) else dtype)
-        owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=False))
+    """Return the module with the checkpoint's weights on the CPU; see `prepare`, and `Weights.materialise`."""
+    weights = prepare(build, names, checkpoint, float32=float32, dtype=dtype, ignored=ignored)
+    module = weights.materialise()
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a module may not make buffers itself"
-    return module.eval()
+    return module
 
 
-def _stays(owner: nn.Module, leaf: str, stored: torch.dtype, float32: bool) -> bool:
-    return isinstance(owner, Linear) and leaf == "weight" and stored in formats.FLOAT8 and not float32
-
-
-def _check_ram(
-    module: nn.Module,
-    names: Mapping[str, str],
-    checkpoint: Checkpoint,
-    float32: Callable[[str], bool],
-    dtype: torch.dtype,
-) -> None:
-    needed = 0
-    for official, parameter in module.named_parameters():
-        path, _, leaf = official.rpartition(".")
-        stored, _ = formats.STORAGE[checkpoint.tensors[names[official]].dtype]
-        wanted = torch.float32 if float32(official) else dtype
-        if stored != wanted and not _stays(module.get_submodule(path), leaf, stored, float32(official)):
-            needed += parameter.numel() * wanted.itemsize
-    if needed > (free := host.available_ram()):
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{checkpoint.path} stores its weights in another way than {name}, in which they take "
-            f"{needed / 1e9:.1f} GB of RAM, and {free / 1e9:.1f} GB are free: choose the precision that the file has, "
-            "or close other programs"
-        )
+def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(owner, leaf, tensor.clone())
 
 
 def _check_account(
@@ -167,12 +266,3 @@ def _parse(checkpoint: Checkpoint, name: str, text: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{checkpoint.path}: {name} is not a JSON object but {text[:80]!r}: download it again")
     return record
-
-
-def _read_scales(checkpoint: Checkpoint, companions: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the weight scale of each layer, by the layer's path, in float32."""
-    files = {file: official for official, file in companions.items() if official.endswith(formats.WEIGHT_SCALES)}
-    return {
-        files[file].rpartition(".")[0]: tensor.to(torch.float32, copy=True)
-        for file, tensor in read_tensors(checkpoint, files)
-    }

@@ -107,7 +107,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
         spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         _check_spans(file, spans, tensors, size - 8 - length)
     except (UnicodeDecodeError, RecursionError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -9,7 +9,7 @@ from wanqwen.core import host
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
-from wanqwen.core.weights.assemble import assemble
+from wanqwen.core.weights.assemble import assemble, prepare
 from wanqwen.core.weights.keymap import Renamer
 from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.families import identify
@@ -39,7 +39,7 @@ def load(path, dtype=torch.float32):
     checkpoint = open_checkpoint(path)
     identity = identify(checkpoint)
     assert identity.config == CONFIG
-    return assemble(
+    weights = prepare(
         lambda: WanTransformer(CONFIG),
         identity.names,
         checkpoint,
@@ -47,6 +47,13 @@ def load(path, dtype=torch.float32):
         dtype=dtype,
         ignored=identity.ignored,
     )
+    filled = {name: torch.empty_like(tensor, device="cpu") for name, tensor in weights.module.state_dict().items()}
+    weights.fill(filled)
+    module = weights.materialise()
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype == filled[name].dtype
+        assert torch.equal(tensor.view(-1).view(torch.uint8), filled[name].view(-1).view(torch.uint8)), name
+    return module
 
 
 def spelt(tensors, spelling, prefix):
@@ -80,6 +87,13 @@ def test_shards_and_pickle_give_the_same_module(tmp_path, state):
         lambda: WanTransformer(CONFIG), {n: n for n in state}, checkpoint, float32=keep_float32, dtype=torch.float32
     )
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+    weights = prepare(
+        lambda: WanTransformer(CONFIG), {n: n for n in state}, checkpoint, float32=keep_float32, dtype=torch.bfloat16
+    )
+    for name in ("blocks.1.ffn.0.weight", "blocks.1.norm3.bias"):  # one is converted, one is not
+        out = torch.empty_like(weights.module.get_parameter(name), device="cpu")
+        weights.fill({name: out})
+        assert torch.equal(out, state[name].to(out.dtype))
 
 
 @pytest.mark.parametrize("num_res_blocks", [1, 2, 3])
