@@ -65,6 +65,13 @@ def available_ram() -> int:
     return psutil.virtual_memory().available
 
 
+def total_ram() -> int:
+    """Return the bytes of RAM that this machine has."""
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Say whether an error means that a device has no memory left, by whichever of PyTorch's ways to say it."""
     return isinstance(error, torch.OutOfMemoryError) or any(

@@ -3,20 +3,24 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from . import host
 from .blocks import Run
-from .memory.resident import Residency, streamed
+from .memory.placement import Plan, wanted_bytes
+from .memory.report import describe
+from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .pace import Pace, Stopwatch
+from .planning import Scene, card_of, job_of, machine_of, plan_for
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
-from .weights.assemble import assemble
+from .weights.assemble import prepare
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +32,56 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A model on the device, and what lives as long as it is there."""
+
+    module: nn.Module
+    run: Run
+    residency: Residency
+    stopwatch: Stopwatch
+
+
 @contextmanager
-def opened(handle: ModelHandle, device: torch.device, working_bytes: int) -> Iterator[tuple[nn.Module, Run, Residency]]:
+def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callable[[str], None]) -> Iterator[Opened]:
     """Give the model on the device with a fresh run, and take it off the device again, also after an error.
 
-    Room is made for its weights and for `working_bytes` beside them; blocks that don't fit stream in as they are
-    needed. The assembled weights stay in RAM with the handle, for its next run.
+    What stays on the device and what streams through it is planned for the scene; `tell` hears the plan in words. What
+    was read into RAM for streaming stays there with the handle, for its next run.
     """
-    dtype, family = compute_dtype(handle, device), handle.family
-    loaded = handle.weights.get((dtype, handle.identity.config), lambda: _assemble(handle, dtype))
-    with streamed(loaded, device, working_bytes) as residency:
-        hooks = {family.blocks: [residency]}
-        yield loaded.module, Run(dtype=dtype, hooks=hooks, check_interrupt=host.block_gate(device)), residency
+    loaded = loaded_of(handle, scene.dtype)
+
+    def plan() -> Plan:
+        card = card_of(device)
+        wanted = wanted_bytes(job_of(loaded, scene, card), machine_of(device), handle.memory)
+        host.make_room(wanted, device)
+        found, _ = plan_for(loaded, scene, card, machine_of(device), handle.memory)
+        for line in describe(found, len(loaded.blocks)):
+            tell(line)
+        return found
+
+    with placed(loaded, device, plan) as residency:
+        stopwatch = Stopwatch(device)
+        hooks = {handle.family.blocks: [residency, stopwatch]}
+        run = Run(dtype=scene.dtype, hooks=hooks, check_interrupt=host.block_gate(device))
+        yield Opened(module=loaded.module, run=run, residency=residency, stopwatch=stopwatch)
+
+
+def loaded_of(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
+    """Return the handle's weights as they are kept between runs; nothing is read yet."""
+
+    def load() -> Loaded:
+        weights = prepare(
+            lambda: handle.family.build(handle.identity.config),
+            handle.identity.names,
+            handle.checkpoint,
+            float32=handle.family.float32,
+            dtype=dtype,
+            ignored=handle.identity.ignored,
+        )
+        return Loaded(weights, weights.module.get_submodule(handle.family.blocks))
+
+    return handle.weights.get((dtype, handle.identity.config), load)
 
 
 def with_preset(handle: ModelHandle, request: SampleRequest, name: str) -> tuple[SampleRequest, str]:
@@ -76,7 +118,7 @@ def generate(
 ) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request.
 
-    `tell` hears in words where the weights are. A pass through the model that runs out of
+    `tell` hears in words where the weights are and what becomes of the plan. A pass through the model that runs out of
     memory is repeated with more blocks streaming.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way, or memory does not suffice even so.
@@ -91,30 +133,68 @@ def generate(
     clean = latent_format.normalise(request.latent.to(device))
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
-    conditionings = [request.positive, *([request.negative] if request.negative is not None else [])]
+    scene = scene_of(handle, request, compute_dtype(handle, device))
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
-    combine = combination(family.guidance_patch(config))
-    working_bytes = family.working_bytes(config, shape, conditionings, compute_dtype(handle, device))
-    with torch.inference_mode(), opened(handle, device, working_bytes) as (model, run, residency):
-        if line := residency.describe():
-            tell(line)
-        denoise = _persistent(family.denoiser(model, run, conditionings, device), residency, tell)
+    with torch.inference_mode(), opened(handle, device, scene, tell) as there:
+        denoise = family.denoiser(there.module, there.run, list(scene.conditionings), device)
+        guided = Guided(
+            denoise=_persistent(denoise, there.residency, tell),
+            has_negative=len(scene.conditionings) > 1,
+            interleaved=there.residency.plan.interleaved,
+            combine=combination(family.guidance_patch(config)),
+        )
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
+        watch = _Watch(there, scene, tell)
+
+        def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
+            told.update(done, total, x0)
+            watch.step()
+
         try:
-            x = sample(
-                x,
-                plan,
-                request.solver,
-                Guided(denoise=denoise, has_negative=request.negative is not None, combine=combine),
-                step_noise,
-                lambda done, total, x0, x: told.update(done, total, x0),
-                _hold(request, clean),
-            )
+            x = sample(x, plan, request.solver, guided, step_noise, on_step, _hold(request, clean))
         except SampleError as error:
             error.latent = latent_format.denormalise(error.latent.cpu())
             raise
         return latent_format.denormalise(x).cpu()
+
+
+def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) -> Scene:
+    """Return the run as far as memory and time depend on it: a negative prompt counts only where it will be used."""
+    conditionings = [request.positive]
+    if request.negative is not None and any(strength != 1 for strength in request.guidance):
+        conditionings.append(request.negative)
+    return Scene(
+        family=handle.family,
+        config=handle.identity.config,
+        latent_shape=tuple(request.latent.shape),
+        conditionings=tuple(conditionings),
+        dtype=dtype,
+    )
+
+
+class _Watch:
+    """Learns from the first step, and makes room when the driver begins to swap."""
+
+    def __init__(self, there: Opened, scene: Scene, tell: Callable[[str], None]):
+        self.there, self.scene, self.tell = there, scene, tell
+        self.pace = Pace(there.residency.plan.step_seconds)
+
+    def step(self) -> None:
+        """End a step."""
+        seconds, residency = self.pace.step(), self.there.residency
+        if not residency.is_needed:
+            return
+        if (visit := self.there.stopwatch.read()) is not None:
+            visit /= len(self.scene.conditionings) if residency.plan.interleaved else 1
+            residency.loaded.visit_seconds[self.scene.key] = visit
+            log.info("A block computes for %.1f ms; the first step took %.1f s with loading", visit * 1000, seconds)
+        if self.pace.is_swapped(seconds, host.free_memory(residency.device)) and residency.give_way():
+            self.pace = Pace(None)
+            self.tell(
+                f"A step took {seconds:.1f} s: the driver has begun to swap the card's memory to RAM. Now "
+                f"{residency.describe()}."
+            )
 
 
 def _persistent(denoise: Denoiser, residency: Residency, tell: Callable[[str], None]) -> Denoiser:
@@ -147,18 +227,6 @@ def _hold(request: SampleRequest, clean: Tensor) -> Hold | None:
             "a masked latent in one run."
         )
     return Hold(mask=request.mask.to(clean), clean=clean)
-
-
-def _assemble(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
-    module = assemble(
-        lambda: handle.family.build(handle.identity.config),
-        handle.identity.names,
-        handle.checkpoint,
-        float32=handle.family.float32,
-        dtype=dtype,
-        ignored=handle.identity.ignored,
-    )
-    return Loaded(module, module.get_submodule(handle.family.blocks))
 
 
 def _check_latent(latent: Tensor, latent_format: LatentFormat) -> None:

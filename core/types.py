@@ -1,7 +1,7 @@
 """The frozen records that cross folders. They hold what is, never how it is done."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,8 +188,9 @@ class Family:
     `denoiser(model, run, conditionings, device)` returns the `Denoiser` of all conditionings, which share work where
     equal; asked for one after the other or together, they get the same bits.
     `guidance_patch(config)` is None for plain classifier-free guidance; n keeps the length of every token of n x n
-    latent positions as the prompt alone has it. `working_bytes(config, latent shape, conditionings, dtype)` estimates
-    what a forward needs besides the weights. `conditionings(config, rows)` reads what ComfyUI passes between nodes.
+    latent positions as the prompt alone has it. `block_operations(config, latent shape, conditioning)` are the floating
+    point operations of one pass through one block: in matrix products, and in attention. `conditionings(config, rows)`
+    reads what ComfyUI passes between nodes.
     `check(identity)` raises ValueError for a model that can't be run; `prepare(identity, request)` does for a request,
     and returns the request as it will be run with what was corrected, in words.
     """
@@ -202,7 +203,7 @@ class Family:
     schedule: Callable[[Any, tuple[int, ...]], Schedule]
     denoiser: Callable[..., Denoiser]
     guidance_patch: Callable[[Any], int | None]
-    working_bytes: Callable[[Any, tuple[int, ...], Sequence[Conditioning], torch.dtype], int]
+    block_operations: Callable[[Any, tuple[int, ...], Conditioning], tuple[int, int]]
     conditionings: Callable[[Any, Any], list[Conditioning]]
     check: Callable[[Identity], None]
     prepare: Callable[[Identity, SampleRequest], tuple[SampleRequest, list[str]]]
@@ -228,6 +229,33 @@ class Assembled:
         return self._weights
 
 
+SOURCES = ("pinned", "staged", "disk")  # where blocks that stream wait; see `memory.supply.Source`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryOptions:
+    """What a user fixes of the plan of a run; None is planned. Sizes are bytes.
+
+    `swapped` blocks stream, through `slots` slots on the device, from `source`. `interleave` takes both guidance passes
+    through each block before it goes. `headroom` of VRAM stays free; at most `vram` of it is used, and at most `pinned`
+    of RAM is pinned.
+    """
+
+    swapped: int | None = None
+    slots: int | None = None
+    source: str | None = None
+    interleave: bool | None = None
+    headroom: int | None = None
+    vram: int | None = None
+    pinned: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.source is not None and self.source not in SOURCES:
+            raise ValueError(f"Block Swap: source is {self.source!r}: choose {', '.join(SOURCES)}, or auto.")
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"Block Swap: {self.slots} slots: give 1 or more, or 0 to have it planned.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelHandle:
     """A diffusion model as it travels between nodes: which file, read how. Copy-on-write: use `dataclasses.replace`.
@@ -240,4 +268,5 @@ class ModelHandle:
     identity: Identity
     family: Family
     dtype: torch.dtype | None = None
+    memory: MemoryOptions = MemoryOptions()
     weights: Assembled = field(default_factory=Assembled)

@@ -1,7 +1,6 @@
 """Qwen-Image as core sees it: its latent space, how to build it, how prompts and reference pictures drive it."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,25 +77,14 @@ def denoiser(
     return denoise
 
 
-def working_bytes(
-    config: QwenImageConfig,
-    latent_shape: tuple[int, ...],
-    conditionings: Sequence[Conditioning],
-    dtype: torch.dtype,
-) -> int:
-    """Estimate the bytes a forward needs beside the weights: the widest moment of a block over all tokens.
-
-    That moment is the feed-forward of the images with its hidden layer twice, or the joint attention with q and k in
-    float32; tests/qwen_image/test_family.py holds it against measured peaks.
-    """
+def block_operations(
+    config: QwenImageConfig, latent_shape: tuple[int, ...], conditioning: Conditioning
+) -> tuple[int, int]:
+    """Return the floating point operations of a pass through a block: in matrix products, and in attention."""
     batch, _, frames, height, width = latent_shape
-    target = frames * height * width // PATCH**2
-    longest = max((_extra_tokens(conditioning) for conditioning in conditionings), default=0)
-    feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
-    attention = config.dim * (22 + 6 * dtype.itemsize)
-    modulation = config.num_layers * 12 * config.dim * 4
-    packed = 2 * config.token_dim * 4
-    return batch * (target + longest) * (max(feed_forward, attention) + packed) + modulation
+    tokens = frames * height * width // PATCH**2 + _extra_tokens(conditioning)
+    products = 2 * tokens * config.dim * (4 * config.dim + 2 * config.ffn_dim)
+    return batch * products, 4 * batch * tokens**2 * config.dim
 
 
 def _extra_tokens(conditioning: Conditioning) -> int:
@@ -128,7 +116,7 @@ FAMILY = Family(
     denoiser=denoiser,
     # The layered model was published with plain guidance.
     guidance_patch=lambda config: None if config.layered else PATCH,
-    working_bytes=working_bytes,
+    block_operations=block_operations,
     conditionings=lambda config, rows: from_comfy(rows, config.text_dim),
     check=check,
     prepare=prepare,

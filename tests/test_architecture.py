@@ -31,8 +31,11 @@ ALLOWED = {
     "core/blocks": ("core/memory", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/codec": ("core/tiles", "core/memory", "core/ops", "core/host", "core/types"),
+    "core/pace": (),
+    "core/planning": ("core/memory", "core/blocks", "core/sampling", "core/host", "core/types"),
     "core/runtime": (
-        *("core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops", "core/host", "core/types"),
+        *("core/planning", "core/pace", "core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops"),
+        *("core/host", "core/types"),
     ),
     "wan": FAMILY,
     "qwen_image": FAMILY,

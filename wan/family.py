@@ -1,7 +1,6 @@
 """Wan 2.1 as core sees it: its latent space, how to build it, how a prompt drives it."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,21 +79,15 @@ def prepare(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, 
     return request, []
 
 
-def working_bytes(
-    config: WanConfig, latent_shape: tuple[int, ...], conditionings: Sequence[Conditioning], dtype: torch.dtype
-) -> int:
-    """Estimate the bytes a forward needs beside the weights: the widest moment of a block, and the keys of the prompts.
+def block_operations(config: WanConfig, latent_shape: tuple[int, ...], conditioning: Conditioning) -> tuple[int, int]:
+    """Return the floating point operations of a pass through a block: in matrix products, and in attention.
 
-    That moment is the feed-forward with its hidden layer twice, or the self-attention with q and k in float32;
-    tests/wan/test_transformer.py holds it against measured peaks.
+    The prompt's keys and values are counted, although short clips compute them only once.
     """
     batch, _, frames, height, width = latent_shape
-    tokens = batch * frames * height * width // math.prod(config.patch_size)
-    feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
-    self_attention = config.dim * (34 + 3 * dtype.itemsize)
-    text_row = config.dim * dtype.itemsize
-    prompts = len(conditionings) * config.text_len * text_row * 2 * (config.num_layers + 1)  # keys, values and rows
-    return tokens * max(feed_forward, self_attention) + prompts
+    tokens, text = frames * height * width // math.prod(config.patch_size), config.text_len
+    products = 2 * tokens * config.dim * (6 * config.dim + 2 * config.ffn_dim) + 4 * text * config.dim**2
+    return batch * products, 4 * batch * tokens * (tokens + text) * config.dim
 
 
 FAMILY = Family(
@@ -106,7 +99,7 @@ FAMILY = Family(
     schedule=schedule,
     denoiser=denoiser,
     guidance_patch=lambda config: None,
-    working_bytes=working_bytes,
+    block_operations=block_operations,
     conditionings=lambda config, rows: from_comfy(rows, config.text_dim),
     check=check,
     prepare=prepare,

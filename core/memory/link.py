@@ -1,16 +1,31 @@
 """What lies between RAM and a device: copies that run beside the compute, in the order that the ring needs."""
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .pinned import HostBuffer
+
+PROBE = 128 << 20  # bytes: 5 ms on PCIe 4
+
 
 class Link(Protocol):
-    """A way for slabs into the slots of a ring, numbered from 0. Nothing here ever makes the CPU wait but `close`."""
+    """A way for slabs into slots on a device, numbered from 0. Nothing here makes the CPU wait but fences and `close`.
+
+    Copies are asked for by one thread or another, uses by the one that computes. With `wants_pinned` copies from
+    memory that is not pinned would make the device, and who asks, wait.
+    """
+
+    wants_pinned: bool
 
     def load(self, slot: int, device: Tensor, host: Tensor) -> None:
         """Copy a slab into a slot, once all that was asked to use the slot before is done."""
+
+    def fence(self) -> Callable[[], None]:
+        """Return what waits until all copies that were asked for by now are done."""
 
     def wait(self, slot: int) -> None:
         """Let the compute go on only when the slot's last copy is done."""
@@ -25,8 +40,13 @@ class Link(Protocol):
 class SynchronousLink:
     """A device without streams of its own: each copy is done when asked for."""
 
+    wants_pinned = False
+
     def load(self, slot: int, device: Tensor, host: Tensor) -> None:
         device[: host.numel()].copy_(host)
+
+    def fence(self) -> Callable[[], None]:
+        return lambda: None
 
     def wait(self, slot: int) -> None:
         pass
@@ -39,10 +59,9 @@ class SynchronousLink:
 
 
 class CudaLink:
-    """A private copy stream, with an event on either side of each slot.
+    """A private copy stream, with an event on either side of each slot."""
 
-    The copies overlap the compute only from pinned memory; from other memory CUDA makes the CPU wait for each.
-    """
+    wants_pinned = True
 
     def __init__(self, where: torch.device, num_slots: int):
         self.compute, self.stream = torch.cuda.current_stream(where), torch.cuda.Stream(where)
@@ -58,6 +77,11 @@ class CudaLink:
             device[: host.numel()].copy_(host, non_blocking=True)
             self.ready[slot].record(self.stream)
 
+    def fence(self) -> Callable[[], None]:
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event.synchronize
+
     def wait(self, slot: int) -> None:
         self.compute.wait_event(self.ready[slot])
 
@@ -65,9 +89,28 @@ class CudaLink:
         self.done[slot].record(self.compute)
 
     def close(self) -> None:
+        # The compute too: what it was given may still read the slots that are let go next.
         self.stream.synchronize()
+        self.compute.synchronize()
 
 
 def link_to(where: torch.device, num_slots: int) -> Link:
     """Return the way to a device."""
     return CudaLink(where, num_slots) if where.type == "cuda" else SynchronousLink()
+
+
+@lru_cache(maxsize=8)
+def measured_speed(where: torch.device) -> float | None:
+    """Return the bytes a second that cross from pinned memory to a CUDA device; None if none could be pinned."""
+    source = HostBuffer(PROBE)
+    if not source.pin(where):
+        return None
+    target = torch.empty(PROBE, dtype=torch.uint8, device=where)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):  # the first copy wakes the link up
+        start.record()
+        target.copy_(source.bytes, non_blocking=True)
+        end.record()
+        end.synchronize()
+    source.unpin()
+    return PROBE / (start.elapsed_time(end) / 1000)

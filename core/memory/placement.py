@@ -1,59 +1,235 @@
-"""Which blocks stay on the device and which stream through it."""
+"""The plan of a run: which blocks stay on the device, how the others come, and what that takes in bytes and seconds."""
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
-log = logging.getLogger(__name__)
+from ..types import MemoryOptions
+from .supply import MIN_RAM, NUM_STAGING, Source
+from .timeline import Visit, step_seconds
 
+GB = 10**9
 NUM_SLOTS = 2  # of the ring: one computes while the other is filled
+NUM_SLOTS_DISK = 3  # a disk is less even than RAM
 HEADROOM = 512 << 20  # bytes left free: for what other programs take meanwhile, and for what the allocator can't use
+HEADROOM_WINDOWS = 1 << 30  # its desktop takes more, and its driver spills into RAM before anything fails
+RAM_RESERVE = 8 * GB  # that a Linux system with pinned weights should have left
+PINNED_SHARE_WINDOWS = 0.5  # of all RAM; Windows refuses to pin more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """`streaming` are the indices of the blocks that come and go through a ring of `num_slots` slots."""
+class Job:
+    """What a run asks of a device.
+
+    `blocks` are the bytes of each block's weights, `others` those of all other weights, which stay. `working` are the
+    bytes beside them at the fullest moment, with the guidance passes one after the other; `working_interleaved` with
+    all passes through a block before it is let go, None if that is not to be considered. `visit_seconds` is how long
+    one pass through one block computes, None if unknown.
+    """
+
+    blocks: tuple[int, ...]
+    others: int
+    working: int
+    working_interleaved: int | None = None
+    passes: int
+    visit_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What there is: bytes of VRAM and RAM that are free, and bytes a second of the way to the device and of the disk.
+
+    `needs_pinning` is true of CUDA devices: only pinned memory crosses beside the compute.
+    """
+
+    vram: int
+    ram: int
+    total_ram: int
+    link: float = 24.5e9  # measured of PCIe 4 x16 from pinned memory
+    disk: float = 2.5e9  # of a common NVMe drive; what the system has cached comes several times as fast
+    is_windows: bool = False
+    needs_pinning: bool = True
+
+    @property
+    def headroom(self) -> int:
+        """Bytes of VRAM to leave free where the user didn't say."""
+        return HEADROOM_WINDOWS if self.is_windows else HEADROOM
+
+    @property
+    def pinnable(self) -> int:
+        """Bytes of RAM that may be pinned."""
+        limits = [self.ram - MIN_RAM, self.total_ram - RAM_RESERVE]
+        if self.is_windows:
+            limits.append(int(self.total_ram * PINNED_SHARE_WINDOWS))
+        return max(0, min(limits)) if self.needs_pinning else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Where a model's weights are during a run.
+
+    The blocks `streaming` come and go through a ring of `num_slots` slots, each from its source; the others stay.
+    `peak` is the most VRAM that weights and the `working` bytes of the computation take together, `pinned` the RAM that
+    is pinned, staging included, `crossing` the bytes that cross to the device in a step. `step_seconds` is None where
+    nothing is known of the speed; `compute_seconds` is the part of it in which the device computes.
+    """
 
     streaming: tuple[int, ...] = ()
     num_slots: int = 0
+    sources: Mapping[int, Source]
+    interleaved: bool = False
+    peak: int = 0
+    working: int = 0
+    pinned: int = 0
+    crossing: int = 0
+    step_seconds: float | None = None
+    compute_seconds: float | None = None
+    notices: tuple[str, ...] = ()
 
 
-def place(blocks: Sequence[int], others: int, working: int, free: int) -> Placement:
-    """Return how weights are laid out in `free` bytes of a device.
+def make_plan(job: Job, machine: Machine, options: MemoryOptions | None = None) -> Plan:
+    """Return the fastest plan that fits; of equally fast ones that with the least traffic.
 
-    `blocks` are the bytes of each block's weights, `others` those of all other weights, which stay. As many blocks stay
-    as leave room for `working` bytes; the ones that stream are spread evenly among them, so that each has the time of
-    as many others as possible to come in. Raises ValueError if two blocks and the other weights don't fit.
+    What `options` fixes is kept. Raises ValueError if two blocks and the other weights don't fit, or for options that
+    the model can't follow.
     """
-    if sum(blocks) + others + working + HEADROOM <= free:
-        return Placement()
-    slot = max(blocks)
-    ring = min(NUM_SLOTS, len(blocks)) * slot
-    if others + ring > free:
+    options = options or MemoryOptions()
+    _check(job, options)
+    ways = [False] if job.working_interleaved is None else [True] if options.interleave else [False, True]
+    # Three slots pay where a disk is read; where they don't fit, two do.
+    slots = [options.slots] if options.slots else [NUM_SLOTS, NUM_SLOTS_DISK]
+    plans = [
+        _complete(job, machine, options, interleaved, num_slots) for interleaved, num_slots in product(ways, slots)
+    ]
+    return min(plans, key=_rank)
+
+
+def wanted_bytes(job: Job, machine: Machine, options: MemoryOptions | None = None) -> int:
+    """Return the VRAM that a run would like to have, to hold the whole model, or what it may have at most."""
+    options = options or MemoryOptions()
+    headroom = machine.headroom if options.headroom is None else options.headroom
+    wanted = sum(job.blocks) + job.others + job.working + headroom
+    return wanted if options.vram is None else min(wanted, options.vram)
+
+
+def _rank(plan: Plan) -> tuple[bool, float, int, bool, int]:
+    seconds = plan.step_seconds
+    seconds = 0.0 if seconds is None else round(seconds, 4)
+    return bool(plan.notices), seconds, plan.crossing, plan.interleaved, plan.num_slots
+
+
+def _check(job: Job, options: MemoryOptions) -> None:
+    total = len(job.blocks)
+    if options.swapped is not None and not 0 <= options.swapped <= total:
         raise ValueError(
-            f"{(others + ring) / 1e9:.1f} GB are needed for the least of this model's weights that must be on the "
-            f"card, and {free / 1e9:.1f} GB are free: use a smaller file of this model (fp8 takes half of bf16) or a "
-            "smaller model, or close what else uses the card."
+            f"Block Swap: {options.swapped} blocks are to be swapped, and the model has {total}: give 0 to {total}, or "
+            "-1 to have it planned."
         )
-    room = free - others - ring - working - HEADROOM
-    if room < 0:
-        log.warning(
-            "%.1f GB are free, and about %.1f are needed for this size even with all blocks streamed in: it may run out"
-            " of memory. Choose a smaller size, or close what else uses the card.",
-            free / 1e9, (others + ring + working) / 1e9,
-        )  # fmt: skip
-    num_streaming = len(blocks) - max(0, room) // slot
-    return Placement(streaming=spread(len(blocks), num_streaming), num_slots=ring // slot)
+
+
+def _complete(job: Job, machine: Machine, options: MemoryOptions, interleaved: bool, num_slots: int) -> Plan:
+    working = job.working if job.working_interleaved is None or not interleaved else job.working_interleaved
+    headroom = machine.headroom if options.headroom is None else options.headroom
+    vram = machine.vram if options.vram is None else min(machine.vram, options.vram)
+    free = vram - headroom
+    slot, total = max(job.blocks), len(job.blocks)
+    num_slots = min(num_slots, total)
+    ring, room = num_slots * slot, free - job.others - working
+    if options.swapped is not None:
+        num_streaming = options.swapped
+    elif sum(job.blocks) <= room:
+        num_streaming = 0
+    else:
+        num_streaming = min(total, total - max(0, room - ring) // slot)
+    streaming = spread(total, num_streaming)
+    if not num_streaming:
+        interleaved, working = False, job.working
+    num_slots = min(num_slots, num_streaming)
+    staying = sum(size for i, size in enumerate(job.blocks) if i not in streaming)
+    weights = job.others + staying + num_slots * slot
+    if weights > vram and options.swapped is None:
+        raise ValueError(
+            f"{weights / GB:.1f} GB are needed for the least of this model's weights that must be on the card, and "
+            f"{vram / GB:.1f} GB are free: use a smaller file of this model (fp8 takes half of bf16) or a smaller "
+            "model, or close what else uses the card."
+        )
+    sources = _sources(job, machine, options, streaming)
+    plan = Plan(
+        streaming=streaming,
+        num_slots=num_slots,
+        sources=sources,
+        interleaved=interleaved,
+        peak=weights + working,
+        working=working,
+        pinned=_pinned(job, machine, sources),
+    )
+    return _timed(job, machine, plan, vram)
+
+
+def _sources(job: Job, machine: Machine, options: MemoryOptions, streaming: Sequence[int]) -> dict[int, Source]:
+    """Return where each streaming block waits: as many as may be in RAM, spread evenly among those read from disk."""
+    if options.source is not None:
+        return dict.fromkeys(streaming, Source(options.source))
+    slot = max(job.blocks)
+    pinnable = machine.pinnable if options.pinned is None else min(options.pinned, machine.pinnable)
+    ram = max(0, machine.ram - MIN_RAM)
+    if machine.needs_pinning and len(streaming) * slot > pinnable:
+        # Staging buffers are pinned too.
+        pinnable, ram = (max(0, bytes_ - NUM_STAGING * slot) for bytes_ in (pinnable, ram))
+    num_pinned = min(len(streaming), pinnable // slot)
+    num_staged = min(len(streaming) - num_pinned, max(0, ram - num_pinned * slot) // slot)
+    if machine.needs_pinning and not machine.is_windows and options.pinned is None:
+        num_staged = 0  # RAM that a system should not pin is better left to its cache of the file
+    kept = spread(len(streaming), num_pinned + num_staged)
+    pinned = {kept[k] for k in spread(len(kept), num_pinned)}
+    return {
+        block: Source.PINNED if k in pinned else Source.STAGED if k in kept else Source.DISK
+        for k, block in enumerate(streaming)
+    }
+
+
+def _pinned(job: Job, machine: Machine, sources: Mapping[int, Source]) -> int:
+    if not machine.needs_pinning:
+        return 0
+    masters = sum(job.blocks[i] for i, source in sources.items() if source is Source.PINNED)
+    # The blocks that stay, and all other weights, come in through staging buffers, which then are let go again.
+    return masters + NUM_STAGING * max(*job.blocks, job.others)
+
+
+def _timed(job: Job, machine: Machine, plan: Plan, vram: int) -> Plan:
+    walks = 1 if plan.interleaved or job.passes == 1 else job.passes
+    crossing = walks * sum(job.blocks[i] for i in plan.streaming) if len(plan.streaming) > plan.num_slots else 0
+    notices = []
+    if plan.peak > vram:
+        notices.append(
+            f"{vram / GB:.1f} GB are free, and about {plan.peak / GB:.1f} are needed for this size even with "
+            f"{len(plan.streaming)} of {len(job.blocks)} blocks streamed in: it may run out of memory. Choose a "
+            "smaller size, or close what else uses the card."
+        )
+    plan = replace(plan, crossing=crossing, notices=tuple(notices))
+    if job.visit_seconds is None:
+        return plan
+    visit_seconds = job.visit_seconds * (job.passes if plan.interleaved else 1)
+    visits = [
+        Visit(seconds=visit_seconds, streams=i in plan.sources, coming=_coming(job, machine, plan, i))
+        for i in range(len(job.blocks))
+    ]
+    return replace(
+        plan,
+        step_seconds=walks * step_seconds(visits, plan.num_slots),
+        compute_seconds=job.passes * job.visit_seconds * len(job.blocks),
+    )
+
+
+def _coming(job: Job, machine: Machine, plan: Plan, block: int) -> float:
+    """Return the seconds in which a block's slab comes: over the link, or from a disk that is slower than that."""
+    speed = min(machine.link, machine.disk) if plan.sources.get(block) is Source.DISK else machine.link
+    return job.blocks[block] / speed
 
 
 def spread(total: int, chosen: int) -> tuple[int, ...]:
-    """Return `chosen` of `total` indices, far from each other; fewer of them are always among more.
+    """Return `chosen` of `total` indices, as evenly apart as can be, the end and the beginning being joined.
 
-    Each comes into the middle of the largest gap that the ones before it left, the end and the beginning being joined.
+    So each streaming block has the time of as many others as possible to come in.
     """
-    picked = [total // 2][:chosen]
-    while len(picked) < chosen:
-        following = (*picked[1:], picked[0] + total)
-        size, start = max((after - before, before) for before, after in zip(picked, following, strict=True))
-        picked = sorted([*picked, (start + size // 2) % total])
-    return tuple(picked)
+    return tuple((2 * i + 1) * total // (2 * chosen) for i in range(chosen))

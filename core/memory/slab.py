@@ -1,150 +1,149 @@
-"""A block's weights as one slab: a contiguous host buffer that crosses to the device in a single copy."""
+"""A model's weights as slabs: each block's tensors in one contiguous buffer that crosses to a device in one copy."""
 
-import contextlib
-import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .. import host
+from .pinned import HostBuffer
 
-MIN_RAM = 2 << 30  # bytes that stay for everything else
-PAGE = 4096  # bytes
 ALIGNMENT = 256  # bytes, of each tensor in a slab: what CUDA's own allocator gives, and kernels may count on
 
 Slot = tuple[dict[str, Tensor | None], str, Tensor]  # where a tensor is registered: table and name; and the tensor
 
 
+class Weights(Protocol):
+    """How the tensors of a module on the meta device come about; `core.weights.assemble.Weights` is one."""
+
+    module: nn.Module
+
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None: ...
+
+    def materialise(self) -> nn.Module: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of a block: where it is registered, and where it lies in the slab."""
+    """One tensor of a slab: its name in the model, where it is registered, and where it lies.
 
-    table: dict[str, Tensor | None]
+    `rest` is what is registered while the slab is nowhere: the tensor in RAM, or one without memory.
+    """
+
     name: str
-    dtype: torch.dtype
-    shape: torch.Size
+    table: dict[str, Tensor | None]
+    key: str
+    rest: Tensor
     start: int
-    nbytes: int
-    is_parameter: bool
 
     def of(self, buffer: Tensor) -> Tensor:
         """Return this tensor as it lies in a buffer of bytes."""
-        view = buffer[self.start : self.start + self.nbytes].view(self.dtype).view(self.shape)
-        return nn.Parameter(view, requires_grad=False) if self.is_parameter else view
+        return buffer[self.start : self.start + self.rest.nbytes].view(self.rest.dtype).view(self.rest.shape)
 
 
-class Slab:
-    """All parameters and buffers of a block in one buffer in RAM; from then on the block's own tensors are its views.
+class Layout:
+    """How all parameters and buffers of a module, but of those in the modules `but`, lie in one slab."""
 
-    `host` is the buffer, uint8. Weights are frozen: what is on a device is a copy that is never copied back.
-    """
-
-    def __init__(self, block: nn.Module):
-        self.pieces = _layout(block)
-        self.host = _on_pages(_end(self.pieces))
-        self.is_pinned = False
-        for piece in self.pieces:
-            piece.of(self.host).copy_(piece.table[piece.name])
-        self.bind(self.host)
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes the slab takes."""
-        return self.host.numel()
-
-    def pin(self, device: torch.device) -> bool:
-        """Register the buffer with CUDA, so that copies from it run beside everything else; say whether that worked.
-
-        Exactly the slab is registered: PyTorch's own pinned memory rounds up to powers of two. It ends with the slab.
-        """
-        size = -(-self.nbytes // PAGE) * PAGE
-        if int(torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), size, 0)):
-            _clear_error(device)
-            return False
-        weakref.finalize(self, _unregister, self.host, device).atexit = False
-        self.is_pinned = True
-        return True
+    def __init__(self, module: nn.Module, name: str, but: Collection[nn.Module] = ()):
+        pieces: list[Piece] = []
+        end = 0
+        for full_name, (table, key, tensor) in _named(module, name, but):
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            pieces.append(Piece(full_name, table, key, tensor, start))
+            end = start + tensor.nbytes
+        self.pieces, self.nbytes = tuple(pieces), end
 
     def bind(self, buffer: Tensor) -> None:
-        """Make the block use the weights that lie in a buffer [>= nbytes] of bytes, on whatever device it is."""
+        """Make the module use the weights that lie in a buffer [>= nbytes] of bytes, on whatever device it is.
+
+        Weights are frozen: what is in the buffer is never copied back.
+        """
         for piece in self.pieces:
-            piece.table[piece.name] = piece.of(buffer)
+            view = piece.of(buffer)
+            is_parameter = isinstance(piece.rest, nn.Parameter)
+            piece.table[piece.key] = nn.Parameter(view, requires_grad=False) if is_parameter else view
+
+    def release(self) -> None:
+        """Make the module use what it did before it was bound to anything."""
+        for piece in self.pieces:
+            piece.table[piece.key] = piece.rest
 
 
 class Loaded:
-    """A model's weights in RAM. `blocks` are those of its modules that can stream; each has a slab once it did.
+    """A model's weights between runs. `blocks` are those of its modules that can stream.
 
-    A slab holds its block's weights from then on: who replaces a tensor of a block must make another `Loaded`.
+    Nothing is read until a run needs it. `masters` are the slabs of blocks that are kept in RAM for the next runs;
+    `working` and `visit_seconds` what is known of the bytes and the times of runs that were planned or made.
     """
 
-    def __init__(self, module: nn.Module, blocks: Iterable[nn.Module]):
-        self.module, self.blocks = module, tuple(blocks)
-        self._slabs: dict[int, Slab] = {}
-        self._may_pin = True
+    def __init__(self, weights: Weights, blocks: Iterable[nn.Module]):
+        self.weights, self.blocks = weights, tuple(blocks)
+        self.module = weights.module
+        self.masters: dict[int, HostBuffer] = {}
+        self.working: dict[object, int] = {}
+        self.visit_seconds: dict[object, float] = {}
 
-    def slab(self, i: int, device: torch.device) -> Slab:
-        """Return the slab of a block, pinned if the device is CUDA's and the system allows it.
+    def layouts(self) -> tuple[Layout, ...]:
+        """Return the layout of each block, and that of all other weights last."""
+        names = {id(module): name for name, module in self.module.named_modules()}
+        blocks = (Layout(block, names[id(block)]) for block in self.blocks)
+        return (*blocks, Layout(self.module, "", self.blocks))
 
-        Raises ValueError if there is not the RAM to make it.
+    def in_ram(self) -> nn.Module:
+        """Return the module with all its tensors in RAM, memory-mapped where they are stored as they are wanted."""
+        if any(tensor.is_meta for *_, tensor in tensors(self.module)):
+            self.weights.materialise()
+        return self.module
+
+    def fill(self, layout: Layout, buffer: Tensor, go_on: Callable[[], None] = lambda: None) -> None:
+        """Write a slab into a buffer in RAM; `go_on` is asked now and then, and stops by raising.
+
+        Raises ValueError or OSError where the weights can't be read.
         """
-        if i not in self._slabs:
-            needed, free = nbytes(self.blocks[i]) + MIN_RAM, host.available_ram()
-            if free < needed:
-                raise ValueError(
-                    f"The model does not fit on {device}, and {free / 1e9:.1f} GB of RAM are free to stream it from, "
-                    f"where the next block needs {needed / 1e9:.1f} GB. Use a smaller file of this model (fp8 takes "
-                    "half of bf16), or close other programs."
-                )
-            self._slabs[i] = Slab(self.blocks[i])
-        slab = self._slabs[i]
-        if device.type == "cuda" and not slab.is_pinned and self._may_pin:
-            self._may_pin = host.available_ram() >= MIN_RAM and slab.pin(device)
-        return slab
+        missing = {piece.name: piece.of(buffer) for piece in layout.pieces if piece.rest.is_meta}
+        if missing:
+            self.weights.fill(missing, go_on)
+        for piece in layout.pieces:
+            if piece.name not in missing:
+                go_on()
+                piece.of(buffer).copy_(piece.rest)
 
 
-def nbytes(block: nn.Module) -> int:
-    """Return how many bytes the slab of a block takes, without making it."""
-    return _end(_layout(block))
+class InMemory:
+    """The `Weights` of a module that has its tensors already."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
+        """Write the tensors of these names."""
+        state = self.module.state_dict(keep_vars=True)
+        for name, target in out.items():
+            go_on()
+            target.copy_(state[name])
+
+    def materialise(self) -> nn.Module:
+        """Return the module as it is."""
+        return self.module
 
 
 def tensors(module: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[Slot]:
     """Yield where all parameters and buffers are registered, but for those inside the modules `but`."""
+    return (slot for _, slot in _named(module, "", but))
+
+
+def _named(module: nn.Module, name: str, but: Collection[nn.Module]) -> Iterator[tuple[str, Slot]]:
     skipped = {id(part) for other in but for part in other.modules()}
-    for part in module.modules():
+    for path, part in module.named_modules(prefix=name):
         if id(part) not in skipped:
-            for table in (part._parameters, part._buffers):
-                yield from ((table, name, tensor) for name, tensor in table.items() if tensor is not None)
+            tables: Sequence[dict[str, Tensor | None]] = (part._parameters, part._buffers)
+            for table in tables:
+                for key, tensor in table.items():
+                    if tensor is not None:
+                        yield f"{path}.{key}" if path else key, (table, key, tensor)
 
 
-def _layout(block: nn.Module) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
-    for table, name, tensor in tensors(block):
-        start = -(-_end(pieces) // ALIGNMENT) * ALIGNMENT
-        is_parameter = isinstance(tensor, nn.Parameter)
-        pieces.append(Piece(table, name, tensor.dtype, tensor.shape, start, tensor.nbytes, is_parameter))
-    return tuple(pieces)
-
-
-def _end(pieces: Sequence[Piece]) -> int:
-    return pieces[-1].start + pieces[-1].nbytes if pieces else 0
-
-
-def _on_pages(num_bytes: int) -> Tensor:
-    """Return a buffer of bytes that has the memory pages it lies on to itself, as registering needs."""
-    buffer = torch.empty(num_bytes + 2 * PAGE, dtype=torch.uint8)
-    start = -buffer.data_ptr() % PAGE
-    return buffer[start : start + num_bytes]
-
-
-def _unregister(buffer: Tensor, device: torch.device) -> None:
-    if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
-        _clear_error(device)
-
-
-def _clear_error(device: torch.device) -> None:
-    """Let CUDA report the error of a refused call, for which it would blame the next kernel that is launched."""
-    with contextlib.suppress(RuntimeError):
-        torch.ones(1, device=device).add_(1)
-        torch.cuda.synchronize(device)
+def is_there(tensor: Tensor, device: torch.device) -> bool:
+    """Say whether a tensor is on a device; one without a number is whichever of its kind."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)

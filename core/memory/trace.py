@@ -24,6 +24,10 @@ class LiveBytes(TorchDispatchMode):
         self.device, self.live, self.peak = device, 0, 0
         self._known: dict[int, int] = {}  # storage -> bytes counted for it
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch.compile's machinery is imported, which takes seconds, and asked at every operation
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

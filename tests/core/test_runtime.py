@@ -55,8 +55,8 @@ def test_weights_are_assembled_once_for_all_copies_of_a_handle(
     handle: ModelHandle, request_: SampleRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original: Callable = runtime.assemble
-    monkeypatch.setattr(runtime, "assemble", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original: Callable = runtime.prepare
+    monkeypatch.setattr(runtime, "prepare", lambda *a, **k: calls.append(1) or original(*a, **k))
     for copy in (handle, handle, replace(handle)):
         runtime.generate(copy, request_, Steps())
     assert len(calls) == 1
@@ -139,7 +139,7 @@ def test_numbers_that_break_down_keep_the_last_good_latent(
 def test_latents_that_cannot_run_are_refused_before_loading(
     handle: ModelHandle, request_: SampleRequest, monkeypatch: pytest.MonkeyPatch, latent: Tensor, message: str
 ) -> None:
-    monkeypatch.setattr(runtime, "assemble", None)
+    monkeypatch.setattr(runtime, "prepare", None)
     with pytest.raises(ValueError, match=message):
         runtime.generate(handle, replace(request_, latent=latent), Steps())
 

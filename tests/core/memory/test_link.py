@@ -24,6 +24,9 @@ class Event:
     def record(self, stream: Stream) -> None:
         stream.log.append((stream.name, "record", self))
 
+    def synchronize(self) -> None:
+        pass
+
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
@@ -59,14 +62,19 @@ def test_a_copy_waits_for_the_last_use_and_the_compute_for_the_copy(log: list[tu
     link.load(1, device, host)
     link.wait(1)
     link.used(1)
+    assert link.wants_pinned
+    fence = link.fence()
     link.close()
+    assert fence.__self__ is log[-3][2] and fence.__name__ == "synchronize"
     assert log == [
         ("copy", "wait", link.done[1]),
         ("copy", "copy", True),
         ("copy", "record", link.ready[1]),
         ("compute", "wait", link.ready[1]),
         ("compute", "record", link.done[1]),
+        ("copy", "record", log[-3][2]),
         ("copy", "synchronize"),
+        ("compute", "synchronize"),
     ]
     assert device.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
 

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wanqwen.core import host, runtime
+from wanqwen.core import host, planning, runtime
 from wanqwen.core.memory import resident as memory
-from wanqwen.core.memory.placement import Placement
+from wanqwen.core.memory.placement import Plan
+from wanqwen.core.memory.supply import Source
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
 from wanqwen.loading import DEMO_FOLDER, load_model
 
 from .late_link import LateLink
+
+pytestmark = pytest.mark.usefixtures("cuda_runtime")
 
 FILES = {"wan_dit": 96, "qwen_dit": 128}  # the latter partly in scaled fp8 -> width of its text rows
 
@@ -25,32 +28,52 @@ def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
     return load_model(DEMO_FOLDER / f"{request.param}.safetensors"), asked
 
 
-def stream(monkeypatch: pytest.MonkeyPatch, streaming: tuple[int, ...], num_slots: int) -> list[LateLink]:
-    """Make the CPU stand for a device that nothing is on yet and that holds only so much; return the links made."""
+def stream(
+    monkeypatch: pytest.MonkeyPatch,
+    streaming: tuple[int, ...],
+    num_slots: int,
+    kind: Source = Source.DISK,
+    interleaved: bool = False,
+) -> list[LateLink]:
+    """Make the CPU stand for a device that nothing is on yet, with this plan; return the links made."""
     links = []
 
     def link_to(where: torch.device, slots: int) -> LateLink:
         links.append(LateLink())
         return links[-1]
 
-    monkeypatch.setattr(memory, "_is_on", lambda tensor, device: False)
+    plan = Plan(
+        streaming=streaming, num_slots=num_slots, sources=dict.fromkeys(streaming, kind), interleaved=interleaved
+    )
+    monkeypatch.setattr(memory, "computes_in_ram", lambda device: False)
     monkeypatch.setattr(memory, "link_to", link_to)
-    monkeypatch.setattr(memory, "place", lambda blocks, *_: Placement(streaming=streaming, num_slots=num_slots))
+    monkeypatch.setattr(planning, "make_plan", lambda *_: plan)
     return links
 
 
-@pytest.mark.parametrize(("streaming", "num_slots"), [((0, 1, 2, 3), 2), ((0, 2, 3), 1), ((1, 3), 3)])
+@pytest.mark.parametrize(
+    ("streaming", "num_slots", "kind", "interleaved"),
+    [
+        ((0, 1, 2, 3), 2, Source.PINNED, True),
+        ((0, 2, 3), 1, Source.STAGED, False),
+        ((1, 3), 3, Source.DISK, True),
+        ((), 0, Source.DISK, False),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_runs_give_the_bits_of_resident_ones(
     run: tuple[ModelHandle, SampleRequest],
     monkeypatch: pytest.MonkeyPatch,
     streaming: tuple[int, ...],
     num_slots: int,
+    kind: Source,
+    interleaved: bool,
     dtype: torch.dtype,
 ) -> None:
     handle, request = replace(run[0], dtype=dtype), run[1]
+    links = stream(monkeypatch, (), 0)
     wanted = runtime.generate(handle, request)
-    links = stream(monkeypatch, streaming, num_slots)
+    links = stream(monkeypatch, streaming, num_slots, kind, interleaved)
     for _ in range(2):
         assert torch.equal(runtime.generate(handle, request), wanted)
     assert len(links) == 2 and all(link.loads >= len(streaming) for link in links)
@@ -93,7 +116,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = memory.Residency.before
 
     def before(self: memory.Residency, i: int) -> None:
-        if i == 2 and len(self.ring.slabs if self.ring else ()) < needed[0]:
+        if i == 2 and len(self.plan.streaming) < needed[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         original(self, i)
 
@@ -109,9 +132,10 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_fewer_blocks_there(
     for needed in (1, 3, 4):
         crowded[0] = needed
         assert torch.equal(runtime.generate(handle, request, tell=said.append), wanted)
-    assert said[0] == "4 of 4 blocks on the device"
-    assert said[1] == "The device ran out of memory; now 1 of 4 blocks on the device, 3 streaming in from RAM"
-    assert said[-1] == "The device ran out of memory; now 0 of 4 blocks on the device, 4 streaming in from RAM"
+    broke = [line for line in said if line.startswith("The device ran out of memory; now ")]
+    assert broke[0].endswith("1 of 4 blocks stay on the device, 3 stream through 2 slots: 3 from pinned RAM")
+    assert broke[-1].endswith("0 of 4 blocks stay on the device, 4 stream through 2 slots: 4 from pinned RAM")
+    assert said[0] == "4 of 4 blocks stay on the device"
 
 
 def test_where_memory_never_suffices_the_last_good_latent_is_kept(

@@ -1,0 +1,59 @@
+"""RAM that copies to a CUDA device can run from by themselves: registered exactly, never rounded up."""
+
+import contextlib
+import weakref
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+PAGE = 4096  # bytes
+
+
+class HostBuffer:
+    """A buffer of bytes in RAM that has the memory pages it lies on to itself, as registering needs.
+
+    `bytes` is the buffer, uint8. PyTorch's own pinned memory would round its size up to a power of two.
+    """
+
+    def __init__(self, num_bytes: int):
+        whole = torch.empty(num_bytes + 2 * PAGE, dtype=torch.uint8)
+        start = -whole.data_ptr() % PAGE
+        self.bytes = whole[start : start + num_bytes]
+        self._unpin: weakref.finalize | None = None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Say whether the buffer is registered."""
+        return self._unpin is not None
+
+    def pin(self, device: torch.device) -> bool:
+        """Register the buffer with CUDA and say whether that worked; it ends with the buffer, or with `unpin`."""
+        if self.is_pinned:
+            return True
+        size = -(-self.bytes.numel() // PAGE) * PAGE
+        cuda = torch.cuda.cudart()
+        if int(cuda.cudaHostRegister(self.bytes.data_ptr(), size, 0)):
+            _clear_error(device)
+            return False
+        self._unpin = weakref.finalize(self, _unregister, cuda, self.bytes, device)
+        self._unpin.atexit = False
+        return True
+
+    def unpin(self) -> None:
+        """Let the system move the pages again; every copy from them must be done."""
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+
+
+def _unregister(cuda: ModuleType, buffer: Tensor, device: torch.device) -> None:
+    if int(cuda.cudaHostUnregister(buffer.data_ptr())):
+        _clear_error(device)
+
+
+def _clear_error(device: torch.device) -> None:
+    """Let CUDA report the error of a refused call, for which it would blame the next kernel that is launched."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)

@@ -1,0 +1,190 @@
+"""What a run will take of memory and time, before it begins: from shapes alone, no weight is read."""
+# B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import host
+from .blocks import Run
+from .memory.link import measured_speed
+from .memory.placement import Job, Machine, Plan, make_plan
+from .memory.slab import Loaded
+from .memory.trace import LiveBytes
+from .sampling.guidance import Guided, combination
+from .types import Conditioning, Family, MemoryOptions
+
+META = torch.device("meta")
+SHALLOW = 3  # blocks of a model's traced twin: the first and the last may do other things than those between
+# Latents in float32 that sampling holds: noise, picture, x, its successor, and what a solver remembers
+# (tests/core/test_planning.py counts them).
+STATE_LATENTS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What a graphics card does in a second: operations of matrix products and of attention, bytes of the link."""
+
+    gemm: float
+    attention: float
+    link: float
+
+
+# By a part of the card's name; sustained rates in bf16, not those of the data sheet.
+CARDS = {
+    "RTX 3090": Card(gemm=62e12, attention=55e12, link=24.5e9),
+    "RTX 4090": Card(gemm=150e12, attention=140e12, link=24.5e9),
+    "H100": Card(gemm=700e12, attention=570e12, link=52e9),
+    "H200": Card(gemm=740e12, attention=600e12, link=52e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """One sampling run as far as memory and time depend on it."""
+
+    family: Family
+    config: Any
+    latent_shape: tuple[int, ...]
+    conditionings: tuple[Conditioning, ...]
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> object:
+        """What tells this scene from others of the same model."""
+        rows = [(c.text.shape, *(latent.shape for latent in c.references)) for c in self.conditionings]
+        twins = [torch.equal(self.conditionings[0].text, c.text) for c in self.conditionings]
+        return self.latent_shape, tuple(rows), tuple(twins), self.dtype
+
+
+def plan_for(
+    loaded: Loaded, scene: Scene, card: Card | None, machine: Machine, options: MemoryOptions
+) -> tuple[Plan, Job]:
+    """Return the plan of a run, and what it plans for; times come from an earlier run of the scene, else of the card.
+
+    Raises ValueError if the least of the model does not fit, or for options that it can't follow.
+    """
+    job = job_of(loaded, scene, card)
+    plan = make_plan(job, machine, options)
+    if plan.streaming and job.passes > 1 and options.interleave is not False:
+        job = replace(job, working_interleaved=working_bytes(loaded, scene, interleaved=True))
+        plan = make_plan(job, machine, options)
+    return plan, job
+
+
+def job_of(loaded: Loaded, scene: Scene, card: Card | None) -> Job:
+    """Return what a run with one guidance pass after the other asks of the device."""
+    *blocks, others = (layout.nbytes for layout in loaded.layouts())
+    return Job(
+        blocks=tuple(blocks),
+        others=others,
+        working=working_bytes(loaded, scene, interleaved=False),
+        passes=len(scene.conditionings),
+        visit_seconds=loaded.visit_seconds.get(scene.key) or (None if card is None else visit_seconds(scene, card)),
+    )
+
+
+def visit_seconds(scene: Scene, card: Card) -> float:
+    """Return how long one pass through one block computes on a card, on the average over the passes."""
+    costs = [scene.family.block_operations(scene.config, scene.latent_shape, c) for c in scene.conditionings]
+    return sum(products / card.gemm + attention / card.attention for products, attention in costs) / len(costs)
+
+
+def card_named(name: str) -> Card | None:
+    """Return what is known of a card, by its name or a part of it; None if nothing is."""
+    wanted = name.lower().replace(" ", "")
+    known = {label.lower().replace(" ", ""): card for label, card in CARDS.items()}
+    return next((card for label, card in known.items() if label in wanted or (wanted and wanted in label)), None)
+
+
+def card_of(device: torch.device) -> Card | None:
+    """Return what is known of the card that a device is, None for others."""
+    return card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def machine_of(device: torch.device) -> Machine:
+    """Return what there is: free memory now, and how fast the link is, as measured once."""
+    is_cuda = device.type == "cuda"
+    speed = measured_speed(device) if is_cuda else None
+    found = Machine(
+        vram=host.free_memory(device),
+        ram=host.available_ram(),
+        total_ram=host.total_ram(),
+        is_windows=sys.platform == "win32",
+        needs_pinning=is_cuda,
+    )
+    return found if speed is None else replace(found, link=speed)
+
+
+def working_bytes(loaded: Loaded, scene: Scene, *, interleaved: bool) -> int:
+    """Return the most bytes that a guided step takes beside the weights, what sampling itself holds included.
+
+    Found by running a few blocks on the meta device, where nothing is computed: the very code that
+    runs on every device. What a block leaves behind for the run, such as a prompt's keys, every block leaves.
+    """
+    key = (scene.key, interleaved)
+    if key not in loaded.working:
+        depth = len(loaded.blocks)
+        peak, left_behind = _traced(loaded.module, scene, interleaved, min(depth, SHALLOW))
+        latent = torch.Size(scene.latent_shape).numel() * torch.float32.itemsize
+        loaded.working[key] = peak + max(0, depth - SHALLOW) * left_behind + STATE_LATENTS * latent
+    return loaded.working[key]
+
+
+class _Growth:
+    """A `BlockHook` that notes how much more is held after a visit to a block between than before it."""
+
+    def __init__(self, counted: LiveBytes):
+        self.counted, self.total, self._before = counted, 0, 0
+
+    def before(self, i: int) -> None:
+        if i == 1:
+            self._before = self.counted.live
+
+    def after(self, i: int) -> None:
+        if i == 1:
+            self.total += max(0, self.counted.live - self._before)
+
+
+def _traced(module: nn.Module, scene: Scene, interleaved: bool, depth: int) -> tuple[int, int]:
+    """Return the peak of a guided step through a model of so many blocks, and what each block leaves behind."""
+    family, twin = scene.family, _shallow_twin(module, scene, depth)
+    x = torch.empty(scene.latent_shape, device=META)
+    timestep_B = torch.full((scene.latent_shape[0],), 500.0)
+    with torch.no_grad(), LiveBytes(META) as counted:
+        growth = _Growth(counted)
+        run = Run(dtype=scene.dtype, hooks={family.blocks: [growth]})
+        guided = Guided(
+            denoise=family.denoiser(twin, run, list(scene.conditionings), META),
+            has_negative=len(scene.conditionings) > 1,
+            interleaved=interleaved,
+            combine=combination(family.guidance_patch(scene.config)),
+        )
+        guided(x, timestep_B, 2.0)
+        return counted.peak, growth.total
+
+
+def _shallow_twin(module: nn.Module, scene: Scene, depth: int) -> nn.Module:
+    """Return a model of so many blocks on the meta device, whose tensors are of the module's dtypes."""
+    with META:
+        twin = scene.family.build(replace(scene.config, num_layers=depth)).requires_grad_(False)
+    stored = dict((*module.named_parameters(), *module.named_buffers()))
+    for path, part in twin.named_modules():
+        prefix = f"{path}." if path else ""
+        for key in part._parameters:
+            if part._parameters[key] is not None:
+                bare = torch.empty_like(stored[prefix + key], device=META)
+                part.register_parameter(key, nn.Parameter(bare, requires_grad=False))
+        for key in part._buffers:
+            if (held := stored.get(prefix + key)) is not None:
+                part._buffers[key] = torch.empty_like(held, device=META)
+    return twin
+
+
+def conditioning_of(rows: int, width: int, references: Sequence[tuple[int, ...]] = ()) -> Conditioning:
+    """Return a prompt of so many text rows, and of references of these latent shapes, for planning only."""
+    return Conditioning(text=torch.rand(1, rows, width), references=tuple(torch.zeros(shape) for shape in references))
