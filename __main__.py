@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
-from .core.types import ModelHandle, SampleRequest
+from .core.types import SOURCES, MemoryOptions, ModelHandle, SampleRequest
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+    _plan_arguments(commands.add_parser("plan", help="what a run takes of a card, from the model's header alone"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
@@ -88,7 +89,46 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
+    _memory_arguments(parser)
     parser.set_defaults(run=_generate)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from .plans import DEFAULT_CARD
+
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="diffusion model")
+    add("--variant", choices=list(VARIANTS), help="which Qwen-Image model the file holds, if it does not tell")
+    add("--size", help="WIDTHxHEIGHTxFRAMES, for pictures WIDTHxHEIGHT (default: the published one)")
+    add("--vram", type=float, default=24.0, help="GB of the card (default 24)")
+    add("--ram", type=float, default=32.0, help="GB of RAM (default 32)")
+    add("--card", default=DEFAULT_CARD, help=f"whose speed to take (default {DEFAULT_CARD})")
+    add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model (auto: bf16)")
+    add("--text-tokens", type=int, default=512, help="length of the prompts (default 512)")
+    add("--references", type=int, default=0, help="pictures of 1024 x 1024 that an edit is about")
+    add("--no-guidance", action="store_true", help="no negative prompt, as with distilled models")
+    add("--json", action="store_true", help="print JSON")
+    _memory_arguments(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--swap", type=int, help="blocks that stream instead of staying on the card (default: planned)")
+    add("--slots", type=int, help="of the ring that they stream through (default: planned)")
+    add("--source", choices=SOURCES, help="where they wait (default: planned)")
+    add("--interleave", action=argparse.BooleanOptionalAction, help="both guidance passes through each block together")
+    add("--headroom-gb", type=float, help="VRAM to leave free (default 0.5, on Windows 1)")
+
+
+def _memory_options(options: argparse.Namespace) -> MemoryOptions:
+    return MemoryOptions(
+        swapped=options.swap,
+        slots=options.slots,
+        source=options.source,
+        interleave=options.interleave,
+        headroom=None if options.headroom_gb is None else int(options.headroom_gb * (1 << 30)),
+    )
 
 
 def _at_least_one(text: str) -> int:
@@ -151,6 +191,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
+    model = replace(model, memory=_memory_options(options))
     defaults = _defaults(model)
     width, height, frames = _size(options.size or defaults.size, model)
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
@@ -250,6 +291,29 @@ def _size(text: str, model: ModelHandle) -> tuple[int, int, int]:
 def _terminal_line(text: str) -> None:
     sys.stderr.write(f"\r{text:<60}")
     sys.stderr.flush()
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .loading import load_model
+    from .plans import Question, facts, render
+
+    model = load_model(options.model, _dtype(options.precision), variant=options.variant)
+    width, height, frames = _size(options.size or _defaults(model).size, model)
+    question = Question(
+        width=width,
+        height=height,
+        frames=frames,
+        text_tokens=options.text_tokens,
+        references=options.references,
+        guided=not options.no_guidance,
+        vram=options.vram,
+        ram=options.ram,
+        card=options.card,
+        options=_memory_options(options),
+    )
+    found = facts(model, question)
+    sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -238,7 +238,7 @@ class MemoryOptions:
 
     `swapped` blocks stream, through `slots` slots on the device, from `source`. `interleave` takes both guidance passes
     through each block before it goes. `headroom` of VRAM stays free; at most `vram` of it is used, and at most `pinned`
-    of RAM is pinned.
+    of RAM is pinned. `chunk_rows` tokens are worked on at once outside of attention, 0 being a share of all.
     """
 
     swapped: int | None = None
@@ -248,6 +248,7 @@ class MemoryOptions:
     headroom: int | None = None
     vram: int | None = None
     pinned: int | None = None
+    chunk_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.source is not None and self.source not in SOURCES:

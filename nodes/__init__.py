@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .decode import InpaintLatent, VAEDecode, VAEEncode
 from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .options import BlockSwap
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
@@ -24,6 +25,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     QwenImageEditEncode,
     EmptyQwenImageLatent,
     InpaintLatent,
+    BlockSwap,
 )
 
 

@@ -43,11 +43,12 @@ ALLOWED = {
     "families": ("wan", "qwen_image", "core/types"),
     "loading": ("families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
+    "plans": ("core",),
     "media": ("core/host",),
-    "nodes": ("loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("loading", "families", "wan", "qwen_image", "core"),
-    "__main__": ("demo", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core"),
+    "__main__": ("demo", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}

@@ -1,0 +1,141 @@
+"""The plan of a run, on this machine or another, for people and for programs: from the model's header alone."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .core import host
+from .core.memory.placement import GB, Machine
+from .core.memory.report import describe
+from .core.memory.resident import computes_in_ram
+from .core.planning import CARDS, Card, Scene, card_named, card_of, conditioning_of, machine_of, plan_for
+from .core.runtime import compute_dtype, loaded_of
+from .core.types import Conditioning, MemoryOptions, ModelHandle
+
+GIB = 1 << 30
+SYSTEM_VRAM = 600_000_000  # bytes of a card that its driver and a CUDA context take before anything else
+SYSTEM_RAM = 4_000_000_000  # bytes that a desktop, a browser and ComfyUI itself take
+DEFAULT_CARD = "RTX 4090"
+TEXT_TOKENS = 512  # of prompts that are not known yet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What to plan: sizes in pixels, text in tokens, memory in GiB as it is printed on the box.
+
+    `references` are pictures of `reference_size` that an edit is about. Without `guided` there is no negative pass.
+    """
+
+    width: int
+    height: int
+    frames: int = 1
+    text_tokens: int = TEXT_TOKENS
+    references: int = 0
+    reference_size: tuple[int, int] = (1024, 1024)
+    guided: bool = True
+    vram: float = 24.0
+    ram: float = 32.0
+    card: str = DEFAULT_CARD
+    is_windows: bool = sys.platform == "win32"
+    options: MemoryOptions = field(default_factory=MemoryOptions)
+
+
+def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
+    """Return the plan as plain JSON values. Raises ValueError for a card that is not known or too small a one."""
+    card = card_named(question.card)
+    if card is None:
+        raise ValueError(f"Nothing is known of the speed of {question.card!r}: choose {', '.join(CARDS)}.")
+    dtype, latent_format = handle.dtype or torch.bfloat16, handle.family.latent_format
+    loaded = loaded_of(handle, dtype)
+    width, height = question.reference_size
+    references = [latent_format.shape(1, 1, height, width)] * question.references
+    prompts = _prompts(handle, 1 + question.guided, question.text_tokens, references)
+    shape = latent_format.shape(1, question.frames, question.height, question.width)
+    scene = _scene(handle, shape, prompts, dtype)
+    plan, job = plan_for(loaded, scene, card, _machine(question, card), question.options)
+    counts = Counter(source.value for source in plan.sources.values())
+    return {
+        "model": handle.checkpoint.path.name,
+        "variant": handle.identity.variant,
+        "format": handle.identity.weight_format,
+        "size": f"{question.width}x{question.height}x{question.frames}",
+        "card": question.card,
+        "vram_gb": question.vram,
+        "ram_gb": question.ram,
+        "blocks": len(job.blocks),
+        "resident": len(job.blocks) - len(plan.streaming),
+        "streaming": list(plan.streaming),
+        "slots": plan.num_slots,
+        "sources": dict(counts),
+        "interleaved": plan.interleaved,
+        "block_gb": _gb(max(job.blocks)),
+        "other_weights_gb": _gb(job.others),
+        "computation_gb": _gb(plan.working),
+        "peak_gb": _gb(plan.peak),
+        "pinned_ram_gb": _gb(plan.pinned),
+        "crossing_gb": _gb(plan.crossing),
+        "step_seconds": _rounded(plan.step_seconds),
+        "compute_seconds": _rounded(plan.compute_seconds),
+        "lines": describe(plan, len(job.blocks)),
+    }
+
+
+def plan_here(handle: ModelHandle, latent_shape: tuple[int, ...]) -> list[str]:
+    """Return the plan for latents [B, C, T, h, w] on this machine as it is now, in words; two prompts are assumed.
+
+    Raises ValueError if the model does not fit, or for options that it can't follow.
+    """
+    device = host.device()
+    if computes_in_ram(device):
+        return [f"This machine computes on its {device.type}: the weights stay in RAM, nothing has to stream."]
+    dtype = compute_dtype(handle, device)
+    loaded, scene = loaded_of(handle, dtype), _scene(handle, latent_shape, _prompts(handle, 2, TEXT_TOKENS), dtype)
+    plan, job = plan_for(loaded, scene, card_of(device), machine_of(device), handle.memory)
+    return describe(plan, len(job.blocks))
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """Return the plan as lines of text."""
+    title = "{model} ({variant}, {format}) at {size} on a {card} with {vram_gb:g} GB, {ram_gb:g} GB of RAM"
+    return "\n".join([title.format_map(found), *(f"  {line}" for line in found["lines"])])
+
+
+def _scene(
+    handle: ModelHandle, latent_shape: tuple[int, ...], prompts: tuple[Conditioning, ...], dtype: torch.dtype
+) -> Scene:
+    return Scene(
+        family=handle.family,
+        config=handle.identity.config,
+        latent_shape=latent_shape,
+        conditionings=prompts,
+        dtype=dtype,
+    )
+
+
+def _prompts(
+    handle: ModelHandle, count: int, tokens: int, references: Sequence[tuple[int, ...]] = ()
+) -> tuple[Conditioning, ...]:
+    width = handle.identity.config.text_dim
+    return tuple(conditioning_of(tokens, width, references) for _ in range(count))
+
+
+def _machine(question: Question, card: Card) -> Machine:
+    return Machine(
+        vram=int(question.vram * GIB) - SYSTEM_VRAM,
+        ram=max(0, int(question.ram * GIB) - SYSTEM_RAM),
+        total_ram=int(question.ram * GIB),
+        link=card.link,
+        is_windows=question.is_windows,
+    )
+
+
+def _gb(num_bytes: int) -> float:
+    return round(num_bytes / GB, 3)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

@@ -1,0 +1,65 @@
+"""The Block Swap node: what is fixed by hand reaches the model's options and the plan, and nothing else changes."""
+
+import pytest
+import torch
+from wanqwen import plans
+from wanqwen.core import planning
+from wanqwen.core.memory.placement import Machine
+from wanqwen.core.types import MemoryOptions
+
+GIB = 1 << 30
+AUTO = {
+    "blocks_to_swap": -1,
+    "slots": 0,
+    "source": "auto",
+    "interleave": "auto",
+    "chunk_rows": 0,
+    "headroom_gb": -1.0,
+    "max_vram_gb": 0.0,
+    "max_pinned_gb": -1.0,
+}
+
+
+@pytest.fixture
+def model(nodes):
+    return nodes.LoadWanModel.execute("tiny.safetensors", "auto").values[0]
+
+
+def test_nothing_is_fixed_by_default(nodes, model) -> None:
+    out = nodes.BlockSwap.execute(model, **AUTO)
+    assert out.values[0].memory == MemoryOptions() == model.memory
+    assert out.values[0].weights is model.weights
+
+
+def test_every_field_can_be_fixed(nodes, model) -> None:
+    chosen = AUTO | {"blocks_to_swap": 0, "slots": 3, "source": "disk", "interleave": "off", "chunk_rows": 7}
+    chosen |= {"headroom_gb": 1.5, "max_vram_gb": 8.0, "max_pinned_gb": 0.0}
+    out = nodes.BlockSwap.execute(model, **chosen)
+    assert out.values[0].memory == MemoryOptions(
+        swapped=0, slots=3, source="disk", interleave=False, chunk_rows=7, headroom=3 * GIB // 2, vram=8 * GIB, pinned=0
+    )
+    assert model.memory == MemoryOptions()
+
+
+def test_with_a_latent_the_plan_is_shown(nodes, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = {"samples": torch.zeros(1, 16, 1, 8, 8)}
+    out = nodes.BlockSwap.execute(model, **AUTO, latent=latent)
+    assert out.ui == {"text": ["This machine computes on its cpu: the weights stay in RAM, nothing has to stream."]}
+    monkeypatch.setattr(plans, "computes_in_ram", lambda device: False)
+    machine = Machine(vram=1 << 30, ram=1 << 34, total_ram=1 << 35)
+    monkeypatch.setattr(plans, "machine_of", lambda device: machine)
+    monkeypatch.setattr(plans, "card_of", lambda device: planning.CARDS["RTX 3090"])
+    lines = nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 2}, latent=latent).ui["text"]
+    assert lines[0].startswith("0 of 2 blocks stay on the device, 2 stream through 2 slots: 2 from pinned RAM")
+    assert lines[1].startswith("VRAM at most 0.00 GB") and len(lines) == 3
+    with pytest.raises(ValueError, match=r"Block Swap: 3 blocks are to be swapped, and the model has 2: give 0 to 2"):
+        nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 3}, latent=latent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"source": "tape"}, "source is 'tape'"), ({"interleave": "both"}, "interleave is 'both'")]
+)
+def test_other_choices_are_refused(nodes, change: dict, message: str) -> None:
+    chosen = {"source": "auto", "interleave": "on"} | change
+    assert message in nodes.BlockSwap.validate_inputs(**chosen)
+    assert nodes.BlockSwap.validate_inputs("pinned", None) is True
