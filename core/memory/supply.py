@@ -48,7 +48,8 @@ class Supply:
         self._asked: dict[int, Future[None]] = {}  # by slot
         self._thread: ThreadPoolExecutor | None = None
         self._over = threading.Event()
-        self._free: deque[tuple[HostBuffer, Callable[[], None]]] = deque()  # staging, and what waits until it is free
+        self._staging: list[HostBuffer] = []
+        self._busy: deque[tuple[HostBuffer, Callable[[], None]]] = deque()  # with what waits until it is free again
         self._may_pin = link.wants_pinned
 
     def load(self, block: int, slot: int, buffer: Tensor) -> None:
@@ -87,9 +88,9 @@ class Supply:
             try:
                 self.link.close()
             finally:
-                for buffer, _ in self._free:
-                    buffer.unpin()
-                self._free.clear()
+                self._busy.clear()
+                while self._staging:
+                    self._staging.pop().unpin()
 
     def _bring(self, block: int, slot: int, buffer: Tensor) -> None:
         # Tensors made under inference mode may only be written under it, and modes are a thread's own.
@@ -98,7 +99,7 @@ class Supply:
             if master is not None and (master.is_pinned or not self.link.wants_pinned):
                 self.link.load(slot, buffer, master.bytes)
                 return
-            staging = self._staging()
+            staging = self._next_staging()
             filled = staging.bytes[: layout.nbytes]
             try:
                 if master is None:
@@ -107,7 +108,7 @@ class Supply:
                     filled.copy_(master.bytes)
                 self.link.load(slot, buffer, filled)
             finally:
-                self._free.append((staging, self.link.fence()))
+                self._busy.append((staging, self.link.fence()))
 
     def _master(self, block: int) -> HostBuffer | None:
         """Return the slab of a block that is kept in RAM, made now if it was not there, or None if it is not kept."""
@@ -124,16 +125,17 @@ class Supply:
                 log.info("The system gives no more pinned memory: further blocks pass through staging buffers.")
         return master
 
-    def _staging(self) -> HostBuffer:
+    def _next_staging(self) -> HostBuffer:
         """Return a staging buffer that no copy reads any more."""
-        if len(self._free) < NUM_STAGING:  # the one thread holds none now
-            fresh = HostBuffer(max(layout.nbytes for layout in self.layouts))
-            if self.link.wants_pinned and not fresh.pin(self.device):
-                log.warning("No memory could be pinned for staging: copies to %s make it wait.", self.device)
-            return fresh
-        buffer, is_free = self._free.popleft()
-        is_free()
-        return buffer
+        if len(self._staging) == NUM_STAGING and self._busy:
+            buffer, wait = self._busy.popleft()
+            wait()
+            return buffer
+        fresh = HostBuffer(max(layout.nbytes for layout in self.layouts))
+        self._staging.append(fresh)
+        if self.link.wants_pinned and not fresh.pin(self.device):
+            log.warning("No memory could be pinned for staging: copies to %s make it wait.", self.device)
+        return fresh
 
     def _go_on(self) -> None:
         if self._over.is_set():
