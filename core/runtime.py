@@ -15,7 +15,7 @@ from .memory.slab import Loaded
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
-from .types import LatentFormat, ModelHandle, SampleRequest, Velocity
+from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
 from .weights.assemble import assemble
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def generate(
     with torch.inference_mode(), opened(handle, device, working_bytes) as (model, run, residency):
         if line := residency.describe():
             tell(line)
-        velocities = family.denoisers(model, run, conditionings, device)
-        positive, *negative = (_persistent(velocity, residency, tell) for velocity in velocities)
+        denoise = _persistent(family.denoiser(model, run, conditionings, device), residency, tell)
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
         try:
@@ -107,7 +106,7 @@ def generate(
                 x,
                 plan,
                 request.solver,
-                Guided(positive=positive, negative=negative[0] if negative else None, combine=combine),
+                Guided(denoise=denoise, has_negative=request.negative is not None, combine=combine),
                 step_noise,
                 lambda done, total, x0, x: told.update(done, total, x0),
                 _hold(request, clean),
@@ -118,23 +117,23 @@ def generate(
         return latent_format.denormalise(x).cpu()
 
 
-def _persistent(velocity: Velocity, residency: Residency, tell: Callable[[str], None]) -> Velocity:
-    """Return a velocity that tries again with fewer blocks on the device as often as memory runs out."""
+def _persistent(denoise: Denoiser, residency: Residency, tell: Callable[[str], None]) -> Denoiser:
+    """Return a denoiser that tries again with fewer blocks on the device as often as memory runs out."""
 
-    def attempt(x: Tensor, timestep_B: Tensor) -> Tensor | None:
+    def attempt(x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor] | None:
         try:
-            return velocity(x, timestep_B)
+            return denoise(x, timestep_B, which)
         except RuntimeError as error:
             if not host.is_out_of_memory(error):
                 raise
         return None  # outside of the except clause, where all that the failed pass held is gone
 
-    def persistent(x: Tensor, timestep_B: Tensor) -> Tensor:
-        while (v := attempt(x, timestep_B)) is None:
+    def persistent(x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
+        while (velocities := attempt(x, timestep_B, which)) is None:
             if not residency.give_way():
                 raise torch.OutOfMemoryError(f"{x.device} is out of memory")
             tell(f"The device ran out of memory; now {residency.describe()}")
-        return v
+        return velocities
 
     return persistent
 

@@ -168,7 +168,9 @@ class Preset:
     solver: str
 
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (normalised x [B, C, T, h, w], timestep [B] in 0..1000) -> velocity
+# (normalised x [B, C, T, h, w], timestep [B] in 0..1000, indices of conditionings) -> the velocity of each of those,
+# all of them taken through each block together, in one walk over the blocks
+Denoiser = Callable[[Tensor, Tensor, tuple[int, ...]], list[Tensor]]
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # (with the prompt, without it, strength) -> velocity
 
 
@@ -179,7 +181,8 @@ class Family:
     `build(config)` makes the module, `blocks` is the name of its list of blocks, which `run_blocks` knows it by too.
     `float32(name)` says which parameters stay in float32 whatever the compute dtype, `dtypes` what it may be.
     `schedule(config, latent shape)` is the published one.
-    `denoisers(model, run, conditionings, device)` returns one `Velocity` per conditioning, sharing work where equal.
+    `denoiser(model, run, conditionings, device)` returns the `Denoiser` of all conditionings, which share work where
+    equal; asked for one after the other or together, they get the same bits.
     `guidance_patch(config)` is None for plain classifier-free guidance; n keeps the length of every token of n x n
     latent positions as the prompt alone has it. `working_bytes(config, latent shape, conditionings, dtype)` estimates
     what a forward needs besides the weights. `conditionings(config, rows)` reads what ComfyUI passes between nodes.
@@ -193,7 +196,7 @@ class Family:
     blocks: str
     float32: Callable[[str], bool]
     schedule: Callable[[Any, tuple[int, ...]], Schedule]
-    denoisers: Callable[..., list[Velocity]]
+    denoiser: Callable[..., Denoiser]
     guidance_patch: Callable[[Any], int | None]
     working_bytes: Callable[[Any, tuple[int, ...], Sequence[Conditioning], torch.dtype], int]
     conditionings: Callable[[Any, Any], list[Conditioning]]

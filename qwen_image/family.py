@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.types import Conditioning, Family, Identity, Preset, Schedule, Velocity
+from ..core.types import Conditioning, Denoiser, Family, Identity, Preset, Schedule
 from ..wan.vae import LATENT_FORMAT
 from .conditioning import from_comfy, prepare
 from .config import PATCH, VARIANTS, QwenImageConfig
-from .transformer import Modulations, Prompt, QwenImageTransformer
+from .transformer import Pass, QwenImageTransformer
 
 NAME = "qwen-image"
 
@@ -52,14 +52,14 @@ def schedule(config: QwenImageConfig, latent_shape: tuple[int, ...]) -> Schedule
     return Schedule(shift=math.exp(mu_for_length(tokens)), terminal=TERMINAL, whole_timesteps=False)
 
 
-def denoisers(
+def denoiser(
     model: QwenImageTransformer, run: Run, conditionings: list[Conditioning], device: torch.device
-) -> list[Velocity]:
-    """Return one velocity function per conditioning; they share the modulation of a step, and equal prompts.
+) -> Denoiser:
+    """Return the velocities of conditionings as a function; they share the modulation of a step, and equal prompts.
 
     Raises ValueError for text of another encoder.
     """
-    modulations, prompts = model.modulations(), []
+    modulations, passes = model.modulations(), []
     for i, conditioning in enumerate(conditionings):
         width = conditioning.text.shape[-1]
         if width != model.config.text_dim:
@@ -68,23 +68,14 @@ def denoisers(
                 f"conditioning has {width}: encode the prompt with the text encoder that belongs to this model."
             )
         twin = next((j for j in range(i) if torch.equal(conditionings[j].text, conditioning.text)), None)
-        prompts.append(prompts[twin] if twin is not None else model.prompt(conditioning.text.to(device), run))
-    references = [
-        tuple(LATENT_FORMAT.normalise(latent.to(device)) for latent in conditioning.references)
-        for conditioning in conditionings
-    ]
-    return [
-        _velocity(model, prompt, run, images, modulations) for prompt, images in zip(prompts, references, strict=True)
-    ]
+        prompt = passes[twin].prompt if twin is not None else model.prompt(conditioning.text.to(device), run)
+        references = tuple(LATENT_FORMAT.normalise(latent.to(device)) for latent in conditioning.references)
+        passes.append(Pass(prompt=prompt, references=references))
 
+    def denoise(x_BCTHW: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
+        return model.velocities(x_BCTHW, timestep_B, [passes[k] for k in which], run, modulations)
 
-def _velocity(
-    model: QwenImageTransformer, prompt: Prompt, run: Run, references: tuple[Tensor, ...], modulations: Modulations
-) -> Velocity:
-    def velocity(x_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
-        return model(x_BCTHW, timestep_B, prompt, run, references, modulations)
-
-    return velocity
+    return denoise
 
 
 def working_bytes(
@@ -134,7 +125,7 @@ FAMILY = Family(
     blocks="transformer_blocks",
     float32=keep_float32,
     schedule=schedule,
-    denoisers=denoisers,
+    denoiser=denoiser,
     # The layered model was published with plain guidance.
     guidance_patch=lambda config: None if config.layered else PATCH,
     working_bytes=working_bytes,

@@ -21,6 +21,7 @@ from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
 
 Made = TypeVar("Made")
+Streams = tuple[Tensor, Tensor]  # images [B, L, E] and text [B, S, E]
 Parts = tuple[tuple[slice, Tensor], ...]  # (rows of a stream, their six modulation vectors [B, 6, E]), in order
 
 
@@ -33,6 +34,14 @@ class Prompt:
 
     rows_BSE: Tensor
     key_bias_BS: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Pass:
+    """What steers one pass through the blocks: `references` are normalised latents [B or 1, C, 1, H', W']."""
+
+    prompt: Prompt
+    references: Sequence[Tensor] = ()
 
 
 class Modulations:
@@ -123,32 +132,64 @@ class QwenImageTransformer(nn.Module):
         `x_BCTHW` are T normalised latents of one size, `references` normalised latents [B or 1, C, 1, H', W'], each of
         its own even size. Without `modulations` all is computed inline. Raises ValueError for odd sizes.
         """
-        batch, frames = x_BCTHW.shape[0], x_BCTHW.shape[2]
-        images = [x_BCTHW, *references]
-        grids = [_grid(image) for image in images]
-        tokens = [_tokens(image).expand(batch, -1, -1) for image in images]
-        num_target = tokens[0].shape[1]
+        steered = Pass(prompt=prompt, references=references)
+        return self.velocities(x_BCTHW, timestep_B, [steered], run, modulations)[0]
+
+    def velocities(
+        self,
+        x_BCTHW: Tensor,
+        timestep_B: Tensor,
+        passes: Sequence[Pass],
+        run: Run,
+        modulations: Modulations | None = None,
+    ) -> list[Tensor]:
+        """Return the velocity of each pass, as `forward` does; all of them pass a block before the next one."""
         lent = Modulations() if modulations is None else modulations
         lent.turn_to(timestep_B)
         time = lent.of("time", lambda: F.silu(self.time_text_embed(timestep_B, x_BCTHW.device)))
-        joint = self._joint([grids[0]] * frames + grids[1:], frames, prompt, run, lent)
-        last = self.config.num_layers - 1
+        joints = [self._joint(x_BCTHW, steered, run, lent) for steered in passes]
+        grid, frames = _grid(x_BCTHW), x_BCTHW.shape[2]
+        num_target, last = frames * grid[0] * grid[1], self.config.num_layers - 1
 
-        def call(i: int, block: Block, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def call(i: int, block: Block, streams: list[Streams]) -> list[Streams]:
             img_mod, txt_mod = lent.of(i, lambda: block.modulation(time.to(run.dtype)))
-            parts = self._image_parts(img_mod, num_target if references else None)
-            return block(*state, parts, ((slice(None), txt_mod),), joint, num_target if i == last else None)
+            txt_parts, keep = ((slice(None), txt_mod),), num_target if i == last else None
+            return [
+                block(
+                    *stream,
+                    self._image_parts(img_mod, num_target if steered.references else None),
+                    txt_parts,
+                    joint,
+                    keep,
+                )
+                for stream, steered, joint in zip(streams, passes, joints, strict=True)
+            ]
 
-        # The residual streams are float32: they grow beyond float16, and bfloat16 would round each small addition away.
-        img, txt = self.img_in(torch.cat(tokens, dim=1).float()), prompt.rows_BSE.expand(batch, -1, -1)
-        img, _ = run_blocks(self.transformer_blocks, (img, txt), call, run=run, name="transformer_blocks")
-        scale, shift = lent.of("out", lambda: self.norm_out(time[: len(timestep_B)]))
-        out = self.proj_out(modulate(img, shift, scale, self.config.eps))
-        (h, w), p = grids[0], PATCH
+        streams = [self._streams(x_BCTHW, steered) for steered in passes]
+        streams = run_blocks(self.transformer_blocks, streams, call, run=run, name="transformer_blocks")
+        modulation = lent.of("out", lambda: self.norm_out(time[: len(timestep_B)]))
+        return [self._head(img, modulation, grid, frames) for img, _ in streams]
+
+    def _streams(self, x_BCTHW: Tensor, steered: Pass) -> Streams:
+        """Return images and text as the first block takes them.
+
+        In float32: they grow beyond float16, and bfloat16 would round each small addition away.
+        """
+        batch = x_BCTHW.shape[0]
+        tokens = [_tokens(image).expand(batch, -1, -1) for image in (x_BCTHW, *steered.references)]
+        return self.img_in(torch.cat(tokens, dim=1).float()), steered.prompt.rows_BSE.expand(batch, -1, -1)
+
+    def _head(self, img_BLE: Tensor, modulation: tuple[Tensor, Tensor], grid: tuple[int, int], frames: int) -> Tensor:
+        scale, shift = modulation
+        out = self.proj_out(modulate(img_BLE, shift, scale, self.config.eps))
+        (h, w), p = grid, PATCH
         return rearrange(out, "b (t h w) (c p q) -> b c t (h p) (w q)", t=frames, h=h, w=w, p=p, q=p)
 
-    def _joint(self, grids: list[tuple[int, int]], frames: int, prompt: Prompt, run: Run, lent: Modulations) -> Joint:
-        rows, bias = prompt.rows_BSE, prompt.key_bias_BS
+    def _joint(self, x_BCTHW: Tensor, steered: Pass, run: Run, lent: Modulations) -> Joint:
+        """Return what the blocks share of a pass. Raises ValueError for odd sizes."""
+        frames = x_BCTHW.shape[2]
+        grids = [_grid(x_BCTHW)] * frames + [_grid(image) for image in steered.references]
+        rows, bias = steered.prompt.rows_BSE, steered.prompt.key_bias_BS
         layered = self.config.layered
         start = text_start(grids, layered)
         numbers = image_frames(frames, len(grids) - frames, layered)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.types import Conditioning, Family, Identity, SampleRequest, Schedule, Velocity
+from ..core.types import Conditioning, Denoiser, Family, Identity, SampleRequest, Schedule
 from .conditioning import from_comfy
 from .config import WanConfig
 from .transformer import Prompt, WanTransformer
@@ -27,10 +27,8 @@ def keep_float32(name: str) -> bool:
     return name.startswith(FLOAT32_PARTS) or "norm" in name or name.endswith("modulation")
 
 
-def denoisers(
-    model: WanTransformer, run: Run, conditionings: list[Conditioning], device: torch.device
-) -> list[Velocity]:
-    """Return one velocity function per conditioning; equal texts share one prompt, with its keys and values.
+def denoiser(model: WanTransformer, run: Run, conditionings: list[Conditioning], device: torch.device) -> Denoiser:
+    """Return the velocities of conditionings as a function; equal texts share one prompt, with its keys and values.
 
     Raises ValueError for text of another encoder.
     """
@@ -44,14 +42,11 @@ def denoisers(
             )
         twin = next((j for j in range(i) if torch.equal(conditionings[j].text, conditioning.text)), None)
         prompts.append(prompts[twin] if twin is not None else model.prompt(conditioning.text.to(device), run))
-    return [_velocity(model, prompt, run) for prompt in prompts]
 
+    def denoise(x_BCTHW: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
+        return model.velocities(x_BCTHW, timestep_B, [prompts[k] for k in which], run)
 
-def _velocity(model: WanTransformer, prompt: Prompt, run: Run) -> Velocity:
-    def velocity(x_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
-        return model(x_BCTHW, timestep_B, prompt, run)
-
-    return velocity
+    return denoise
 
 
 def fit_clip(width: int, height: int, frames: int) -> tuple[int, int, int]:
@@ -109,7 +104,7 @@ FAMILY = Family(
     blocks="blocks",
     float32=keep_float32,
     schedule=schedule,
-    denoisers=denoisers,
+    denoiser=denoiser,
     guidance_patch=lambda config: None,
     working_bytes=working_bytes,
     conditionings=lambda config, rows: from_comfy(rows, config.text_dim),

@@ -2,6 +2,8 @@
 # B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text tokens, N heads, D and E widths of
 # a head and of all
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -67,18 +69,25 @@ class WanTransformer(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, prompt: Prompt, run: Run) -> Tensor:
         """Return the velocity [B, out_dim, T, H, W] in float32 for timesteps in [0, 1000]."""
-        tokens, grid = self.patch_embedding(x_BCTHW, run.dtype)
+        return self.velocities(x_BCTHW, timestep_B, [prompt], run)[0]
+
+    def velocities(self, x_BCTHW: Tensor, timestep_B: Tensor, prompts: Sequence[Prompt], run: Run) -> list[Tensor]:
+        """Return the velocity with each prompt, as `forward` does; all of them pass a block before the next one."""
+        embedded = [self.patch_embedding(x_BCTHW, run.dtype) for _ in prompts]
+        grid = embedded[0][1]
         time = timestep_embedding(timestep_B, self.config.freq_dim).to(x_BCTHW.device)
         time_B1E = self.time_embedding(time)[:, None]
         modulation = rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6)
         rope = self.rope(grid, x_BCTHW.device)
-        tokens = run_blocks(
-            self.blocks,
-            tokens.float(),
-            lambda i, block, x: block(x, modulation, rope, prompt.keys_values(i, block.cross_attn), prompt.key_bias_BS),
-            run=run,
-        )
-        return self.head(tokens, time_B1E, grid)
+
+        def call(i: int, block: Block, streams: list[Tensor]) -> list[Tensor]:
+            return [
+                block(x, modulation, rope, prompt.keys_values(i, block.cross_attn), prompt.key_bias_BS)
+                for x, prompt in zip(streams, prompts, strict=True)
+            ]
+
+        streams = run_blocks(self.blocks, [tokens.float() for tokens, _ in embedded], call, run=run)
+        return [self.head(x, time_B1E, grid) for x in streams]
 
     def rope(self, grid: tuple[int, int, int], device: torch.device) -> Rope:
         """Return the rotation tables of a token grid; the head width is split 44 + 42 + 42 over t, y, x (of 128)."""

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..types import Combine, Velocity
+from ..types import Combine, Denoiser
 
 
 def per_step(values: Sequence[float], steps: int) -> tuple[float, ...]:
@@ -62,10 +62,16 @@ def combination(patch: int | None) -> Combine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guided:
-    """The velocity that the solver follows: the prompt's, steered away from the negative prompt's."""
+    """The velocity that the solver follows: the prompt's, steered away from the negative prompt's.
 
-    positive: Velocity
-    negative: Velocity | None = None
+    `denoise` knows the prompt as conditioning 0 and, with `has_negative`, the negative prompt as 1. With `interleaved`
+    both pass each block of the model before the next block comes, which takes memory for both at once; the result has
+    the same bits.
+    """
+
+    denoise: Denoiser
+    has_negative: bool = False
+    interleaved: bool = False
     combine: Combine = classifier_free
 
     def __call__(self, x: Tensor, timestep_B: Tensor, strength: float) -> Tensor:
@@ -74,7 +80,8 @@ class Guided:
         A strength of exactly 1 equals the prompt's own velocity, so the negative pass is left out (half the time); so
         it is without a negative.
         """
-        v = self.positive(x, timestep_B).float()
-        if self.negative is None or strength == 1:
-            return v
-        return self.combine(v, self.negative(x, timestep_B).float(), strength)
+        if not self.has_negative or strength == 1:
+            return self.denoise(x, timestep_B, (0,))[0].float()
+        walks = ((0, 1),) if self.interleaved else ((0,), (1,))
+        positive, negative = (v.float() for which in walks for v in self.denoise(x, timestep_B, which))
+        return self.combine(positive, negative, strength)

@@ -114,13 +114,13 @@ def test_interruption_ends_the_run_and_the_next_one_works(
 def test_numbers_that_break_down_keep_the_last_good_latent(
     handle: ModelHandle, request_: SampleRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = WanTransformer.forward, []
+    original, calls = WanTransformer.velocities, []
 
-    def forward(self: WanTransformer, *arguments: object) -> Tensor:
+    def velocities(self: WanTransformer, *arguments: object) -> list[Tensor]:
         calls.append(1)
-        return original(self, *arguments) * (float("nan") if len(calls) > 4 else 1)
+        return [v * (float("nan") if len(calls) > 4 else 1) for v in original(self, *arguments)]
 
-    monkeypatch.setattr(WanTransformer, "forward", forward)
+    monkeypatch.setattr(WanTransformer, "velocities", velocities)
     with pytest.raises(SampleError, match="step 3 of 4") as caught:
         runtime.generate(handle, request_, Steps())
     assert caught.value.steps_done == 2 and caught.value.latent.isfinite().all()

@@ -8,7 +8,7 @@ from wanqwen.core.sampling.guidance import Guided
 from wanqwen.core.sampling.sample import sample
 from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.types import Conditioning, SampleRequest, Schedule
-from wanqwen.wan.family import denoisers
+from wanqwen.wan.family import denoiser
 
 from . import wan_dit
 from .golden import Golden, need, read
@@ -47,13 +47,13 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
         solver=OUR_SOLVERS[solver],
     )
     net = wan_dit.model(_weights_file(golden, noise.shape[0]), torch.float32)
-    with_prompt, without = denoisers(net, Run(), [positive, negative], torch.device("cpu"))
+    denoise = denoiser(net, Run(), [positive, negative], torch.device("cpu"))
     rows = [noise]
     sample(
         noise[None],
         plan_steps(request, Schedule(shift=config["shift"])),
         request.solver,
-        Guided(positive=with_prompt, negative=without),
+        Guided(denoise=denoise, has_negative=True),
         lambda _: torch.zeros_like(noise[None]),
         lambda done, total, x0, x: rows.append(x[0]),
     )

@@ -60,10 +60,10 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
     if name in TABLES:
         return [(_table(plan, name), reference)]
     with torch.no_grad():
-        velocities = FAMILY.denoisers(net, Run(), [positive, negative], torch.device("cpu"))
+        denoise = FAMILY.denoiser(net, Run(), [positive, negative], torch.device("cpu"))
     combine = combination(FAMILY.guidance_patch(net.config))
     rows: list[Tensor] = [start]
-    guided = Guided(positive=velocities[0], negative=velocities[1], combine=combine)
+    guided = Guided(denoise=denoise, has_negative=True, combine=combine)
     sample(start, plan, "euler", guided, torch.zeros_like, lambda done, total, x0, x: rows.append(x))
     return [(_pack(x), theirs) for x, theirs in zip(rows, reference, strict=True)]
 

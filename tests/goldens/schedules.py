@@ -85,7 +85,7 @@ def _trajectory(golden: Golden, case: str, solver: str) -> Tensor:
         x,
         plan,
         (SOLVERS | DYNAMIC)[solver],
-        Guided(positive=lambda x, _: factor * x + next(following)),
+        Guided(denoise=lambda x, *_: [factor * x + next(following)]),
         lambda _: torch.zeros_like(x),
         lambda done, total, x0, x: rows.append(x),
     )

@@ -130,11 +130,11 @@ def test_a_first_step_without_memory_is_said_and_leaves_no_file(nodes, model, pr
     from wanqwen.nodes import sample
     from wanqwen.wan.transformer import WanTransformer
 
-    def forward(*arguments):
+    def velocities(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sample, "_keep", None)
-    monkeypatch.setattr(WanTransformer, "forward", forward)
+    monkeypatch.setattr(WanTransformer, "velocities", velocities)
     with pytest.raises(ValueError, match=r"step 1 of 2: cpu is out of memory with 1 x 2 x 4 x 4 .* smaller"):
         sampled(nodes, model, prompts, empty(nodes))
     monkeypatch.undo()
@@ -144,11 +144,11 @@ def test_a_first_step_without_memory_is_said_and_leaves_no_file(nodes, model, pr
 def test_what_was_sampled_before_a_breakdown_is_kept(nodes, model, prompts, monkeypatch):
     from wanqwen.wan.transformer import WanTransformer
 
-    original, calls = WanTransformer.forward, []
+    original, calls = WanTransformer.velocities, []
     monkeypatch.setattr(
         WanTransformer,
-        "forward",
-        lambda *a: original(*a) * (float("nan") if calls.append(1) or len(calls) > 4 else 1),
+        "velocities",
+        lambda *a: [v * (float("nan") if calls.append(1) or len(calls) > 4 else 1) for v in original(*a)],
     )
     with pytest.raises(ValueError, match=r"step 3 of 4.*The latent of step 2 is kept: .*\.latent") as caught:
         sampled(nodes, model, prompts, empty(nodes), steps=4)

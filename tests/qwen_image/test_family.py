@@ -1,5 +1,7 @@
 """What core asks of the family: schedule, precision, velocities, memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wanqwen.bench.measure import peak_bytes
@@ -7,7 +9,7 @@ from wanqwen.core.blocks import Run
 from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.types import Conditioning, SampleRequest
 from wanqwen.qwen_image.config import QwenImageConfig
-from wanqwen.qwen_image.family import FAMILY, denoisers, keep_float32, mu_for_length, schedule, working_bytes
+from wanqwen.qwen_image.family import FAMILY, denoiser, keep_float32, mu_for_length, schedule, working_bytes
 from wanqwen.qwen_image.transformer import QwenImageTransformer
 
 CPU = torch.device("cpu")
@@ -69,9 +71,9 @@ def test_references_reach_the_transformer_normalised():
     model, x, t = made(), torch.randn(1, 16, 1, 4, 6), torch.tensor([400.0])
     reference = torch.randn(1, 16, 1, 2, 4)
     raw = FAMILY.latent_format.denormalise(reference)
-    [velocity] = denoisers(model, Run(), [Conditioning(text=text(5), references=(raw,))], CPU)
+    denoise = denoiser(model, Run(), [Conditioning(text=text(5), references=(raw,))], CPU)
     direct = model(x, t, model.prompt(text(5), Run()), Run(), references=(reference,))
-    torch.testing.assert_close(velocity(x, t), direct, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denoise(x, t, (0,))[0], direct, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(direct, model(x, t, model.prompt(text(5), Run()), Run()), atol=1e-3)
 
 
@@ -79,7 +81,7 @@ def test_equal_prompts_are_embedded_once(monkeypatch):
     model, calls = made(), []
     original = model.prompt
     monkeypatch.setattr(model, "prompt", lambda *a: calls.append(1) or original(*a))
-    denoisers(model, Run(), [Conditioning(text=text(5)), Conditioning(text=text(5))], CPU)
+    denoiser(model, Run(), [Conditioning(text=text(5)), Conditioning(text=text(5))], CPU)
     assert len(calls) == 1
 
 
@@ -88,16 +90,34 @@ def test_both_passes_of_a_step_share_the_modulation(monkeypatch):
     calls = []
     layer = model.transformer_blocks[0].img_mod[1]
     layer.register_forward_hook(lambda *_: calls.append(1))
-    velocities = denoisers(model, Run(), [Conditioning(text=text(5)), Conditioning(text=text(3, 1))], CPU)
+    denoise = denoiser(model, Run(), [Conditioning(text=text(5)), Conditioning(text=text(3, 1))], CPU)
     for timestep in (900.0, 500.0):
-        for velocity in velocities:
-            velocity(x, torch.tensor([timestep]))
+        denoise(x, torch.tensor([timestep]), (0, 1))
+        denoise(x, torch.tensor([timestep]), (1,))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_taken_together_have_the_bits_of_each_alone(dtype: torch.dtype) -> None:
+    config = replace(CONFIG, zero_cond_t=True)
+    model, x, t = made(config, dtype), torch.randn(2, 16, 1, 4, 6), torch.tensor([400.0, 90.0])
+    pictures = (torch.randn(1, 16, 1, 2, 4), torch.randn(1, 16, 1, 8, 2))
+    conditionings = [
+        Conditioning(text=text(5), references=pictures), Conditioning(text=text(3, 1), references=pictures[:1]),
+        Conditioning(text=text(5)),
+    ]  # fmt: skip
+    with torch.inference_mode():
+        denoise = denoiser(model, Run(dtype=dtype), conditionings, CPU)
+        alone = [denoise(x, t, (k,))[0] for k in (0, 1, 2)]
+        for which in ((0, 1), (2, 0, 1), (1, 2)):
+            together = denoise(x, t, which)
+            assert all(torch.equal(v, alone[k]) for k, v in zip(which, together, strict=True))
+    assert not torch.equal(alone[0], alone[2])
 
 
 def test_text_of_another_encoder_is_refused():
     with pytest.raises(ValueError, match=r"width 12 .Qwen2.5-VL-7B., the conditioning has 40"):
-        denoisers(made(), Run(), [Conditioning(text=torch.zeros(1, 3, 40))], CPU)
+        denoiser(made(), Run(), [Conditioning(text=torch.zeros(1, 3, 40))], CPU)
 
 
 def test_float16_is_not_offered():
@@ -122,8 +142,9 @@ def test_working_bytes_tell_the_measured_peak(dtype: torch.dtype, num_references
     conditionings = [Conditioning(text=text(40, seed), references=references) for seed in (0, 1)]
 
     def step() -> None:
-        for velocity in denoisers(model, run, conditionings, CPU):
-            velocity(x, torch.tensor([500.0]))
+        denoise = denoiser(model, run, conditionings, CPU)
+        for k in range(len(conditionings)):
+            denoise(x, torch.tensor([500.0]), (k,))
 
     peak = peak_bytes(step, CPU)
     estimate = working_bytes(config, tuple(x.shape), conditionings, dtype)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from wanqwen.core.sampling.guidance import Guided, classifier_free, combination, norm_preserving, per_step
 
+from .known import denoiser
+
 
 def velocities() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -59,22 +61,37 @@ def test_norm_preserving_leaves_zeros_alone_and_hides_no_nan():
     assert norm_preserving(zeros, zeros * math.nan, 4.0).isnan().all()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("strength, negative_calls", [(1.0, 0), (1.0001, 1), (0.0, 1), (5.0, 1)])
-def test_negative_pass_is_skipped_at_strength_one_only(strength, negative_calls):
+def test_negative_pass_is_skipped_at_strength_one_only(strength, negative_calls, interleaved):
     positive, negative = map(Counted, velocities())
-    v = Guided(positive=positive, negative=negative)(torch.zeros(2, 5, 8), torch.zeros(2), strength)
+    guided = Guided(denoise=denoiser(positive, negative), has_negative=True, interleaved=interleaved)
+    v = guided(torch.zeros(2, 5, 8), torch.zeros(2), strength)
     assert (positive.calls, negative.calls) == (1, negative_calls)
     torch.testing.assert_close(v, classifier_free(positive.value, negative.value, strength), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("interleaved", "walks"), [(False, [(0,), (1,)]), (True, [(0, 1)])])
+def test_passes_walk_together_where_they_are_interleaved(interleaved, walks):
+    known, asked = velocities(), []
+
+    def denoise(x, timestep_B, which):
+        asked.append(which)
+        return [known[k] for k in which]
+
+    guided = Guided(denoise=denoise, has_negative=True, interleaved=interleaved)
+    assert guided(torch.zeros(2, 5, 8), torch.zeros(2), 5.0).equal(classifier_free(*known, 5.0))
+    assert asked == walks
+
+
 def test_without_a_negative_there_is_no_guidance():
     positive, _ = velocities()
-    assert Guided(positive=lambda x, t: x)(positive, torch.zeros(2), 5.0).equal(positive)
+    assert Guided(denoise=denoiser(lambda x, t: x))(positive, torch.zeros(2), 5.0).equal(positive)
 
 
 def test_sixteen_bit_velocities_are_combined_in_float32():
     positive, negative = (v.bfloat16() for v in velocities())
-    guided = Guided(positive=lambda x, t: positive, negative=lambda x, t: negative)
+    guided = Guided(denoise=denoiser(lambda x, t: positive, lambda x, t: negative), has_negative=True)
     v = guided(torch.zeros(2, 5, 8), torch.zeros(2), 5.0)
     assert v.dtype == torch.float32
     assert v.equal(classifier_free(positive.float(), negative.float(), 5.0))
@@ -82,7 +99,8 @@ def test_sixteen_bit_velocities_are_combined_in_float32():
 
 def test_another_rule_of_combining_can_be_chosen():
     positive, negative = velocities()
-    guided = Guided(positive=lambda x, t: positive, negative=lambda x, t: negative, combine=norm_preserving)
+    denoise = denoiser(lambda x, t: positive, lambda x, t: negative)
+    guided = Guided(denoise=denoise, has_negative=True, combine=norm_preserving)
     assert guided(positive, torch.zeros(2), 4.0).equal(norm_preserving(positive, negative, 4.0))
 
 

@@ -9,6 +9,8 @@ from wanqwen.core.sampling.sample import Hold, SampleError, StepNoise, draw_nois
 from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.types import Conditioning, SampleRequest, Schedule
 
+from .known import denoiser
+
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 2, 3, 3)
 
@@ -25,9 +27,8 @@ def velocity(x, timestep_B):
 
 def run(steps, solver, x=None, seed=0, negative=None, on_step=None):
     x = draw_noise(SHAPE, 3, "cpu", CPU) if x is None else x
-    return sample(
-        x, steps, solver, Guided(positive=velocity, negative=negative), StepNoise(x.shape, seed, "cpu", CPU), on_step
-    )
+    guided = Guided(denoise=denoiser(velocity, negative), has_negative=negative is not None)
+    return sample(x, steps, solver, guided, StepNoise(x.shape, seed, "cpu", CPU), on_step)
 
 
 @pytest.mark.parametrize("solver", ["euler", "lcm"])
@@ -56,7 +57,7 @@ def test_constant_picture_is_found_in_any_number_of_steps(solver, steps):
         draw_noise(SHAPE, 0, "cpu", CPU),
         levels,
         solver,
-        Guided(positive=lambda x, t: (x - target) / sigma_of[t[0].item()]),
+        Guided(denoise=denoiser(lambda x, t: (x - target) / sigma_of[t[0].item()])),
         StepNoise(SHAPE, 0, "cpu", CPU),
     )
     torch.testing.assert_close(out, target, rtol=0, atol=1e-6)
@@ -86,7 +87,9 @@ def test_model_gets_one_float_timestep_per_item_and_float32_latents():
         seen.append((x.dtype, timestep_B.dtype, timestep_B.tolist()))
         return torch.zeros_like(x)
 
-    sample(torch.zeros(3, *SHAPE[1:], dtype=torch.float16), plan(steps=2), "unipc", Guided(positive=recorder), id)
+    sample(
+        torch.zeros(3, *SHAPE[1:], dtype=torch.float16), plan(steps=2), "unipc", Guided(denoise=denoiser(recorder)), id
+    )
     assert seen == [(torch.float32, torch.float32, [t] * 3) for t in (999.0, 833.0)]
 
 
@@ -177,7 +180,7 @@ def test_velocity_that_is_no_number_stops_the_run_and_keeps_the_last_good_latent
             x,
             plan(steps=5, solver=solver),
             solver,
-            Guided(positive=fails_third),
+            Guided(denoise=denoiser(fails_third)),
             StepNoise(SHAPE, 0, "cpu", CPU),
             lambda done, total, x0, x: good.append(x),
         )
@@ -190,7 +193,7 @@ def test_velocity_that_is_no_number_stops_the_run_and_keeps_the_last_good_latent
 def test_latent_that_grows_without_bound_stops_the_run():
     x = torch.full(SHAPE, 1e38)
     with pytest.raises(SampleError, match="left the range of float32"):
-        runaway = Guided(positive=lambda x, t: -3 * torch.full_like(x, 1e38))
+        runaway = Guided(denoise=denoiser(lambda x, t: -3 * torch.full_like(x, 1e38)))
         sample(x, plan(steps=2, solver="euler"), "euler", runaway, id)
 
 
@@ -198,7 +201,7 @@ def test_bad_latent_is_refused_before_the_model_is_asked():
     x = torch.zeros(SHAPE)
     x[0, 0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="given to the sampler holds NaN"):
-        sample(x, plan(steps=2), "unipc", Guided(positive=lambda x, t: pytest.fail("asked")), id)
+        sample(x, plan(steps=2), "unipc", Guided(denoise=denoiser(lambda x, t: pytest.fail("asked"))), id)
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++2m", "euler", "lcm"])
@@ -214,8 +217,8 @@ def test_what_is_held_comes_back_as_it_was_and_the_rest_is_new(solver):
 
     steps = plan(steps=6, solver=solver)
     fresh = StepNoise(SHAPE, 0, "cpu", CPU)
-    out = sample(noise, steps, solver, Guided(positive=recorder), fresh, hold=Hold(mask=mask, clean=clean))
-    free = sample(noise, steps, solver, Guided(positive=recorder), StepNoise(SHAPE, 0, "cpu", CPU))
+    out = sample(noise, steps, solver, Guided(denoise=denoiser(recorder)), fresh, hold=Hold(mask=mask, clean=clean))
+    free = sample(noise, steps, solver, Guided(denoise=denoiser(recorder)), StepNoise(SHAPE, 0, "cpu", CPU))
     kept = mask.expand(SHAPE) == 0
     assert torch.equal(out[kept], clean[kept])
     assert not torch.allclose(out[~kept], free[~kept], atol=1e-3)  # the kept part is seen by the model
@@ -228,5 +231,5 @@ def test_a_run_that_ends_early_keeps_the_noise_on_what_is_held():
     clean, mask = torch.ones(SHAPE), torch.zeros(1, 1, 1, 3, 3)
     steps = plan(steps=4, solver="euler", end_step=2)
     noise = draw_noise(SHAPE, 3, "cpu", CPU)
-    out = sample(noise, steps, "euler", Guided(positive=velocity), id, hold=Hold(mask=mask, clean=clean))
+    out = sample(noise, steps, "euler", Guided(denoise=denoiser(velocity)), id, hold=Hold(mask=mask, clean=clean))
     torch.testing.assert_close(out, noised(clean, noise, steps.sigmas[-1]), rtol=1e-5, atol=1e-5)

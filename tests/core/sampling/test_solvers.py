@@ -14,6 +14,8 @@ from wanqwen.core.sampling.solvers import SOLVERS
 from wanqwen.core.types import Conditioning, SampleRequest, Schedule
 from wanqwen.qwen_image.family import mu_for_length
 
+from .known import denoiser
+
 GOLDENS = Path(__file__).parents[2] / "fixtures" / "goldens" / "schedulers.safetensors"
 TRAJECTORY_TOLERANCE = 1e-5  # of the largest entry of a row; measured 3.4e-7
 WAN = Schedule(shift=5.0)
@@ -48,7 +50,7 @@ def test_every_step_equals_the_published_trajectory(case, scheduler, solver):
     else:
         steps = plan(solver, Schedule(shift=float(shift)), steps=len(offsets))
     rows, offset = [x], iter(offsets)
-    known = Guided(positive=lambda x, t: float(slope) * x + next(offset))
+    known = Guided(denoise=denoiser(lambda x, t: float(slope) * x + next(offset)))
     sample(x, steps, solver, known, id, lambda i, n, x0, x: rows.append(x))
     assert len(rows) == len(expected)
     for row, reference in zip(rows, expected, strict=True):
@@ -71,7 +73,7 @@ def gaussian_error(solver, sigmas):
         return sigma * score - (MEAN + (1 - sigma) * STD**2 * score)
 
     x = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
-    out = sample(x, plan(solver, sigmas=tuple(sigmas)), solver, Guided(positive=velocity), id)
+    out = sample(x, plan(solver, sigmas=tuple(sigmas)), solver, Guided(denoise=denoiser(velocity)), id)
     first, last = sigmas[0], sigmas[-1]
     score = (x - (1 - first) * MEAN) / math.sqrt(variance(first))
     return (out - ((1 - last) * MEAN + math.sqrt(variance(last)) * score)).abs().max().item()
@@ -117,7 +119,7 @@ def test_full_range_from_noise_to_picture_converges(solver):
 def test_ends_of_the_range_and_close_neighbours_stay_finite(solver, sigmas):
     x = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
     noise = StepNoise(tuple(x.shape), 0, "cpu", torch.device("cpu"))
-    out = sample(x, plan(solver, sigmas=sigmas), solver, Guided(positive=lambda x, t: x - 0.5), noise)
+    out = sample(x, plan(solver, sigmas=sigmas), solver, Guided(denoise=denoiser(lambda x, t: x - 0.5)), noise)
     assert out.abs().max() < 10
 
 
@@ -126,7 +128,13 @@ def test_start_at_sigma_one_is_the_limit_of_starts_below_it(solver):
     rest = (0.9, 0.6, 0.3, 0.1, 0.0)
     x = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
     outs = [
-        sample(x, plan(solver, sigmas=(first, *rest)), solver, Guided(positive=lambda x, t: torch.sin(x) - 0.5), id)
+        sample(
+            x,
+            plan(solver, sigmas=(first, *rest)),
+            solver,
+            Guided(denoise=denoiser(lambda x, t: torch.sin(x) - 0.5)),
+            id,
+        )
         for first in (1.0, 1 - 1e-6)
     ]
     # The limit is approached as 1 / lambda, and lambda is only -14 here: measured 4e-4 and 1.2e-3.
