@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
+from ..core.ops.rows import LEAST_ROWS, chunk_size
 from ..core.types import Conditioning, Denoiser, Family, Identity, Preset, Schedule
 from ..wan.vae import LATENT_FORMAT
 from .conditioning import from_comfy, prepare
@@ -86,17 +87,19 @@ def working_bytes(
 ) -> int:
     """Estimate the bytes a forward needs beside the weights: the widest moment of a block over all tokens.
 
-    That moment is the feed-forward of the images with its hidden layer twice, or the joint attention with q and k in
-    float32; tests/qwen_image/test_family.py holds it against measured peaks.
+    That moment is the joint attention with its result or a chunk of q on its way beside q, k and v, or the feed-forward
+    of a chunk; tests/qwen_image/test_family.py holds it against measured peaks.
     """
     batch, _, frames, height, width = latent_shape
     target = frames * height * width // PATCH**2
     longest = max((_extra_tokens(conditioning) for conditioning in conditionings), default=0)
-    feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
-    attention = config.dim * (22 + 6 * dtype.itemsize)
+    size, tokens = dtype.itemsize, target + longest
+    chunk = max(chunk_size(target), chunk_size(longest), min(target, longest, LEAST_ROWS))
+    feed_forward = tokens * config.dim * (4 + size) + chunk * (config.ffn_dim * size + config.dim * (8 + 2 * size))
+    attention = tokens * config.dim * (4 + 3 * size) + max(tokens * size, chunk * (12 + 2 * size)) * config.dim
     modulation = config.num_layers * 12 * config.dim * 4
-    packed = 2 * config.token_dim * 4
-    return batch * (target + longest) * (max(feed_forward, attention) + packed) + modulation
+    packed = 2 * config.token_dim * 4 + 2 * config.dim // config.num_heads * 4  # tokens as they come, and positions
+    return batch * (max(feed_forward, attention) + tokens * packed) + modulation
 
 
 def _extra_tokens(conditioning: Conditioning) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
+from ..core.ops.rows import chunk_size
 from ..core.types import Conditioning, Denoiser, Family, Identity, SampleRequest, Schedule
 from .conditioning import from_comfy
 from .config import WanConfig
@@ -85,16 +86,18 @@ def working_bytes(
 ) -> int:
     """Estimate the bytes a forward needs beside the weights: the widest moment of a block, and the keys of the prompts.
 
-    That moment is the feed-forward with its hidden layer twice, or the self-attention with q and k in float32;
-    tests/wan/test_transformer.py holds it against measured peaks.
+    That moment is the self-attention with its result or a chunk of q on its way beside q, k and v, or the feed-forward
+    of a chunk; tests/wan/test_transformer.py holds it against measured peaks.
     """
     batch, _, frames, height, width = latent_shape
     tokens = batch * frames * height * width // math.prod(config.patch_size)
-    feed_forward = 2 * config.ffn_dim * dtype.itemsize + config.dim * (12 + 2 * dtype.itemsize)
-    self_attention = config.dim * (34 + 3 * dtype.itemsize)
+    size = dtype.itemsize
+    chunk = batch * chunk_size(tokens // batch)
+    feed_forward = tokens * config.dim * (4 + size) + chunk * (config.ffn_dim * size + config.dim * (8 + 2 * size))
+    attention = tokens * config.dim * (4 + 3 * size) + max(tokens * size, chunk * (12 + 2 * size)) * config.dim
     text_row = config.dim * dtype.itemsize
     prompts = len(conditionings) * config.text_len * text_row * 2 * (config.num_layers + 1)  # keys, values and rows
-    return tokens * max(feed_forward, self_attention) + prompts
+    return max(feed_forward, attention) + prompts
 
 
 FAMILY = Family(

@@ -146,6 +146,7 @@ def test_working_bytes_tell_the_measured_peak(dtype: torch.dtype, num_references
         for k in range(len(conditionings)):
             denoise(x, torch.tensor([500.0]), (k,))
 
-    peak = peak_bytes(step, CPU)
+    with torch.no_grad():
+        peak = peak_bytes(step, CPU)
     estimate = working_bytes(config, tuple(x.shape), conditionings, dtype)
     assert peak <= estimate <= 1.5 * peak, (peak, estimate)

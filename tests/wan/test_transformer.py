@@ -131,6 +131,7 @@ def test_working_bytes_tell_the_measured_peak(dim: int, ffn_dim: int, dtype: tor
         for prompt in prompts:
             model(x, torch.tensor([500.0]), prompt, run)
 
-    peak = peak_bytes(step, torch.device("cpu"))
+    with torch.no_grad():
+        peak = peak_bytes(step, torch.device("cpu"))
     conditionings = [Conditioning(text=torch.zeros(1, 9, 40))] * 2
     assert peak <= working_bytes(config, tuple(x.shape), conditionings, dtype) <= 1.5 * peak
