@@ -309,9 +309,8 @@ def _plan(options: argparse.Namespace) -> int:
         vram=options.vram,
         ram=options.ram,
         card=options.card,
-        options=_memory_options(options),
     )
-    found = facts(model, question)
+    found = facts(replace(model, memory=_memory_options(options)), question)
     sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
     return 0
 

@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
 from .core.planning import CARDS, Card, Scene, card_named, card_of, conditioning_of, machine_of, plan_for
 from .core.runtime import compute_dtype, loaded_of
-from .core.types import Conditioning, MemoryOptions, ModelHandle
+from .core.types import Conditioning, ModelHandle
 
 GIB = 1 << 30
 SYSTEM_VRAM = 600_000_000  # bytes of a card that its driver and a CUDA context take before anything else
@@ -41,7 +41,6 @@ class Question:
     ram: float = 32.0
     card: str = DEFAULT_CARD
     is_windows: bool = sys.platform == "win32"
-    options: MemoryOptions = field(default_factory=MemoryOptions)
 
 
 def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
     prompts = _prompts(handle, 1 + question.guided, question.text_tokens, references)
     shape = latent_format.shape(1, question.frames, question.height, question.width)
     scene = _scene(handle, shape, prompts, dtype)
-    plan, job = plan_for(loaded, scene, card, _machine(question, card), question.options)
+    plan, job = plan_for(loaded, scene, card, _machine(question, card), handle.memory)
     counts = Counter(source.value for source in plan.sources.values())
     return {
         "model": handle.checkpoint.path.name,
@@ -113,6 +112,7 @@ def _scene(
         latent_shape=latent_shape,
         conditionings=prompts,
         dtype=dtype,
+        chunk_rows=handle.memory.chunk_rows,
     )
 
 

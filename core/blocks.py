@@ -22,11 +22,13 @@ class BlockHook(Protocol):
 class Run:
     """Everything that lives for one sampling run; made by `core.runtime`, never stored on a model.
 
-    `dtype` is what the large matrix products compute in. `hooks` are per list of blocks, in order of arrival (swap in,
+    `dtype` is what the large matrix products compute in, `chunk_rows` how many tokens at most they take at a time (0
+    lets the number of tokens decide). `hooks` are per list of blocks, in order of arrival (swap in,
     then unpack). `check_interrupt` raises to stop the run; it is asked before every block.
     """
 
     dtype: torch.dtype = torch.float32
+    chunk_rows: int = 0
     hooks: Mapping[str, Sequence[BlockHook]] = field(default_factory=dict)
     check_interrupt: Callable[[], None] = lambda: None
 

@@ -52,13 +52,14 @@ class Scene:
     latent_shape: tuple[int, ...]
     conditionings: tuple[Conditioning, ...]
     dtype: torch.dtype
+    chunk_rows: int = 0
 
     @property
     def key(self) -> object:
         """What tells this scene from others of the same model."""
         rows = [(c.text.shape, *(latent.shape for latent in c.references)) for c in self.conditionings]
         twins = [torch.equal(self.conditionings[0].text, c.text) for c in self.conditionings]
-        return self.latent_shape, tuple(rows), tuple(twins), self.dtype
+        return self.latent_shape, tuple(rows), tuple(twins), self.dtype, self.chunk_rows
 
 
 def plan_for(
@@ -157,7 +158,7 @@ def _traced(module: nn.Module, scene: Scene, interleaved: bool, depth: int) -> t
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
     with torch.no_grad(), LiveBytes(META) as counted:
         growth = _Growth(counted)
-        run = Run(dtype=scene.dtype, hooks={family.blocks: [growth]})
+        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [growth]})
         guided = Guided(
             denoise=family.denoiser(twin, run, list(scene.conditionings), META),
             has_negative=len(scene.conditionings) > 1,

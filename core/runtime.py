@@ -63,7 +63,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     with placed(loaded, device, plan) as residency:
         stopwatch = Stopwatch(device)
         hooks = {handle.family.blocks: [residency, stopwatch]}
-        run = Run(dtype=scene.dtype, hooks=hooks, check_interrupt=host.block_gate(device))
+        gate = host.block_gate(device)
+        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
         yield Opened(module=loaded.module, run=run, residency=residency, stopwatch=stopwatch)
 
 
@@ -170,6 +171,7 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
         latent_shape=tuple(request.latent.shape),
         conditionings=tuple(conditionings),
         dtype=dtype,
+        chunk_rows=handle.memory.chunk_rows,
     )
 
 

@@ -2,7 +2,7 @@
 # B batch, C channels, T images of the target, H W latent positions, h w tokens of an image, L tokens of all images,
 # S text tokens, J = S + L, N heads, D and E widths of a head and of all
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,17 +12,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.blocks import Run, run_blocks
-from ..core.ops.attention import attention
+from ..core.ops.attention import attention_in_place
 from ..core.ops.embed import timestep_embedding
-from ..core.ops.linear import Linear
-from ..core.ops.norm import RMSNorm, gated_add, modulate
+from ..core.ops.linear import Linear, feed_forward
+from ..core.ops.norm import RMSNorm, modulate
 from ..core.ops.rope import rotate
+from ..core.ops.rows import add_to_rows, row_chunks
 from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
 
 Made = TypeVar("Made")
 Streams = tuple[Tensor, Tensor]  # images [B, L, E] and text [B, S, E]
-Parts = tuple[tuple[slice, Tensor], ...]  # (rows of a stream, their six modulation vectors [B, 6, E]), in order
+Chunks = tuple[slice, ...]
+Parts = tuple[tuple[slice, Tensor], ...]  # (some rows of a stream, their six modulation vectors [B, 6, E])
+NormedRows = Iterator[tuple[slice, Tensor]]  # (some rows of a stream, those rows modulated)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,12 +81,22 @@ class Modulations:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Joint:
-    """What all blocks of one forward share: positions, hidden keys, and the dtype of the large products."""
+    """What all blocks share of a pass: positions, hidden keys, the dtype of the large products.
+
+    And how the rows are divided: those of the text, and of the images, the target before the references.
+    """
 
     txt_rope: Rope
     img_rope: Rope
     key_bias_BJ: Tensor | None
     dtype: torch.dtype
+    txt_chunks: Chunks
+    target_chunks: Chunks
+    reference_chunks: Chunks
+
+    @property
+    def num_target(self) -> int:
+        return self.target_chunks[-1].stop
 
 
 class QwenImageTransformer(nn.Module):
@@ -148,42 +161,37 @@ class QwenImageTransformer(nn.Module):
         lent.turn_to(timestep_B)
         time = lent.of("time", lambda: F.silu(self.time_text_embed(timestep_B, x_BCTHW.device)))
         joints = [self._joint(x_BCTHW, steered, run, lent) for steered in passes]
-        grid, frames = _grid(x_BCTHW), x_BCTHW.shape[2]
-        num_target, last = frames * grid[0] * grid[1], self.config.num_layers - 1
+        last = self.config.num_layers - 1
 
         def call(i: int, block: Block, streams: list[Streams]) -> list[Streams]:
-            img_mod, txt_mod = lent.of(i, lambda: block.modulation(time.to(run.dtype)))
-            txt_parts, keep = ((slice(None), txt_mod),), num_target if i == last else None
+            modulation = lent.of(i, lambda: block.modulation(time.to(run.dtype)))
             return [
-                block(
-                    *stream,
-                    self._image_parts(img_mod, num_target if steered.references else None),
-                    txt_parts,
-                    joint,
-                    keep,
-                )
-                for stream, steered, joint in zip(streams, passes, joints, strict=True)
+                block(*stream, modulation, joint, is_last=i == last)
+                for stream, joint in zip(streams, joints, strict=True)
             ]
 
         streams = [self._streams(x_BCTHW, steered) for steered in passes]
         streams = run_blocks(self.transformer_blocks, streams, call, run=run, name="transformer_blocks")
         modulation = lent.of("out", lambda: self.norm_out(time[: len(timestep_B)]))
-        return [self._head(img, modulation, grid, frames) for img, _ in streams]
+        outs = [
+            self._head(img, modulation, joint.target_chunks) for (img, _), joint in zip(streams, joints, strict=True)
+        ]
+        (h, w), t, p = _grid(x_BCTHW), x_BCTHW.shape[2], PATCH
+        return [rearrange(out, "b (t h w) (c p q) -> b c t (h p) (w q)", t=t, h=h, w=w, p=p, q=p) for out in outs]
 
     def _streams(self, x_BCTHW: Tensor, steered: Pass) -> Streams:
-        """Return images and text as the first block takes them.
+        """Return images and text as the first block takes them, which may change them.
 
         In float32: they grow beyond float16, and bfloat16 would round each small addition away.
         """
-        batch = x_BCTHW.shape[0]
+        batch, rows = x_BCTHW.shape[0], steered.prompt.rows_BSE
         tokens = [_tokens(image).expand(batch, -1, -1) for image in (x_BCTHW, *steered.references)]
-        return self.img_in(torch.cat(tokens, dim=1).float()), steered.prompt.rows_BSE.expand(batch, -1, -1)
+        return self.img_in(torch.cat(tokens, dim=1).float()), rows.repeat(batch // len(rows), 1, 1)
 
-    def _head(self, img_BLE: Tensor, modulation: tuple[Tensor, Tensor], grid: tuple[int, int], frames: int) -> Tensor:
+    def _head(self, img_BLE: Tensor, modulation: tuple[Tensor, Tensor], chunks: Chunks) -> Tensor:
         scale, shift = modulation
-        out = self.proj_out(modulate(img_BLE, shift, scale, self.config.eps))
-        (h, w), p = grid, PATCH
-        return rearrange(out, "b (t h w) (c p q) -> b c t (h p) (w q)", t=frames, h=h, w=w, p=p, q=p)
+        parts = [self.proj_out(modulate(img_BLE[:, rows], shift, scale, self.config.eps)) for rows in chunks]
+        return torch.cat(parts, dim=1)
 
     def _joint(self, x_BCTHW: Tensor, steered: Pass, run: Run, lent: Modulations) -> Joint:
         """Return what the blocks share of a pass. Raises ValueError for odd sizes."""
@@ -199,15 +207,16 @@ class QwenImageTransformer(nn.Module):
         )
         if bias is not None:
             bias = F.pad(bias, (0, len(img_rope[0])))
-        return Joint(txt_rope=txt_rope, img_rope=img_rope, key_bias_BJ=bias, dtype=run.dtype)
-
-    def _image_parts(self, modulation: Tensor, first_reference: int | None) -> Parts:
-        """Divide the image rows: where the model treats references as clean pictures, they follow the row of time 0."""
-        if not self.config.zero_cond_t:
-            return ((slice(None), modulation),)
-        if first_reference is None:
-            return ((slice(None), modulation[:-1]),)
-        return (slice(0, first_reference), modulation[:-1]), (slice(first_reference, None), modulation[-1:])
+        num_target = frames * grids[0][0] * grids[0][1]
+        return Joint(
+            txt_rope=txt_rope,
+            img_rope=img_rope,
+            key_bias_BJ=bias,
+            dtype=run.dtype,
+            txt_chunks=row_chunks(rows.shape[1], run.chunk_rows),
+            target_chunks=row_chunks(num_target, run.chunk_rows),
+            reference_chunks=row_chunks(len(img_rope[0]) - num_target, run.chunk_rows, num_target),
+        )
 
 
 class TimeEmbedding(nn.Module):
@@ -251,7 +260,10 @@ class OutputModulation(nn.Module):
 
 
 class Block(nn.Module):
-    """Joint attention over text and images, then a feed-forward of each; every branch is modulated and gated."""
+    """Joint attention over text and images, then a feed-forward of each; every branch is modulated and gated.
+
+    Without gradients the streams given to it are changed.
+    """
 
     def __init__(self, config: QwenImageConfig):
         super().__init__()
@@ -276,26 +288,41 @@ class Block(nn.Module):
         return img_mod, txt_mod
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_parts: Parts, txt_parts: Parts, joint: Joint, keep: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return both streams, [B, L, E] and [B, S, E]. With `keep`, only so many image rows are read afterwards.
+        self, img: Tensor, txt: Tensor, modulation: tuple[Tensor, Tensor], joint: Joint, is_last: bool
+    ) -> Streams:
+        """Return both streams. Of the last block only the target's rows are read afterwards.
 
-        Then the other rows serve as keys and values alone, and the text returns as it came.
+        There the references and the text serve as keys and values alone; the text returns as it came.
         """
-        img_out, txt_out = self.attn(
-            _modulated(img, img_parts, 0, self.eps, joint.dtype),
-            _modulated(txt, txt_parts, 0, self.eps, joint.dtype),
-            joint,
-            keep,
+        img_mod, txt_mod = modulation
+        # Where the model treats references as clean pictures, they follow the row of time 0.
+        target_mod, reference_mod = (img_mod[:-1], img_mod[-1:]) if self.zero_cond_t else (img_mod, img_mod)
+        targets = tuple((rows, target_mod) for rows in joint.target_chunks)
+        references = tuple((rows, reference_mod) for rows in joint.reference_chunks)
+        texts = tuple((rows, txt_mod) for rows in joint.txt_chunks)
+        gathered = self.attn(
+            self._normed(img, (*targets, *references), joint), self._normed(txt, texts, joint), joint, len(img), is_last
         )
-        if keep is None:
-            txt = self._feed_forward(_gated(txt, txt_out, txt_parts, 2), self.txt_mlp, txt_parts, joint)
-        else:
-            img, img_parts = img[:, :keep], img_parts[:1]
-        return self._feed_forward(_gated(img, img_out, img_parts, 2), self.img_mlp, img_parts, joint), txt
+        if is_last:
+            return self._finish(img[:, : joint.num_target], targets, gathered, self.attn.to_out[0], self.img_mlp), txt
+        of_txt, of_img = gathered.tensor_split((txt.shape[1],), dim=1)
+        img = self._finish(img, (*targets, *references), of_img, self.attn.to_out[0], self.img_mlp)
+        return img, self._finish(txt, texts, of_txt, self.attn.to_add_out, self.txt_mlp)
 
-    def _feed_forward(self, x: Tensor, mlp: nn.Module, parts: Parts, joint: Joint) -> Tensor:
-        return _gated(x, mlp(_modulated(x, parts, 3, self.eps, joint.dtype)), parts, 5)
+    def _normed(self, x: Tensor, parts: Parts, joint: Joint) -> NormedRows:
+        """Give each part of a stream as the attention takes it."""
+        for rows, mod in parts:
+            yield rows, modulate(x[:, rows], mod[:, 0:1], mod[:, 1:2], self.eps).to(joint.dtype)
+
+    def _finish(self, x: Tensor, parts: Parts, gathered: Tensor, out: Linear, mlp: "FeedForward") -> Tensor:
+        """Add to each part of a stream what it gathered, projected by `out`, and then its feed-forward."""
+        dtype = gathered.dtype
+        project, feed = out.at(dtype), mlp.at(dtype)
+        for rows, mod in parts:
+            _, _, gate_sa, shift, scale, gate_ff = mod.split(1, dim=1)
+            x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
+            x = add_to_rows(x, rows, feed(modulate(x[:, rows], shift, scale, self.eps).to(dtype)), gate_ff)
+        return x
 
 
 class JointAttention(nn.Module):
@@ -304,58 +331,57 @@ class JointAttention(nn.Module):
     def __init__(self, config: QwenImageConfig):
         super().__init__()
         dim, self.heads = config.dim, config.num_heads
+        self.width = dim // config.num_heads
         self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.to_add_out = Linear(dim, dim)
-        width = dim // config.num_heads
-        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (RMSNorm(width, config.eps) for _ in range(4))
+        norms = (RMSNorm(self.width, config.eps) for _ in range(4))
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norms
 
-    def forward(self, img_BLE: Tensor, txt_BSE: Tensor, joint: Joint, keep: int | None) -> tuple[Tensor, Tensor | None]:
-        """Return what the image rows and the text rows gather; with `keep` that of the first `keep` image rows only."""
-        txt_rope, img_rope, dtype = joint.txt_rope, joint.img_rope, joint.dtype
-        k = torch.cat(
-            (
-                rotate(self.norm_added_k(self._heads(self.add_k_proj(txt_BSE))), txt_rope).to(dtype),
-                rotate(self.norm_k(self._heads(self.to_k(img_BLE))), img_rope).to(dtype),
-            ),
-            dim=1,
-        )
-        v = self._heads(torch.cat((self.add_v_proj(txt_BSE), self.to_v(img_BLE)), dim=1))
-        if keep is not None:
-            img_rope = (img_rope[0][:keep], img_rope[1][:keep])
-        q = rotate(self.norm_q(self._heads(self.to_q(img_BLE[:, :keep]))), img_rope).to(dtype)
-        if keep is not None:
-            return self.to_out[0](attention(q, k, v, joint.key_bias_BJ).flatten(2)), None
-        q_txt = rotate(self.norm_added_q(self._heads(self.add_q_proj(txt_BSE))), txt_rope).to(dtype)
-        out = attention(torch.cat((q_txt, q), dim=1), k, v, joint.key_bias_BJ).flatten(2)
-        num_text = txt_BSE.shape[1]
-        return self.to_out[0](out[:, num_text:]), self.to_add_out(out[:, :num_text])
+    def forward(self, img: NormedRows, txt: NormedRows, joint: Joint, batch: int, is_last: bool) -> Tensor:
+        """Return what all rows gather [B, J, E], not yet projected; with `is_last` what the target's rows do."""
+        num_text, num_images = len(joint.txt_rope[0]), len(joint.img_rope[0])
+        shape, device = (batch, num_text + num_images, self.heads, self.width), joint.img_rope[0].device
+        q, k, v = qkv = tuple(torch.empty(shape, dtype=joint.dtype, device=device) for _ in range(3))
+        layers = self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k
+        self._fill([t[:, :num_text] for t in qkv], txt, joint.txt_rope, layers, 0 if is_last else num_text)
+        layers = self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k
+        num_asking = joint.num_target if is_last else num_images
+        self._fill([t[:, num_text:] for t in qkv], img, joint.img_rope, layers, num_asking)
+        if is_last:
+            q = q[:, num_text : num_text + num_asking]
+        del qkv
+        return attention_in_place(q, k, v, joint.key_bias_BJ).flatten(2)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b l (n d) -> b l n d", n=self.heads)
+    def _fill(
+        self, qkv: list[Tensor], normed: NormedRows, rope: Rope, layers: tuple[nn.Module, ...], num_asking: int
+    ) -> None:
+        """Write the queries of the first `num_asking` rows of a stream, and the keys and values of all."""
+        (q, k, v), (cos, sin) = qkv, rope
+        to_q, to_k, to_v = (layer.at(q.dtype) for layer in layers[:3])
+        norm_q, norm_k = layers[3:]
+        for rows, x in normed:
+            part = cos[rows], sin[rows]
+            if rows.stop <= num_asking:
+                q[:, rows] = rotate(norm_q(self._split(to_q(x))), part)
+            k[:, rows] = rotate(norm_k(self._split(to_k(x))), part)
+            v[:, rows] = self._split(to_v(x))
 
-
-class Projection(nn.Module):
-    """The first layer of a feed-forward, which the official names put one level deeper."""
-
-    def __init__(self, dim: int, ffn_dim: int):
-        super().__init__()
-        self.proj = Linear(dim, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+    def _split(self, x_BLE: Tensor) -> Tensor:
+        return rearrange(x_BLE, "b l (n d) -> b l n d", n=self.heads)
 
 
 class FeedForward(nn.Module):
-    """Two layers with a GELU (tanh form) between them."""
+    """Two layers with a GELU (tanh form) between them, named as in the official checkpoints."""
 
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
-        self.net = nn.Sequential(Projection(dim, ffn_dim), nn.GELU("tanh"), Linear(ffn_dim, dim))
+        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, ffn_dim)}), "2": Linear(ffn_dim, dim)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Return the layers as a function of tensors of this dtype."""
+        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype)
 
 
 def _grid(image_BCTHW: Tensor) -> tuple[int, int]:
@@ -371,18 +397,3 @@ def _grid(image_BCTHW: Tensor) -> tuple[int, int]:
 def _tokens(image_BCTHW: Tensor) -> Tensor:
     """Return the patches of all images in raster order, [B, t*h*w, C*4]; in a token the channel is slowest."""
     return rearrange(image_BCTHW, "b c t (h p) (w q) -> b (t h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def _modulated(x: Tensor, parts: Parts, first: int, eps: float, dtype: torch.dtype) -> Tensor:
-    """Return each part of the rows modulated by its shift and scale, vectors `first` and `first + 1` of the six."""
-    done = [
-        modulate(x[:, rows], mod[:, first : first + 1], mod[:, first + 1 : first + 2], eps).to(dtype)
-        for rows, mod in parts
-    ]
-    return done[0] if len(done) == 1 else torch.cat(done, dim=1)
-
-
-def _gated(x: Tensor, branch: Tensor, parts: Parts, gate: int) -> Tensor:
-    """Return the rows with their branch added, each part gated by vector `gate` of its six."""
-    done = [gated_add(x[:, rows], branch[:, rows], mod[:, gate : gate + 1]) for rows, mod in parts]
-    return done[0] if len(done) == 1 else torch.cat(done, dim=1)

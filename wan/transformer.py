@@ -2,7 +2,9 @@
 # B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text tokens, N heads, D and E widths of
 # a head and of all
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +12,32 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.blocks import Run, run_blocks
-from ..core.ops.attention import attention
+from ..core.ops.attention import attention, attention_in_place
 from ..core.ops.embed import timestep_embedding
-from ..core.ops.linear import Linear
-from ..core.ops.norm import LayerNorm, RMSNorm, gated_add, modulate
+from ..core.ops.linear import Linear, feed_forward
+from ..core.ops.norm import LayerNorm, RMSNorm, modulate
 from ..core.ops.rope import grid_rope, rotate
+from ..core.ops.rows import add_to_rows, row_chunks
 from .config import WanConfig
 
 Rope = tuple[Tensor, Tensor]
 
+# Up to so many tokens the keys and values of a prompt are kept for all steps: 0.4 GB in the 14B. With more tokens
+# making them anew is a thousandth of the work.
+TOKENS_THAT_KEEP_KEYS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Shared:
+    """What all blocks and passes of one forward share: the time, the positions, and how the tokens are divided."""
+
+    time_B6E: Tensor
+    rope: Rope
+    chunks: tuple[slice, ...]
+
 
 class Prompt:
-    """One prompt as the blocks see it: its embedded rows, and each block's keys and values once that block has met it.
+    """One prompt as the blocks see it: its embedded rows, and the keys and values that blocks asked it to keep.
 
     Made by `WanTransformer.prompt`; serves every step of a run, and both guidance passes where their text is equal.
     """
@@ -31,11 +47,14 @@ class Prompt:
         self.key_bias_BS = key_bias_BS
         self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keys_values(self, i: int, cross_attn: "CrossAttention") -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, S, N, D] of block i, computing them the first time only."""
-        if i not in self._keys_values:
-            self._keys_values[i] = cross_attn.keys_values(self.rows_BSE)
-        return self._keys_values[i]
+    def keys_values(self, i: int, cross_attn: "CrossAttention", keep: bool) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, S, N, D] of block i; with `keep` they are computed the first time only."""
+        if i in self._keys_values:
+            return self._keys_values[i]
+        made = cross_attn.keys_values(self.rows_BSE)
+        if keep:
+            self._keys_values[i] = made
+        return made
 
 
 class WanTransformer(nn.Module):
@@ -73,21 +92,26 @@ class WanTransformer(nn.Module):
 
     def velocities(self, x_BCTHW: Tensor, timestep_B: Tensor, prompts: Sequence[Prompt], run: Run) -> list[Tensor]:
         """Return the velocity with each prompt, as `forward` does; all of them pass a block before the next one."""
-        embedded = [self.patch_embedding(x_BCTHW, run.dtype) for _ in prompts]
-        grid = embedded[0][1]
+        grid = self.patch_embedding.grid(x_BCTHW)
+        num_tokens = math.prod(grid)
         time = timestep_embedding(timestep_B, self.config.freq_dim).to(x_BCTHW.device)
         time_B1E = self.time_embedding(time)[:, None]
-        modulation = rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6)
-        rope = self.rope(grid, x_BCTHW.device)
+        shared = Shared(
+            time_B6E=rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6),
+            rope=self.rope(grid, x_BCTHW.device),
+            chunks=row_chunks(num_tokens, run.chunk_rows),
+        )
+        keep = num_tokens <= TOKENS_THAT_KEEP_KEYS
 
         def call(i: int, block: Block, streams: list[Tensor]) -> list[Tensor]:
             return [
-                block(x, modulation, rope, prompt.keys_values(i, block.cross_attn), prompt.key_bias_BS)
+                block(x, shared, prompt.keys_values(i, block.cross_attn, keep), prompt.key_bias_BS)
                 for x, prompt in zip(streams, prompts, strict=True)
             ]
 
-        streams = run_blocks(self.blocks, [tokens.float() for tokens, _ in embedded], call, run=run)
-        return [self.head(x, time_B1E, grid) for x in streams]
+        streams = [self.patch_embedding(x_BCTHW, run.dtype) for _ in prompts]
+        streams = run_blocks(self.blocks, streams, call, run=run)
+        return [self.head(x, time_B1E, grid, shared.chunks) for x in streams]
 
     def rope(self, grid: tuple[int, int, int], device: torch.device) -> Rope:
         """Return the rotation tables of a token grid; the head width is split 44 + 42 + 42 over t, y, x (of 128)."""
@@ -106,17 +130,25 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, in_dim, *patch))
         self.bias = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x_BCTHW: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int, int]]:
-        pt, ph, pw = self.patch
-        grid = tuple(size // p for size, p in zip(x_BCTHW.shape[2:], self.patch, strict=True))
-        if tuple(x_BCTHW.shape[2:]) != (grid[0] * pt, grid[1] * ph, grid[2] * pw):
+    def grid(self, x_BCTHW: Tensor) -> tuple[int, int, int]:
+        """Return the tokens along time, height and width. Raises ValueError for sizes that leave a rest."""
+        if any(size % p for size, p in zip(x_BCTHW.shape[2:], self.patch, strict=True)):
             raise ValueError(f"Wan latents must divide into patches of {self.patch}, got {tuple(x_BCTHW.shape[2:])}")
+        t, h, w = (size // p for size, p in zip(x_BCTHW.shape[2:], self.patch, strict=True))
+        return t, h, w
+
+    def forward(self, x_BCTHW: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return tokens [B, L, E] in float32, computed in `dtype`."""
+        pt, ph, pw = self.patch
         patches = rearrange(x_BCTHW, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return F.linear(patches.to(dtype), self.weight.flatten(1).to(dtype), self.bias.to(dtype)), grid
+        return F.linear(patches.to(dtype), self.weight.flatten(1).to(dtype), self.bias.to(dtype)).float()
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; the first and last are modulated by time."""
+    """Self-attention, cross-attention to the prompt, feed-forward; the first and last are modulated by time.
+
+    Without gradients the tokens given to it are changed.
+    """
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -129,15 +161,18 @@ class Block(nn.Module):
             Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(
-        self, x: Tensor, time_B6E: Tensor, rope: Rope, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None
-    ) -> Tensor:
-        dtype = keys_values[0].dtype
-        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + time_B6E).split(1, dim=1)
-        x = gated_add(x, self.self_attn(modulate(x, shift_sa, scale_sa, self.eps).to(dtype), rope), gate_sa)
-        # The cross-attention is neither modulated nor gated.
-        x = x + self.cross_attn(self.norm3(x).to(dtype), keys_values, key_bias)
-        return gated_add(x, self.ffn(modulate(x, shift_ff, scale_ff, self.eps).to(dtype)), gate_ff)
+    def forward(self, x: Tensor, shared: Shared, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None) -> Tensor:
+        dtype, modulation = keys_values[0].dtype, self.modulation.float() + shared.time_B6E
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.split(1, dim=1)
+        gathered = self.self_attn(x, lambda part: modulate(part, shift_sa, scale_sa, self.eps).to(dtype), shared, dtype)
+        project, attend = self.self_attn.o.at(dtype), self.cross_attn.at(dtype)
+        feed = feed_forward(self.ffn[0], self.ffn[2], dtype)
+        for rows in shared.chunks:
+            x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
+            # The cross-attention is neither modulated nor gated.
+            x = add_to_rows(x, rows, attend(self.norm3(x[:, rows]).to(dtype), keys_values, key_bias))
+            x = add_to_rows(x, rows, feed(modulate(x[:, rows], shift_ff, scale_ff, self.eps).to(dtype)), gate_ff)
+        return x
 
 
 class SelfAttention(nn.Module):
@@ -149,11 +184,21 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
 
-    def forward(self, x_BLE: Tensor, rope: Rope) -> Tensor:
-        q, k, v = self.norm_q(self.q(x_BLE)), self.norm_k(self.k(x_BLE)), self.v(x_BLE)
-        q, k, v = (rearrange(t, "b l (n d) -> b l n d", n=self.heads) for t in (q, k, v))
-        out_BLND = attention(rotate(q, rope).to(x_BLE.dtype), rotate(k, rope).to(x_BLE.dtype), v)
-        return self.o(out_BLND.flatten(2))
+    def forward(self, x_BLE: Tensor, norm: Callable[[Tensor], Tensor], shared: Shared, dtype: torch.dtype) -> Tensor:
+        """Return what each token of `norm(x)` gathers [B, L, E], not yet projected by `o`."""
+        batch, length, width = x_BLE.shape
+        shape = batch, length, self.heads, width // self.heads
+        q, k, v = (torch.empty(shape, dtype=dtype, device=x_BLE.device) for _ in range(3))
+        to_q, to_k, to_v = (layer.at(dtype) for layer in (self.q, self.k, self.v))
+        for rows in shared.chunks:
+            part, rope = norm(x_BLE[:, rows]), (shared.rope[0][rows], shared.rope[1][rows])
+            q[:, rows] = rotate(self._split(self.norm_q(to_q(part))), rope)
+            k[:, rows] = rotate(self._split(self.norm_k(to_k(part))), rope)
+            v[:, rows] = self._split(to_v(part))
+        return attention_in_place(q, k, v).flatten(2)
+
+    def _split(self, x_BLE: Tensor) -> Tensor:
+        return rearrange(x_BLE, "b l (n d) -> b l n d", n=self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -169,9 +214,15 @@ class CrossAttention(nn.Module):
         k, v = self.norm_k(self.k(rows_BSE)).to(rows_BSE.dtype), self.v(rows_BSE)
         return rearrange(k, "b s (n d) -> b s n d", n=self.heads), rearrange(v, "b s (n d) -> b s n d", n=self.heads)
 
-    def forward(self, x_BLE: Tensor, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None) -> Tensor:
-        q = rearrange(self.norm_q(self.q(x_BLE)).to(x_BLE.dtype), "b l (n d) -> b l n d", n=self.heads)
-        return self.o(attention(q, *keys_values, key_bias).flatten(2))
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None], Tensor]:
+        """Return the attention as a function of tokens [B, L, E], keys and values, and a bias of the keys."""
+        to_q, project = self.q.at(dtype), self.o.at(dtype)
+
+        def attend(x_BLE: Tensor, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None) -> Tensor:
+            q = rearrange(self.norm_q(to_q(x_BLE)).to(dtype), "b l (n d) -> b l n d", n=self.heads)
+            return project(attention(q, *keys_values, key_bias).flatten(2))
+
+        return attend
 
 
 class Head(nn.Module):
@@ -185,9 +236,10 @@ class Head(nn.Module):
             config.dim, config.out_dim * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         )
 
-    def forward(self, x_BLE: Tensor, time_B1E: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, x_BLE: Tensor, time_B1E: Tensor, grid: tuple[int, int, int], chunks: tuple[slice, ...]) -> Tensor:
         shift, scale = (self.modulation.float() + time_B1E).split(1, dim=1)
-        patches = self.head(modulate(x_BLE, shift, scale, self.eps))
+        parts = [self.head(modulate(x_BLE[:, rows], shift, scale, self.eps)) for rows in chunks]
+        patches = torch.cat(parts, dim=1)
         (t, h, w), (pt, ph, pw) = grid, self.patch
         # Output patches are (pt, ph, pw, c) with c fastest; input patches are (c, pt, ph, pw).
         pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"

@@ -1,5 +1,7 @@
 """The one linear layer. What its weight is stored as is the business of `formats`, never of a model."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,24 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("weight_scale", None)
 
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Return the layer as a function of tensors of this dtype, its weight made ready once for all calls."""
+        weight = formats.dequantise(self.weight, self.weight_scale, dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return lambda x: F.linear(x, weight, bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = formats.dequantise(self.weight, self.weight_scale, x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight, bias)
+        return self.at(x.dtype)(x)
+
+
+def feed_forward(first: Linear, second: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return two layers with a GELU (tanh form) between them as a function of tensors of this dtype."""
+    widen, narrow = first.at(dtype), second.at(dtype)
+    return lambda x: narrow(gelu_tanh(widen(x)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return the GELU of x in its tanh form; x is lost, as the result is written over it, but not with gradients."""
+    if torch.is_grad_enabled():
+        return F.gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu_(x, approximate="tanh")

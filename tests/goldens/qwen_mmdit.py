@@ -100,7 +100,8 @@ def _inner(net: QwenImageTransformer, golden: Golden, case: str, name: str) -> T
     module = modules[name] if block is None else net.transformer_blocks[int(block[1])]
     seen: list[Tensor] = []
     handle = module.register_forward_hook(
-        lambda _, __, out: seen.append(out if block is None else out[("img", "txt").index(block[2])])
+        # A copy: the next block works in place.
+        lambda _, __, out: seen.append((out if block is None else out[("img", "txt").index(block[2])]).clone())
     )
     try:
         _forward(net, golden, case, torch.float32)

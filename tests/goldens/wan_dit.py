@@ -109,7 +109,8 @@ def _inner(golden: Golden, case: str, name: str, reference: Tensor) -> Tensor:
     (sample,) = _samples(golden, case)
     module: nn.Module = getattr(net, name) if name in INNER else net.blocks[int(name.removeprefix("block"))]
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    # A copy: the next block works in place.
+    handle = module.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
     try:
         _one(net, *sample, torch.float32)
     finally:

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from wanqwen.core.blocks import Run
+from wanqwen.core.memory.trace import peak_bytes as traced_bytes
 from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.types import Conditioning, SampleRequest
 from wanqwen.qwen_image.config import QwenImageConfig
 from wanqwen.qwen_image.family import FAMILY, denoiser, keep_float32, mu_for_length, schedule
 from wanqwen.qwen_image.transformer import QwenImageTransformer
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 CONFIG = QwenImageConfig(num_layers=2, num_heads=2, dim=32, ffn_dim=64, text_dim=12, freq_dim=16, axes=(4, 6, 6))
 
 
@@ -121,3 +122,30 @@ def test_text_of_another_encoder_is_refused():
 
 def test_float16_is_not_offered():
     assert torch.float16 not in FAMILY.dtypes
+
+
+@pytest.mark.parametrize(("side", "references", "most"), [(166, (), 7.5), (128, (128, 128), 6.75)])
+def test_the_memory_of_both_ways_is_traced_without_a_device(
+    side: int, references: tuple[int, ...], most: float
+) -> None:
+    """Taken together, a second pass adds its streams of two units, a unit being all tokens in bfloat16."""
+    with META:
+        model = QwenImageTransformer(QwenImageConfig(num_layers=2)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keep_float32(name) else torch.bfloat16)
+    pictures = tuple(torch.zeros(1, 16, 1, size, size) for size in references)
+    conditionings = [Conditioning(text=torch.full((1, 128, 3584), float(k)), references=pictures) for k in (0, 1)]
+    x, t = torch.empty(1, 16, 1, side, side, device=META), torch.tensor([500.0])
+    unit = (128 + sum(size * size // 4 for size in (side, *references))) * 3072 * 2
+
+    def step(*walks: tuple[int, ...]) -> int:
+        def call() -> None:
+            denoise = denoiser(model, Run(dtype=torch.bfloat16), conditionings, META)
+            for which in walks:
+                assert [v.shape for v in denoise(x, t, which)] == [x.shape] * len(which)
+
+        return traced_bytes(call, META)
+
+    one, both, together = step((0,)), step((0,), (1,)), step((0, 1))
+    assert one <= most * unit and one <= both < one + unit / 10
+    assert both + 1.8 * unit < together < both + 2.1 * unit

@@ -307,3 +307,36 @@ def test_a_reference_of_extreme_size_is_taken(model: QwenImageTransformer) -> No
     x, timestep, text = inputs()
     out = model(x, timestep, model.prompt(text, Run()), Run(), [reference(2, 512)])
     assert out.shape == x.shape and out.isfinite().all()
+
+
+# Memory
+
+
+@pytest.mark.parametrize("num_references", [0, 2])
+def test_work_in_place_changes_neither_results_nor_what_was_given(
+    model: QwenImageTransformer, edit_model: QwenImageTransformer, num_references: int
+) -> None:
+    x, timestep, text = inputs(batch=2)
+    references = [reference(4, 6), reference(2, 2, seed=3)][:num_references]
+    for network in (model, edit_model):
+        prompt = network.prompt(text[:1], Run())
+        given = [t.clone() for t in (x, prompt.rows_BSE, *references)]
+        kept = network(x, timestep, prompt, Run(), references)
+        with torch.inference_mode():
+            assert torch.equal(network(x, timestep, prompt, Run(), references), kept)
+        assert all(torch.equal(a, b) for a, b in zip(given, (x, prompt.rows_BSE, *references), strict=True))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 14])
+def test_chunks_change_nothing_but_rounding(
+    model: QwenImageTransformer, edit_model: QwenImageTransformer, chunk_rows: int
+) -> None:
+    x, timestep, text = inputs(batch=2)
+    valid = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
+    for network in (model, edit_model):
+        for references in ((), (reference(4, 6), reference(2, 2, seed=3))):
+            with torch.inference_mode():
+                prompt = network.prompt(text, Run(), valid)
+                whole = network(x, timestep, prompt, Run(), references)
+                chunked = network(x, timestep, prompt, Run(chunk_rows=chunk_rows), references)
+            assert error(chunked, whole) < 2e-6

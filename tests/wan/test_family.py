@@ -3,12 +3,14 @@
 import pytest
 import torch
 from wanqwen.core.blocks import Run
+from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.types import Conditioning
 from wanqwen.wan.config import WanConfig
 from wanqwen.wan.family import denoiser, keep_float32
 from wanqwen.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
+META = torch.device("meta")
 CONFIG = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2, freq_dim=32, text_dim=40)
 
 
@@ -20,9 +22,9 @@ def made(dtype: torch.dtype = torch.float32) -> WanTransformer:
     return model
 
 
-def conditionings(*rows: int) -> list[Conditioning]:
+def conditionings(*rows: int, width: int = 40) -> list[Conditioning]:
     """Return texts of so many rows; equal numbers give equal texts."""
-    return [Conditioning(text=torch.randn(1, n, 40, generator=torch.Generator().manual_seed(n))) for n in rows]
+    return [Conditioning(text=torch.randn(1, n, width, generator=torch.Generator().manual_seed(n))) for n in rows]
 
 
 class Order:
@@ -63,3 +65,24 @@ def test_equal_texts_share_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "prompt", lambda *a: calls.append(1) or original(*a))
     denoiser(model, Run(), conditionings(7, 4, 7), CPU)
     assert len(calls) == 2
+
+
+def test_the_memory_of_both_ways_is_traced_without_a_device() -> None:
+    """Taken together, a second pass adds its stream of two units, a unit being the tokens in bfloat16."""
+    with META:
+        model = WanTransformer(WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=2)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keep_float32(name) else torch.bfloat16)
+    x, t, unit = torch.empty(1, 16, 21, 60, 104, device=META), torch.tensor([500.0]), 32760 * 5120 * 2
+
+    def step(*walks: tuple[int, ...]) -> int:
+        def call() -> None:
+            denoise = denoiser(model, Run(dtype=torch.bfloat16), conditionings(9, 5, width=4096), META)
+            for which in walks:
+                assert [v.shape for v in denoise(x, t, which)] == [x.shape] * len(which)
+
+        return peak_bytes(call, META)
+
+    one, both, together = step((0,)), step((0,), (1,)), step((0, 1))
+    assert one <= 6 * unit and one <= both < one + unit / 10
+    assert both + 1.9 * unit < together < both + 2.1 * unit

@@ -7,19 +7,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from wanqwen.core.blocks import Run
+from wanqwen.core.memory.trace import peak_bytes as traced_bytes
+from wanqwen.core.ops.rows import row_chunks
+from wanqwen.wan import transformer
 from wanqwen.wan.config import WanConfig
-from wanqwen.wan.transformer import WanTransformer
+from wanqwen.wan.family import keep_float32
+from wanqwen.wan.transformer import Shared, WanTransformer
 
+META = torch.device("meta")
 CONFIG = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2, freq_dim=32, text_dim=40)
+
+
+def made(config: WanConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanTransformer:
+    """Return a random model, stored as the runtime would store it for this compute dtype."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = WanTransformer(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0)
+        parameter.data = parameter.data.to(torch.float32 if keep_float32(name) else dtype)
+    return model
 
 
 @pytest.fixture(scope="module")
 def model() -> WanTransformer:
-    torch.manual_seed(0)
-    model = WanTransformer(CONFIG).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0)
-    return model
+    return made(CONFIG)
 
 
 def error(out: Tensor, expected: Tensor) -> float:
@@ -112,3 +124,66 @@ def test_no_float64_reaches_the_device(model: WanTransformer) -> None:
 def test_heads_must_fit_the_width() -> None:
     with pytest.raises(ValueError, match="does not split into 5 heads"):
         WanConfig(dim=48, ffn_dim=8, num_heads=5, num_layers=1)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_work_in_place_has_the_bits_of_work_that_keeps_everything(dtype: torch.dtype) -> None:
+    model, (x, timestep, text) = made(CONFIG, dtype), inputs()
+    run, given = Run(dtype=dtype), x.clone()
+    prompt = model.prompt(text, run)
+    rows = prompt.rows_BSE.clone()
+    kept = model(x, timestep, prompt, run)
+    with torch.inference_mode():
+        assert torch.equal(model(x, timestep, prompt, run), kept)
+    assert torch.equal(x, given) and torch.equal(prompt.rows_BSE, rows)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 35])
+def test_chunks_change_nothing_but_rounding(model: WanTransformer, chunk_rows: int) -> None:
+    x, _, text = inputs()
+    batch, timesteps = torch.cat((x, x.flip(4))), torch.tensor([612.0, 87.5])
+    with torch.inference_mode():
+        prompt = model.prompt(text, Run())
+        whole = model(batch, timesteps, prompt, Run())
+        assert error(model(batch, timesteps, prompt, Run(chunk_rows=chunk_rows)), whole) < 2e-6
+
+
+def test_every_parameter_learns(model: WanTransformer) -> None:
+    learner = WanTransformer(CONFIG)
+    learner.load_state_dict(model.state_dict())
+    x, timestep, text = inputs()
+    learner(x, timestep, learner.prompt(text, Run()), Run()).square().mean().backward()
+    assert not [name for name, p in learner.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+
+
+def test_keys_and_values_are_not_kept_where_there_are_many_tokens(
+    model: WanTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, timestep, text = inputs()
+    kept = model(x, timestep, model.prompt(text, Run()), Run())
+    monkeypatch.setattr(transformer, "TOKENS_THAT_KEEP_KEYS", 35)
+    prompt = model.prompt(text, Run())
+    for _ in range(2):
+        assert torch.equal(model(x, timestep, prompt, Run()), kept)
+    assert not prompt._keys_values
+
+
+@pytest.mark.parametrize("size", [(832, 480), (1280, 720)])
+def test_a_block_of_the_14b_takes_six_units_for_a_clip(size: tuple[int, int]) -> None:
+    """A unit is the tokens in bfloat16; the stream, which is float32, takes two of them."""
+    width, height = size
+    config = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=1)
+    model, grid = made(config, torch.bfloat16, META), (21, height // 16, width // 16)
+    num_tokens = math.prod(grid)
+    unit = num_tokens * config.dim * 2
+
+    def step() -> None:
+        shared = Shared(time_B6E=torch.empty(1, 6, config.dim, device=META), rope=model.rope(grid, META),
+                        chunks=row_chunks(num_tokens))  # fmt: skip
+        keys_values = [torch.empty(1, 512, 40, 128, dtype=torch.bfloat16, device=META) for _ in range(2)]
+        model.blocks[0](torch.empty(1, num_tokens, config.dim, device=META), shared, keys_values, None)
+
+    assert 5 * unit < traced_bytes(step, META) <= 6 * unit
