@@ -14,6 +14,7 @@ from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
 from .core.planning import CARDS, Card, Scene, card_named, card_of, conditioning_of, machine_of, plan_for
 from .core.runtime import compute_dtype, loaded_of
+from .core.sampling.solvers import SOLVERS
 from .core.types import Conditioning, ModelHandle
 
 GIB = 1 << 30
@@ -113,6 +114,7 @@ def _scene(
         conditionings=prompts,
         dtype=dtype,
         chunk_rows=handle.memory.chunk_rows,
+        kept_latents=max(solver.kept_latents for solver in SOLVERS.values()),
     )
 
 

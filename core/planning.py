@@ -1,6 +1,7 @@
 """What a run will take of memory and time, before it begins: from shapes alone, no weight is read."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +14,16 @@ from . import host
 from .blocks import Run
 from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
-from .memory.slab import Loaded
+from .memory.slab import Loaded, Traced
 from .memory.trace import LiveBytes
-from .sampling.guidance import Guided, combination
 from .types import Conditioning, Family, MemoryOptions
 
 META = torch.device("meta")
-SHALLOW = 3  # blocks of a model's traced twin: the first and the last may do other things than those between
-# Latents in float32 that sampling holds: noise, picture, x, its successor, and what a solver remembers
-# (tests/core/test_planning.py counts them).
-STATE_LATENTS = 10
+SHALLOW = 2  # blocks of a model's traced twin: the last one may do less than the others
+# Latents in float32 that sampling holds while the model runs: noise, what it began with and was given, x, a velocity,
+# a mask.
+STATE_LATENTS = 6
+SMALL_THINGS = 4 << 20  # bytes: timesteps, and what allocators round up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ CARDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One sampling run as far as memory and time depend on it."""
+    """One sampling run as far as memory and time depend on it; the solver remembers `kept_latents` between steps."""
 
     family: Family
     config: Any
@@ -53,6 +54,7 @@ class Scene:
     conditionings: tuple[Conditioning, ...]
     dtype: torch.dtype
     chunk_rows: int = 0
+    kept_latents: int = 0
 
     @property
     def key(self) -> object:
@@ -124,49 +126,58 @@ def machine_of(device: torch.device) -> Machine:
 def working_bytes(loaded: Loaded, scene: Scene, *, interleaved: bool) -> int:
     """Return the most bytes that a guided step takes beside the weights, what sampling itself holds included.
 
-    Found by running a few blocks on the meta device, where nothing is computed: the very code that
-    runs on every device. What a block leaves behind for the run, such as a prompt's keys, every block leaves.
+    Found by taking the longest pass through a few blocks on the meta device, where nothing is computed: the very code
+    that runs on every device. What a block leaves behind for the run, such as a prompt's keys, every block leaves, in
+    every pass. Passes that are interleaved wait for each other before each block.
     """
-    key = (scene.key, interleaved)
-    if key not in loaded.working:
-        depth = len(loaded.blocks)
-        peak, left_behind = _traced(loaded.module, scene, interleaved, min(depth, SHALLOW))
-        latent = torch.Size(scene.latent_shape).numel() * torch.float32.itemsize
-        loaded.working[key] = peak + max(0, depth - SHALLOW) * left_behind + STATE_LATENTS * latent
-    return loaded.working[key]
+    depth, passes = len(loaded.blocks), len(scene.conditionings)
+    if scene.key not in loaded.working:
+        loaded.working[scene.key] = _traced(loaded.module, scene, min(depth, SHALLOW))
+    traced = loaded.working[scene.key]
+    left_behind = (depth * passes - min(depth, SHALLOW)) * traced.left_behind
+    state = (STATE_LATENTS + scene.kept_latents) * torch.Size(scene.latent_shape).numel() * torch.float32.itemsize
+    return traced.peak + left_behind + state + SMALL_THINGS + interleaved * traced.waiting
 
 
-class _Growth:
-    """A `BlockHook` that notes how much more is held after a visit to a block between than before it."""
+class _Walk:
+    """A `BlockHook` that notes what is held before and after the first block, and can stop there."""
 
     def __init__(self, counted: LiveBytes):
-        self.counted, self.total, self._before = counted, 0, 0
+        self.counted, self.stops, self.at_first, self.left_behind = counted, True, 0, 0
 
     def before(self, i: int) -> None:
-        if i == 1:
-            self._before = self.counted.live
+        if i == 0:
+            self.at_first = self.counted.live
+            if self.stops:
+                raise _EnoughError
 
     def after(self, i: int) -> None:
-        if i == 1:
-            self.total += max(0, self.counted.live - self._before)
+        if i == 0:
+            self.left_behind = max(0, self.counted.live - self.at_first)
 
 
-def _traced(module: nn.Module, scene: Scene, interleaved: bool, depth: int) -> tuple[int, int]:
-    """Return the peak of a guided step through a model of so many blocks, and what each block leaves behind."""
+class _EnoughError(Exception):
+    """The walk has come to its first block."""
+
+
+def _traced(module: nn.Module, scene: Scene, depth: int) -> Traced:
+    """Return what the longest pass takes of a model of so many blocks, and what the others hold meanwhile."""
     family, twin = scene.family, _shallow_twin(module, scene, depth)
+    costs = [family.block_operations(scene.config, scene.latent_shape, c) for c in scene.conditionings]
+    longest = max(range(len(costs)), key=lambda k: sum(costs[k]))
     x = torch.empty(scene.latent_shape, device=META)
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
     with torch.no_grad(), LiveBytes(META) as counted:
-        growth = _Growth(counted)
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [growth]})
-        guided = Guided(
-            denoise=family.denoiser(twin, run, list(scene.conditionings), META),
-            has_negative=len(scene.conditionings) > 1,
-            interleaved=interleaved,
-            combine=combination(family.guidance_patch(scene.config)),
-        )
-        guided(x, timestep_B, 2.0)
-        return counted.peak, growth.total
+        walk = _Walk(counted)
+        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [walk]})
+        denoise = family.denoiser(twin, run, list(scene.conditionings), META)
+        with contextlib.suppress(_EnoughError):
+            denoise(x, timestep_B, tuple(range(len(costs))))
+        together, walk.stops = walk.at_first, False
+        counted.peak = counted.live
+        denoise(x, timestep_B, (longest,))
+        waiting = max(0, together - walk.at_first)
+        return Traced(peak=counted.peak, left_behind=walk.left_behind, waiting=waiting)
 
 
 def _shallow_twin(module: nn.Module, scene: Scene, depth: int) -> nn.Module:

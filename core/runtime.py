@@ -19,6 +19,7 @@ from .planning import Scene, card_of, job_of, machine_of, plan_for
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
+from .sampling.solvers import find_solver
 from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
 from .weights.assemble import prepare
 
@@ -172,6 +173,7 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
         conditionings=tuple(conditionings),
         dtype=dtype,
         chunk_rows=handle.memory.chunk_rows,
+        kept_latents=find_solver(request.solver).kept_latents,
     )
 
 

@@ -70,6 +70,19 @@ class Layout:
             piece.table[piece.key] = piece.rest
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """Bytes that a run takes beside weights.
+
+    At the `peak` of a pass, `left_behind` by each block, and of passes that go through each block together while they
+    are `waiting` for one another.
+    """
+
+    peak: int
+    left_behind: int
+    waiting: int
+
+
 class Loaded:
     """A model's weights between runs. `blocks` are those of its modules that can stream.
 
@@ -81,7 +94,7 @@ class Loaded:
         self.weights, self.blocks = weights, tuple(blocks)
         self.module = weights.module
         self.masters: dict[int, HostBuffer] = {}
-        self.working: dict[object, int] = {}
+        self.working: dict[object, Traced] = {}
         self.visit_seconds: dict[object, float] = {}
 
     def layouts(self) -> tuple[Layout, ...]:

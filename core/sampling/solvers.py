@@ -41,10 +41,15 @@ Step = Callable[[Tensor, Tensor, float, float, Memory], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solver:
-    """One row of SOLVERS. `grid_start` is the level, before the shift, at which its schedule begins."""
+    """One row of SOLVERS.
+
+    `grid_start` is the level, before the shift, at which its schedule begins; `kept_latents` what it remembers of
+    earlier steps.
+    """
 
     step: Step
     grid_start: float = 1.0
+    kept_latents: int = 0
 
 
 def find_solver(name: str) -> Solver:
@@ -143,8 +148,8 @@ def _lambda(sigma: float) -> float:
 HIGHEST_TRAINED = 0.9990000128746033
 
 SOLVERS = {
-    "unipc": Solver(step=unipc, grid_start=HIGHEST_TRAINED),
-    "dpm++2m": Solver(step=dpm_2m),
+    "unipc": Solver(step=unipc, grid_start=HIGHEST_TRAINED, kept_latents=3),
+    "dpm++2m": Solver(step=dpm_2m, kept_latents=2),
     "euler": Solver(step=euler),
     "lcm": Solver(step=lcm),
 }
