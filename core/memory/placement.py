@@ -69,9 +69,10 @@ class Plan:
     """Where a model's weights are during a run.
 
     The blocks `streaming` come and go through a ring of `num_slots` slots, each from its source; the others stay.
-    `peak` is the most VRAM that weights and the `working` bytes of the computation take together, `pinned` the RAM that
-    is pinned, staging included, `crossing` the bytes that cross to the device in a step. `step_seconds` is None where
-    nothing is known of the speed; `compute_seconds` is the part of it in which the device computes.
+    `peak` is the most VRAM that weights and the `working` bytes of the computation take together, `spare` what that
+    leaves beside the headroom, `pinned` the RAM that is pinned, staging included, `crossing` the bytes that cross to
+    the device in a step. `step_seconds` is None where nothing is known of the speed; `compute_seconds` is the part of
+    it in which the device computes.
     """
 
     streaming: tuple[int, ...] = ()
@@ -79,6 +80,7 @@ class Plan:
     sources: Mapping[int, Source]
     interleaved: bool = False
     peak: int = 0
+    spare: int = 0
     working: int = 0
     pinned: int = 0
     crossing: int = 0
@@ -95,7 +97,9 @@ def make_plan(job: Job, machine: Machine, options: MemoryOptions | None = None) 
     """
     options = options or MemoryOptions()
     _check(job, options)
-    ways = [False] if job.working_interleaved is None else [True] if options.interleave else [False, True]
+    ways = [False, True] if options.interleave is None else [options.interleave]
+    if job.working_interleaved is None:
+        ways = [False]
     # Three slots pay where a disk is read; where they don't fit, two do.
     slots = [options.slots] if options.slots else [NUM_SLOTS, NUM_SLOTS_DISK]
     plans = [
@@ -112,10 +116,10 @@ def wanted_bytes(job: Job, machine: Machine, options: MemoryOptions | None = Non
     return wanted if options.vram is None else min(wanted, options.vram)
 
 
-def _rank(plan: Plan) -> tuple[bool, float, int, bool, int]:
-    seconds = plan.step_seconds
-    seconds = 0.0 if seconds is None else round(seconds, 4)
-    return bool(plan.notices), seconds, plan.crossing, plan.interleaved, plan.num_slots
+def _rank(plan: Plan) -> tuple[int, float, int, bool, int]:
+    """Return what to compare plans by: first what they take of the headroom, then seconds, then traffic."""
+    seconds = 0.0 if plan.step_seconds is None else round(plan.step_seconds, 4)
+    return max(0, -plan.spare), seconds, plan.crossing, plan.interleaved, plan.num_slots
 
 
 def _check(job: Job, options: MemoryOptions) -> None:
@@ -160,6 +164,7 @@ def _complete(job: Job, machine: Machine, options: MemoryOptions, interleaved: b
         sources=sources,
         interleaved=interleaved,
         peak=weights + working,
+        spare=free - weights - working,
         working=working,
         pinned=_pinned(job, machine, sources),
     )
