@@ -213,7 +213,10 @@ class VideoCodec:
         space = self.latent_format.spatial_factor
         height, width = (min(side) * space for side in zip(size, (given.height, given.width), strict=True))
         modes, is_found, least = _from(mode, modes_on(self.device)), mode is not None, math.inf
-        host.make_room(needed(height, width, modes[0]), self.device)
+        most = needed(height, width, modes[0])
+        if mode is None and most > host.available_ram():  # what is not on the device is there
+            modes = tuple(each for each in modes if not each.is_offloaded)
+        host.make_room(most, self.device)
         free = host.free_memory(self.device)
         for each in modes:
             nbytes = needed(height, width, each)

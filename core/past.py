@@ -50,6 +50,7 @@ class Past:
     def __init__(self, *, single: bool = False, mode: VAEMode = WHOLE) -> None:
         self.single, self.mode = single, mode
         self._kept: dict[nn.Module, Tensor | Offloaded] = {}
+        self._rooms: dict[nn.Module, Tensor | None] = {}  # RAM of layers that keep nothing just now
 
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._kept
@@ -60,42 +61,48 @@ class Past:
         known = 0 if kept is None else kept.shape[2]
         into[:, :, : into.shape[2] - known].zero_()
         if isinstance(kept, Offloaded):
-            kept.write(into[:, :, into.shape[2] - known :])
+            self._rooms[layer] = kept.write(into[:, :, into.shape[2] - known :])
         elif kept is not None:
             into[:, :, into.shape[2] - known :].copy_(kept)
         return into
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
         """Keep a copy of frames [B, C, 0..n, H, W], so that the chunk they are a view of can be freed."""
-        if not self.single:
-            self._kept[layer] = Offloaded(frames) if self.mode.is_offloaded else frames.clone()
+        if self.single:
+            return
+        if not self.mode.is_offloaded:
+            self._kept[layer] = frames.clone()
+        else:
+            self._kept[layer] = Offloaded(frames, self._rooms.pop(layer, None))
 
 
 class Offloaded:
-    """A copy of a tensor in RAM. Of a tensor on the meta device, which holds nothing, only the shape."""
+    """A copy of a tensor in RAM, in `room` if that fits. Of a tensor on the meta device, which holds nothing, a shape.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape = tensor.shape
-        self._host = None if tensor.is_meta else _in_ram(tensor)
+    Nobody waits for copies from and to pinned memory: the compute stream does them in the order they are asked for,
+    so that a room can be written again while it is still to be read.
+    """
 
-    def write(self, into: Tensor) -> None:
-        """Write the copy into a tensor of its shape.
+    def __init__(self, tensor: Tensor, room: Tensor | None = None) -> None:
+        self.shape, self._room = tensor.shape, None
+        if not tensor.is_meta:
+            self._room = room if room is not None and room.shape == tensor.shape else _room_for(tensor)
+            self._room.copy_(tensor, non_blocking=self._room.is_pinned())
 
-        The compute stream does this after the copying to RAM, so that nobody has to wait for either.
-        """
-        if self._host is not None:
-            into.copy_(self._host, non_blocking=self._host.is_pinned())
+    def write(self, into: Tensor) -> Tensor | None:
+        """Write the copy into a tensor of its shape and return the room, which is free from then on."""
+        if self._room is not None:
+            into.copy_(self._room, non_blocking=self._room.is_pinned())
+        return self._room
 
 
-def _in_ram(tensor: Tensor) -> Tensor:
-    """Return a copy in RAM, pinned for CUDA where the system allows it. The copying may be under way."""
-    if not tensor.is_cuda:
-        return torch.empty_like(tensor, device="cpu").copy_(tensor)
-    try:
-        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    except RuntimeError as error:
-        if not host.is_out_of_memory(error):
-            raise
-        log.debug("no pinned memory for %d MB: %s", tensor.nbytes >> 20, error)
-        return tensor.cpu()
-    return pinned.copy_(tensor, non_blocking=True)
+def _room_for(tensor: Tensor) -> Tensor:
+    """Return RAM for a tensor, pinned for CUDA where the system allows it."""
+    if tensor.is_cuda:
+        try:
+            return torch.empty_like(tensor, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            if not host.is_out_of_memory(error):
+                raise
+            log.debug("no pinned memory for %d MB: %s", tensor.nbytes >> 20, error)
+    return torch.empty_like(tensor, device="cpu")

@@ -213,6 +213,20 @@ def test_a_mode_asked_for_is_taken_whatever_is_free(
             assert modes_tried.pop() == mode and not modes_tried
 
 
+def test_nothing_is_offloaded_to_ram_that_is_not_there(
+    codec: VideoCodec, modes_tried: list[VAEMode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_module, "DEFAULT_TILE", TileSize(8, 16, 4))
+    network, wide = codec.first_stage_model, latent(width=40)
+    most, offloaded = (network.decode_bytes(64, 320, 9, mode) for mode in (WHOLE, OFFLOADED))
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: offloaded)
+    for ram, expected in ((most, {OFFLOADED}), (most - 1, {WHOLE})):
+        monkeypatch.setattr(codec_module.host, "available_ram", lambda ram=ram: ram)
+        codec.decode(wide)
+        assert set(modes_tried) == expected
+        modes_tried.clear()
+
+
 def test_what_is_in_ram_anyway_is_not_offloaded(codec: VideoCodec) -> None:
     assert modes_on(codec.device) == (WHOLE, SPLIT)
     assert modes_on(torch.device("cuda")) == MODES

@@ -26,6 +26,15 @@ def test_frames_come_back_behind_zeros_once(mode: VAEMode, layout: torch.memory_
     assert not past.recall(layer, into).any(), "what was moved is gone"
 
 
+def test_offloaded_frames_wait_in_the_same_room_again() -> None:
+    layer, past, rooms = nn.Identity(), Past(mode=OFFLOADED), set()
+    for frames in torch.randn(4, 1, 3, 2, 4, 6):
+        past.keep(layer, frames)
+        rooms.add(past._kept[layer]._room.data_ptr())
+        assert torch.equal(past.recall(layer, torch.empty_like(frames)), frames)
+    assert len(rooms) == 1
+
+
 @each_mode
 def test_a_mark_of_no_frames_is_kept(mode: VAEMode) -> None:
     layer, past = nn.Identity(), Past(mode=mode)

@@ -267,11 +267,11 @@ def test_predicted_bytes_are_those_of_tensors_that_hold_numbers(
 ) -> None:
     words = torch.int32 if dtype.itemsize == 4 else torch.int16  # NumPy knows no bfloat16
 
-    def in_ram(tensor: Tensor) -> Tensor:
-        """Copy to where tensors aren't counted, as what is offloaded from a CPU would be."""
+    def room_for(tensor: Tensor) -> Tensor:
+        """Return memory that isn't counted, which stands for RAM beside a device."""
         return torch.from_numpy(tensor.view(words).numpy().copy(order="K")).view(dtype)
 
-    monkeypatch.setattr(past_module, "_in_ram", in_ram)
+    monkeypatch.setattr(past_module, "_room_for", room_for)
     with torch.inference_mode(False):
         vae = WanVAE(VAEConfig(dim=8)).channels_last().to(dtype).requires_grad_(False)
     for mode in MODES:
