@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import host
+from .memory.placement import HEADROOM
 from .memory.resident import resident
 from .past import WHOLE, VAEMode, modes_on
 from .tiles import Tile, TileSize, cut
@@ -216,11 +217,11 @@ class VideoCodec:
         most = needed(height, width, modes[0])
         if mode is None and most > host.available_ram():  # what is not on the device is there
             modes = tuple(each for each in modes if not each.is_offloaded)
-        host.make_room(most, self.device)
+        host.make_room(most + HEADROOM, self.device)
         free = host.free_memory(self.device)
         for each in modes:
             nbytes = needed(height, width, each)
-            is_found = is_found or nbytes <= free
+            is_found = is_found or nbytes + HEADROOM <= free
             if is_found and nbytes < least:  # some modes are the same to a still
                 if each != WHOLE:
                     log.info("VAE: mode %s, %.1f GB of %.1f GB free", each.name, nbytes / 1e9, free / 1e9)
@@ -228,11 +229,10 @@ class VideoCodec:
             least = min(least, nbytes)
         if not is_found:
             log.warning("VAE: %.1f GB are needed and %.1f GB are free; using tiles", least / 1e9, free / 1e9)
-            if tile is not None:
+            if tile is not None or not _is_large(given):
                 yield given, modes[-1]
         while max(given.height, given.width) > MIN_TILE:
-            is_large = given.height > DEFAULT_TILE.height or given.width > DEFAULT_TILE.width
-            given = DEFAULT_TILE if is_large else given.halved()
+            given = DEFAULT_TILE if _is_large(given) else given.halved()
             yield given, mode or WHOLE
 
     def _checked_latent(self, latent: Tensor) -> Tensor:
@@ -300,6 +300,10 @@ class VideoCodec:
     def get_sd(self) -> dict[str, Tensor]:
         """Return the state dict in official names."""
         return self.first_stage_model.state_dict()
+
+
+def _is_large(tile: TileSize) -> bool:
+    return tile.height > DEFAULT_TILE.height or tile.width > DEFAULT_TILE.width
 
 
 def _from(mode: VAEMode | None, modes: tuple[VAEMode, ...]) -> tuple[VAEMode, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from wanqwen.core import codec as codec_module
 from wanqwen.core.codec import VideoCodec
+from wanqwen.core.memory.placement import HEADROOM
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.past import MODES, OFFLOADED, SMALLEST, SPLIT, WHOLE, Past, VAEMode, modes_on
 from wanqwen.core.tiles import TileSize
@@ -189,7 +190,7 @@ def test_the_first_mode_that_fits_is_taken(
         else (network.encode_bytes, torch.rand(13, 64, 96, 3, generator=torch.Generator().manual_seed(3)))
     )
     expected, asked = getattr(codec, work)(given, mode=WHOLE), []
-    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: predict(64, 96, 13, fitting))
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: predict(64, 96, 13, fitting) + HEADROOM)
     monkeypatch.setattr(codec_module.host, "make_room", lambda nbytes, device: asked.append(nbytes))
     with caplog.at_level(logging.INFO):
         out = getattr(codec, work)(given)
@@ -197,7 +198,7 @@ def test_the_first_mode_that_fits_is_taken(
     first = next(mode for mode in MODES if predict(64, 96, 13, mode) <= predict(64, 96, 13, fitting))
     assert modes_tried == [WHOLE, first] and (first == fitting or work == "encode")
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert asked == [predict(64, 96, 13, WHOLE)], "room is asked for the mode that is the fastest"
+    assert asked == [predict(64, 96, 13, WHOLE) + HEADROOM], "room is asked for the mode that is the fastest"
     assert (f"mode {first.name}" in caplog.text) == (first is not WHOLE)
     assert "tiles" not in caplog.text
 
@@ -219,7 +220,7 @@ def test_nothing_is_offloaded_to_ram_that_is_not_there(
     monkeypatch.setattr(codec_module, "DEFAULT_TILE", TileSize(8, 16, 4))
     network, wide = codec.first_stage_model, latent(width=40)
     most, offloaded = (network.decode_bytes(64, 320, 9, mode) for mode in (WHOLE, OFFLOADED))
-    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: offloaded)
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: offloaded + HEADROOM)
     for ram, expected in ((most, {OFFLOADED}), (most - 1, {WHOLE})):
         monkeypatch.setattr(codec_module.host, "available_ram", lambda ram=ram: ram)
         codec.decode(wide)
@@ -253,6 +254,16 @@ def test_short_memory_before_decoding_means_tiles(
     wide = latent(width=40)
     assert torch.equal(codec.decode(wide), codec.decode(wide, tile=TileSize(8, 16, 4), mode=WHOLE))
     assert "using tiles" in caplog.text
+
+
+@pytest.mark.parametrize("side", [1, 8, 32])
+def test_short_memory_leaves_a_frame_no_larger_than_a_tile_whole(
+    codec: VideoCodec, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    small = latent(frames=1, height=side, width=side)
+    expected = codec.decode(small)
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: 1)
+    assert torch.equal(codec.decode(small), expected)
 
 
 def test_tiles_asked_for_are_tried_whatever_is_free(codec: VideoCodec, monkeypatch: pytest.MonkeyPatch) -> None:
