@@ -4,6 +4,7 @@
     python -m wanqwen.bench.wan_vae --against qwen --frames 1 --size 256        # a still, as Qwen-Image makes
 
 `--peak-only --frames 17 81` prints our decode's peak besides its output, which must not grow with the frames.
+`--modes` prints what each mode of ours holds on a device at its fullest, counted on the meta device.
 """
 
 import argparse
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 from ..core.codec import VideoCodec
+from ..core.past import MODES
 from ..core.weights.keymap import Renamer
 from ..wan.config import VAEConfig
 from ..wan.family import LATENT_FORMAT
 from ..wan.keymap import vae_spellings
-from ..wan.vae import WanVAE
+from ..wan.vae import WanVAE, decode_bytes, encode_bytes
 from .measure import compare, peak_bytes, table
 
 CLASSES = {"wan": "AutoencoderKLWan", "qwen": "AutoencoderKLQwenImage"}
+MODE_SIZES = ((480, 832, 81), (720, 1280, 81), (1328, 1328, 1))  # height, width, frames
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,8 +37,12 @@ def main() -> None:
     parser.add_argument("--against", choices=CLASSES, default="wan", help="which of diffusers' classes")
     parser.add_argument("--dim", type=int, default=96, help="base width; 96 is the published one")
     parser.add_argument("--peak-only", action="store_true", help="our decode's peak memory, and nothing else")
+    parser.add_argument("--modes", action="store_true", help="peaks of our modes at published sizes, and nothing else")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if options.modes:
+        _print_modes(VAEConfig(dim=options.dim))
+        return
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours, theirs = _twins(VAEConfig(dim=options.dim), CLASSES[options.against], device, dtype)
     ours.to(device)  # both contestants find their weights in place
@@ -67,6 +74,19 @@ def main() -> None:
         sys.stdout.write(
             table(f"decode {what} (differs by {error:.1e})", compare(decode, options.rounds, device)) + "\n"
         )
+
+
+def _print_modes(config: VAEConfig) -> None:
+    """Print a line for each size, dtype and mode: tensors alive at the fullest moment beside weights and output."""
+    for height, width, frames in MODE_SIZES:
+        for name in ("bf16", "fp32"):
+            for mode in MODES:
+                decode, encode = (
+                    work(config, DTYPES[name], height, width, frames, mode) / 1e9
+                    for work in (decode_bytes, encode_bytes)
+                )
+                what = f"{height} x {width} x {frames} {name} {mode.name}"
+                sys.stdout.write(f"{what:<34}decode {decode:6.2f} GB   encode {encode:6.2f} GB\n")
 
 
 def _twins(config: VAEConfig, name: str, device: torch.device, dtype: torch.dtype):

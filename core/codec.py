@@ -1,4 +1,6 @@
-"""Pixels to latents and back through a causal video VAE: streamed over time, tiled in space when memory is short.
+"""Pixels to latents and back through a causal video VAE, streamed over time.
+
+When memory is short, first in one of the exact modes that take less of it, then tiled in space, which is not exact.
 
 The object also answers to the names that ComfyUI's own VAE nodes call, so it plugs into any VAE socket.
 """
@@ -6,15 +8,18 @@ The object also answers to the names that ComfyUI's own VAE nodes call, so it pl
 
 import gc
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import host
+from .memory.placement import HEADROOM
 from .memory.resident import resident
-from .tiles import TileSize, cut
+from .past import WHOLE, VAEMode, modes_on
+from .tiles import Tile, TileSize, cut
 from .types import LatentFormat
 
 log = logging.getLogger(__name__)
@@ -26,18 +31,25 @@ MIN_TILE = 8  # latent positions; below that a tile is mostly border
 class CausalVAE(Protocol):
     """A network that takes a clip in chunks; `new_past()` starts a clip, and chunks of any length continue it.
 
-    A pixel has `channels` numbers. With `whole` one chunk is all of the clip. One frame is a still to `working_bytes`.
+    A pixel has `channels` numbers. With `single` one chunk is all of the clip. `decode_bytes` and `encode_bytes` tell
+    what a clip of so many pixels and frames takes on the device beside the weights, given to the network as the codec
+    does: one latent frame at a time.
     """
 
     channels: int
 
-    def new_past(self, *, whole: bool = False) -> Any: ...
+    def new_past(self, *, single: bool = False, mode: VAEMode = WHOLE) -> Any: ...
 
     def encode_chunk(self, pixels: Tensor, past: Any) -> tuple[Tensor, Tensor]: ...
 
     def decode_chunk(self, latent: Tensor, past: Any) -> Tensor: ...
 
-    def working_bytes(self, height: int, width: int, frames: int) -> int: ...
+    def decode_bytes(self, height: int, width: int, frames: int, mode: VAEMode) -> int: ...
+
+    def encode_bytes(self, height: int, width: int, frames: int, mode: VAEMode) -> int: ...
+
+
+Needed = Callable[[CausalVAE, int, int, VAEMode], int]  # height and width in pixels, mode -> bytes
 
 
 class VideoCodec:
@@ -83,112 +95,145 @@ class VideoCodec:
         """Numbers in a pixel: 3, or 4 with alpha (ComfyUI's word). The weights are read to tell."""
         return self.first_stage_model.channels
 
-    def decode(self, latent: Tensor, *, tile: TileSize | None = None, frames_per_chunk: int = 1) -> Tensor:
+    def decode(self, latent: Tensor, *, tile: TileSize | None = None, mode: VAEMode | None = None) -> Tensor:
         """Return pixels [B, F, H, W, 3 or 4] in [0, 1] on the CPU for raw latents [B, C, T, h, w] (or [B, C, h, w]).
 
-        Whole frames unless `tile` says otherwise or the device has no room for them; time is never cut.
-        Raises ValueError for latents of another model and for latents that hold NaN or infinity.
+        In the first mode that the device has memory for, or in `mode`; in whole frames unless `tile` says otherwise or
+        no mode fits; time is never cut. Raises ValueError for latents of another model and for latents that hold NaN
+        or infinity.
         """
         latent = self._checked_latent(latent)
         if latent.dim() == 5 and latent.shape[2] > 1 and self.output_channels == 4:
             # The frames of the layered model's latents are pictures of their own, not a clip.
-            layers = [self.decode(layer, tile=tile) for layer in latent.split(1, dim=2)]
+            layers = [self.decode(layer, tile=tile, mode=mode) for layer in latent.split(1, dim=2)]
             return torch.cat(layers, dim=1)
         if latent.dim() == 4:
-            return self.decode(latent[:, :, None], tile=tile, frames_per_chunk=frames_per_chunk)[:, 0]
+            return self.decode(latent[:, :, None], tile=tile, mode=mode)[:, 0]
         space = self.latent_format.spatial_factor
         count, _, frames, height, width = latent.shape
         out_frames = self.upscale_ratio[0](frames)
         out = torch.zeros(count, out_frames, height * space, width * space, self.output_channels)
 
-        def run(network: CausalVAE, tile: TileSize) -> None:
+        def run(network: CausalVAE, tile: TileSize, mode: VAEMode) -> None:
             out.zero_()
             for clip, pixels in zip(latent, out, strict=True):
                 for part in cut(height, width, tile, space):
-                    self._decode_tile(
-                        network, clip[None, :, :, part.rows, part.columns], pixels, part, frames_per_chunk
-                    )
+                    past = network.new_past(single=frames == 1, mode=mode)
+                    self._decode_tile(network, past, clip[None, :, :, part.rows, part.columns], pixels, part)
 
-        chunk = 1 if frames == 1 else frames_per_chunk * self.latent_format.temporal_factor
-        self._with_tiles(run, tile, height, width, chunk)
+        def needed(network: CausalVAE, height: int, width: int, mode: VAEMode) -> int:
+            return network.decode_bytes(height, width, out_frames, mode)
+
+        self._within_memory(run, needed, (height, width), tile, mode)
         return out
 
-    def encode(self, pixels: Tensor, *, tile: TileSize | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, tile: TileSize | None = None, mode: VAEMode | None = None) -> Tensor:
         """Return raw latents [1, C, T, h, w] in float32 on the CPU for one clip [F, H, W, 3 or 4] in [0, 1].
 
         [B, F, H, W, 3 or 4] gives one latent per clip. A VAE of RGB drops alpha, which the log says; one of RGB and
         alpha takes RGB as opaque. F must be 4n + 1, sizes multiples of 8; what does not fit is cut off
-        (the last frames, the borders evenly), and the log says so.
+        (the last frames, the borders evenly), and the log says so. `tile` and `mode` are as in `decode`.
         """
         if pixels.dim() == 5:
-            return torch.cat([self.encode(clip, tile=tile) for clip in pixels])
+            return torch.cat([self.encode(clip, tile=tile, mode=mode) for clip in pixels])
         pixels = self._fitted_pixels(pixels)
         pixels = _with_channels(pixels, self.output_channels)
         space, time = self.latent_format.spatial_factor, self.latent_format.temporal_factor
         frames, height, width = pixels.shape[0], pixels.shape[1] // space, pixels.shape[2] // space
         out = torch.zeros(1, self.latent_channels, self.downscale_ratio[0](frames), height, width)
 
-        def run(network: CausalVAE, tile: TileSize) -> None:
+        def run(network: CausalVAE, tile: TileSize, mode: VAEMode) -> None:
             out.zero_()
             for part in cut(height, width, tile, 1):
                 rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
                 weight = part.weight_y[:, None] * part.weight_x
-                past, done = network.new_past(whole=frames == 1), 0
+                past, done = network.new_past(single=frames == 1, mode=mode), 0
                 for chunk in pixels[:, rows, columns].split([1] + [time] * ((frames - 1) // time)):
                     host.check_interrupt()
                     moved = chunk.movedim(-1, 0)[None].to(self.device, self.dtype) * 2 - 1
-                    mean = network.encode_chunk(moved, past)[0].float().cpu()
+                    mean = network.encode_chunk(moved, past)[0].cpu().float()
                     out[:, :, done : done + mean.shape[2], part.rows, part.columns] += mean * weight
                     done += mean.shape[2]
 
-        self._with_tiles(run, tile, height, width, 1 if frames == 1 else time)
+        def needed(network: CausalVAE, height: int, width: int, mode: VAEMode) -> int:
+            return network.encode_bytes(height, width, frames, mode)
+
+        self._within_memory(run, needed, (height, width), tile, mode)
         return out
 
-    def _decode_tile(
-        self, network: CausalVAE, latent: Tensor, pixels_FHWC: Tensor, part, frames_per_chunk: int
-    ) -> None:
+    def _decode_tile(self, network: CausalVAE, past: Any, latent: Tensor, pixels_FHWC: Tensor, part: Tile) -> None:
         space = self.latent_format.spatial_factor
         rows, columns = (slice(s.start * space, s.stop * space) for s in (part.rows, part.columns))
-        weight = (part.weight_y[:, None] * part.weight_x)[..., None]
-        past, done = network.new_past(whole=latent.shape[2] == 1), 0
+        weight, done = (part.weight_y[:, None] * part.weight_x)[..., None], 0
         # The first latent frame is one pixel frame and stands alone: it takes the cheap path of a still.
-        for chunk in [latent[:, :, :1], *latent[:, :, 1:].split(frames_per_chunk, dim=2)]:
-            if chunk.shape[2] == 0:
-                continue
+        for chunk in latent.split(1, dim=2):
             host.check_interrupt()
-            decoded = network.decode_chunk(chunk.to(self.device, self.dtype), past)[0]
-            shown = decoded.float().cpu().add_(1).div_(2).clamp_(0, 1).movedim(0, -1)
+            decoded = network.decode_chunk(chunk.to(self.device, self.dtype), past)[0].cpu()
+            shown = decoded.float().add_(1).div_(2).clamp_(0, 1).movedim(0, -1)
             pixels_FHWC[done : done + shown.shape[0], rows, columns] += shown.mul_(weight)
             done += shown.shape[0]
 
-    def _with_tiles(
-        self, run: Callable[[CausalVAE, TileSize], None], tile: TileSize | None, height: int, width: int, frames: int
+    def _within_memory(
+        self,
+        run: Callable[[CausalVAE, TileSize, VAEMode], None],
+        needed: Needed,
+        size: tuple[int, int],
+        tile: TileSize | None,
+        mode: VAEMode | None,
     ) -> None:
-        """Run over the whole frame, or over tiles if asked for or if memory is short; smaller ones until it fits."""
-        space = self.latent_format.spatial_factor
+        """Run in the first way that there is memory for; where it runs out all the same, in the next one."""
         with torch.inference_mode(), resident(self.first_stage_model, self.device) as network:
-            if tile is None:
-                needed = network.working_bytes(height * space, width * space, frames)
-                host.make_room(needed, self.device)
-                free = host.free_memory(self.device)
-                whole = TileSize(max(2, height), max(2, width), 0)
-                tile = whole if needed <= free else DEFAULT_TILE
-                if tile is DEFAULT_TILE:
-                    log.warning(
-                        "VAE: a whole frame needs %.1f GB and %.1f GB are free; using tiles", needed / 1e9, free / 1e9
-                    )
+            ways = self._ways(lambda height, width, mode: needed(network, height, width, mode), size, tile, mode)
+            way = next(ways)
             while True:
                 try:
-                    return run(network, tile)
+                    return run(network, *way)
                 except RuntimeError as error:
-                    if not host.is_out_of_memory(error) or max(tile.height, tile.width) <= MIN_TILE:
+                    if not host.is_out_of_memory(error):
                         raise
-                    is_large = tile.height > DEFAULT_TILE.height or tile.width > DEFAULT_TILE.width
-                    tile = DEFAULT_TILE if is_large else tile.halved()
+                    way = next(ways, None)
+                    if way is None:
+                        raise
                 # Outside the except block, so that the failed attempt's tensors are let go first.
                 gc.collect()
                 host.empty_cache()
-                log.warning("VAE: out of memory, trying again with tiles of %d x %d latents", tile.height, tile.width)
+                log.warning(
+                    "VAE: out of memory, trying again in mode %s with tiles of %d x %d latents",
+                    way[1].name, way[0].height, way[0].width,
+                )  # fmt: skip
+
+    def _ways(
+        self,
+        needed: Callable[[int, int, VAEMode], int],
+        size: tuple[int, int],
+        tile: TileSize | None,
+        mode: VAEMode | None,
+    ) -> Iterator[tuple[TileSize, VAEMode]]:
+        """Yield ways to try: modes from the first that fits, or from `mode`, then ever smaller tiles."""
+        given = tile or TileSize(max(2, size[0]), max(2, size[1]), 0)
+        space = self.latent_format.spatial_factor
+        height, width = (min(side) * space for side in zip(size, (given.height, given.width), strict=True))
+        modes, is_found, least = _from(mode, modes_on(self.device)), mode is not None, math.inf
+        most = needed(height, width, modes[0])
+        if mode is None and most > host.available_ram():  # what is not on the device is there
+            modes = tuple(each for each in modes if not each.is_offloaded)
+        host.make_room(most + HEADROOM, self.device)
+        free = host.free_memory(self.device)
+        for each in modes:
+            nbytes = needed(height, width, each)
+            is_found = is_found or nbytes + HEADROOM <= free
+            if is_found and nbytes < least:  # some modes are the same to a still
+                if each != WHOLE:
+                    log.info("VAE: mode %s, %.1f GB of %.1f GB free", each.name, nbytes / 1e9, free / 1e9)
+                yield given, each
+            least = min(least, nbytes)
+        if not is_found:
+            log.warning("VAE: %.1f GB are needed and %.1f GB are free; using tiles", least / 1e9, free / 1e9)
+            if tile is not None or not _is_large(given):
+                yield given, modes[-1]
+        while max(given.height, given.width) > MIN_TILE:
+            given = DEFAULT_TILE if _is_large(given) else given.halved()
+            yield given, mode or WHOLE
 
     def _checked_latent(self, latent: Tensor) -> Tensor:
         if latent.dim() not in (4, 5) or latent.shape[1] != self.latent_channels:
@@ -255,6 +300,17 @@ class VideoCodec:
     def get_sd(self) -> dict[str, Tensor]:
         """Return the state dict in official names."""
         return self.first_stage_model.state_dict()
+
+
+def _is_large(tile: TileSize) -> bool:
+    return tile.height > DEFAULT_TILE.height or tile.width > DEFAULT_TILE.width
+
+
+def _from(mode: VAEMode | None, modes: tuple[VAEMode, ...]) -> tuple[VAEMode, ...]:
+    """Return the modes that begin with one, which need not be among them; all of them for None."""
+    if mode is None:
+        return modes
+    return mode, *(modes[modes.index(mode) + 1 :] if mode in modes else ())
 
 
 def _with_channels(pixels_FHWC: Tensor, channels: int) -> Tensor:

@@ -122,7 +122,10 @@ def check_interrupt() -> None:
 
 
 def empty_cache() -> None:
-    """Give memory that PyTorch keeps for itself back to the device."""
+    """Give memory that PyTorch keeps for itself back to the device, and pinned memory back to the system."""
+    release = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)  # newer than the oldest PyTorch
+    if release and torch.cuda.is_available():
+        release()
     if management := _comfy("model_management"):
         management.soft_empty_cache()
     elif torch.cuda.is_available():

@@ -13,7 +13,7 @@ NOT_OURS = {"tests", "build"}
 
 FAMILY = (
     *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity"),
-    *("core/conditioning", "core/picture", "core/text", "core/types"),
+    *("core/conditioning", "core/memory/trace", "core/past", "core/picture", "core/text", "core/types"),
 )
 # Layer (the longest name that fits a module) -> the layers below, which it may import. A layer may import itself.
 ALLOWED = {
@@ -30,9 +30,10 @@ ALLOWED = {
     "core/memory": ("core/ops", "core/host", "core/types"),
     "core/blocks": ("core/memory", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
-    "core/codec": ("core/tiles", "core/memory", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": ("core/memory", "core/blocks", "core/sampling", "core/host", "core/types"),
+    "core/past": ("core/host",),
+    "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),
     "core/runtime": (
         *("core/planning", "core/pace", "core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops"),
         *("core/host", "core/types"),

@@ -1,20 +1,22 @@
 """The Wan 2.1 video VAE (the image VAE of Qwen-Image as well), streamed over time. Official parameter names."""
 # B batch, F pixel frames (4n + 1), T latent frames, H W pixels, h w latent positions (H/8, W/8)
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from ..core.memory.trace import peak_bytes
+from ..core.past import WHOLE, Past, VAEMode
 from ..core.types import LatentFormat
 from .config import LATENT_CHANNELS, VAEConfig
-from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, Past, ResidualBlock, Upsample, norm_silu
+from .vae_layers import AttentionBlock, CausalConv3d, ChannelNorm, Downsample, ResidualBlock, Upsample
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# Tensors of base width at full resolution alive at the peak of a chunk, measured 13.9, and of a still, which keeps
-# nothing for later frames, measured 5.6 (tests/wan/test_vae.py).
-WORKING_TENSORS = 15.0
-STILL_TENSORS = 6.0
+# After a clip's first chunk of one frame, and one more, every layer remembers all that it ever does.
+STEADY_CHUNKS = 3
 
 # Per latent channel; source: wan/modules/vae.py of the official repository. Qwen-Image's VAE has the same.
 LATENT_MEAN = (
@@ -50,9 +52,12 @@ class Encoder(nn.Module):
         self.downsamples = nn.ModuleList(layers)
         self.middle = _middle(widths[-1])
         self.head = _head(widths[-1], 2 * config.z_dim)
+        timed = [i for i, layer in enumerate(layers) if hasattr(layer, "time_conv")]
+        self._num_fine = timed[0] if timed else len(layers)  # the layers from the front that see every frame
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        return _run_stack(self, self.downsamples, x, past, middle_first=False)
+        layers = [self.conv1, *self.downsamples, *self.middle, partial(_finish, self.head)]
+        return _run(layers, slice(0, 1 + self._num_fine), x, past)
 
 
 class Decoder(nn.Module):
@@ -72,9 +77,12 @@ class Decoder(nn.Module):
                 layers.append(Upsample(width, temporal[level]))
         self.upsamples = nn.ModuleList(layers)
         self.head = _head(widths[-1], config.channels)
+        timed = [i for i, layer in enumerate(layers) if hasattr(layer, "time_conv")]
+        self._num_coarse = timed[-1] + 1 if timed else 0  # the layers behind these see every frame
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        return _run_stack(self, self.upsamples, x, past, middle_first=True)
+        layers = [self.conv1, *self.middle, *self.upsamples, partial(_finish, self.head)]
+        return _run(layers, slice(1 + len(self.middle) + self._num_coarse, len(layers)), x, past)
 
 
 def _middle(width: int) -> nn.ModuleList:
@@ -85,11 +93,29 @@ def _head(width: int, out: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": ChannelNorm(width, 4), "2": CausalConv3d(width, out, 3)})
 
 
-def _run_stack(part: nn.Module, levels: nn.ModuleList, x: Tensor, past: Past, middle_first: bool) -> Tensor:
-    x = part.conv1(x, past)
-    for layer in [*part.middle, *levels] if middle_first else [*levels, *part.middle]:
+def _finish(head: nn.ModuleDict, x: Tensor, past: Past) -> Tensor:
+    return head["2"].slide(head["2"].window(x, past, head["0"]), past)
+
+
+def _run(layers: Sequence[Callable[[Tensor, Past], Tensor]], fine: slice, x: Tensor, past: Past) -> Tensor:
+    """Pass a chunk through causal layers, through the `fine` ones as few frames at a time as the mode says.
+
+    One function, so that nobody but the layer at work holds what went into it.
+    """
+    for layer in layers[: fine.start]:
         x = layer(x, past)
-    return part.head["2"](norm_silu(part.head["0"], x), past)
+    is_split = past.mode.fine_frames is not None and not past.single
+    parts, done = list(x.split(past.mode.fine_frames, dim=2)) if is_split else [x], []
+    while parts:
+        x = parts.pop(0)
+        for layer in layers[fine]:
+            x = layer(x, past)
+        done.append(x)
+    x = torch.cat(done, dim=2) if len(done) > 1 else done[0]
+    del done
+    for layer in layers[fine.stop :]:
+        x = layer(x, past)
+    return x
 
 
 class WanVAE(nn.Module):
@@ -115,9 +141,9 @@ class WanVAE(nn.Module):
         """Numbers in a pixel: 3, or 4 with alpha."""
         return self.config.channels
 
-    def new_past(self, *, whole: bool = False) -> Past:
-        """Return the memory of a clip that starts now; `whole` says that its first chunk is all of it."""
-        return Past(whole=whole)
+    def new_past(self, *, single: bool = False, mode: VAEMode = WHOLE) -> Past:
+        """Return the memory of a clip that starts now; `single` says that its first chunk is all of it."""
+        return Past(single=single, mode=mode)
 
     def encode_chunk(self, pixels: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, T, h, w] of the next frames: 1 + 4n at first, 4n after, in [-1, 1]."""
@@ -129,11 +155,58 @@ class WanVAE(nn.Module):
         latent = latent.contiguous(memory_format=torch.channels_last_3d)
         return self.decoder(self.conv2(latent, past), past)
 
-    def working_bytes(self, height: int, width: int, frames: int) -> int:
-        """Estimate the bytes that a chunk of `frames` pixel frames needs besides the weights, from its widest layer.
+    def decode_bytes(self, height: int, width: int, frames: int, mode: VAEMode) -> int:
+        """Return the bytes beside the weights, on the device, that decoding `frames` pixel frames needs."""
+        return decode_bytes(self.config, self.conv2.weight.dtype, height, width, frames, mode)
 
-        One frame stands for a whole clip, a still.
-        """
-        itemsize = self.conv2.weight.element_size()
-        tensors = STILL_TENSORS if frames == 1 else WORKING_TENSORS
-        return int(tensors * frames * height * width * self.config.dim * itemsize)
+    def encode_bytes(self, height: int, width: int, frames: int, mode: VAEMode) -> int:
+        """Return the bytes beside the weights, on the device, that encoding `frames` pixel frames needs."""
+        return encode_bytes(self.config, self.conv2.weight.dtype, height, width, frames, mode)
+
+
+def decode_bytes(
+    config: VAEConfig, dtype: torch.dtype, height: int, width: int, frames: int, mode: VAEMode = WHOLE
+) -> int:
+    """Return the bytes beside the weights, on the device, that decoding `frames` frames of height x width pixels takes.
+
+    One latent frame at a time; one frame is a still. Counted by doing it on the meta device, where nothing is computed.
+    """
+    return _traced("decode", config, dtype, height, width, min(_chunks(config, frames), STEADY_CHUNKS), mode)
+
+
+def encode_bytes(
+    config: VAEConfig, dtype: torch.dtype, height: int, width: int, frames: int, mode: VAEMode = WHOLE
+) -> int:
+    """Return the same for encoding: the first frame, then as many at a time as make one latent frame."""
+    return _traced("encode", config, dtype, height, width, min(_chunks(config, frames), STEADY_CHUNKS), mode)
+
+
+def _chunks(config: VAEConfig, frames: int) -> int:
+    return 1 + (frames - 1) // 2 ** sum(config.temporal_downsample)
+
+
+@lru_cache(maxsize=256)
+def _traced(
+    work: str, config: VAEConfig, dtype: torch.dtype, height: int, width: int, num_chunks: int, mode: VAEMode
+) -> int:
+    network = _on_meta(config, dtype)
+    space, time = 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temporal_downsample)
+
+    def call() -> None:
+        past = network.new_past(single=num_chunks == 1, mode=mode)
+        for i in range(num_chunks):
+            if work == "decode":
+                shape = (1, config.z_dim, 1, height // space, width // space)
+                network.decode_chunk(torch.empty(shape, dtype=dtype, device="meta"), past)
+            else:
+                shape = (1, config.channels, 1 if i == 0 else time, height, width)
+                network.encode_chunk(torch.empty(shape, dtype=dtype, device="meta"), past)
+
+    with torch.inference_mode(False):  # it hides tensors from the count
+        return peak_bytes(call)
+
+
+@lru_cache(maxsize=4)
+def _on_meta(config: VAEConfig, dtype: torch.dtype) -> WanVAE:
+    with torch.inference_mode(False), torch.device("meta"):
+        return WanVAE(config).to(dtype).channels_last().requires_grad_(False)

@@ -10,27 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..core.ops.attention import fused_attention
 from ..core.ops.conv import conv3d
-
-
-class Past:
-    """The last frames that each layer saw, keyed by the layer: what a causal layer needs of the chunks before.
-
-    With `whole` no chunk follows the first one, so nothing is kept: of a still that would be every layer's input.
-    """
-
-    def __init__(self, *, whole: bool = False) -> None:
-        self._frames: dict[nn.Module, Tensor] = {}
-        self._whole = whole
-
-    def get(self, layer: nn.Module) -> Tensor | None:
-        """Return the kept frames [B, C, 1..2, H, W], or None where the layer has seen nothing yet."""
-        return self._frames.get(layer)
-
-    def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Keep a copy, so that the chunk it is a view of can be freed."""
-        if not self._whole:
-            self._frames[layer] = frames.clone()
+from ..core.past import Past
 
 
 class CausalConv3d(nn.Module):
@@ -45,23 +27,45 @@ class CausalConv3d(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
+        return self.slide(self.window(x, past), past)
+
+    def window(self, x: Tensor, past: Past, norm: "ChannelNorm | None" = None) -> Tensor:
+        """Return what a chunk's results are made of: the remembered frames, then x, or `silu(norm(x))`.
+
+        Of a clip's first frame that is the frame alone: all but the last tap of the kernel would meet zeros.
+        """
+        if self.kernel[0] == 1 or (x.shape[2] == 1 and self not in past):
+            return x if norm is None else norm_silu(norm, x)
+        return _window(self, self.kernel[0] - 1, x, past, norm)
+
+    def slide(self, frames: Tensor, past: Past) -> Tensor:
+        """Convolve a window, and remember the last frames of it."""
         depth, pad = self.kernel[0], (self.kernel[1] // 2, self.kernel[2] // 2)
-        if depth == 1:
-            return conv3d(x, self.weight, self.bias, padding=(0, *pad))
-        history = past.get(self)
-        if history is None and x.shape[2] == 1:  # only the last tap meets anything but zeros
-            past.keep(self, x)
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad).unsqueeze(2)
-        frames = _with_history(history, x, depth - 1)
-        past.keep(self, frames[:, :, 1 - depth :])
-        return conv3d(frames, self.weight, self.bias, padding=(0, *pad))
+        if depth > 1 and frames.shape[2] == 1:
+            out = F.conv2d(frames[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad).unsqueeze(2)
+        else:
+            out = conv3d(frames, self.weight, self.bias, padding=(0, *pad))
+        if depth > 1:
+            past.keep(self, frames[:, :, 1 - depth :])
+        return out
 
 
-def _with_history(history: Tensor | None, x: Tensor, count: int) -> Tensor:
-    """Put `count` frames in front of a chunk: those that are known, zeros before them."""
-    known = x[:, :, :0] if history is None else history
-    zeros = torch.zeros_like(x[:, :, :1]).expand(-1, -1, count - known.shape[2], -1, -1)
-    return torch.cat((zeros, known, x), dim=2)
+def _window(layer: nn.Module, count: int, x: Tensor, past: Past, norm: "ChannelNorm | None" = None) -> Tensor:
+    """Return the `count` frames that a layer remembers, and behind them x, or `silu(norm(x))`, in one tensor."""
+    if torch.is_grad_enabled():
+        now = x if norm is None else norm_silu(norm, x)
+        before = now.new_zeros(*now.shape[:2], count, *now.shape[3:])
+        return torch.cat((past.recall(layer, before), now), dim=2)
+    batch, channels, frames, height, width = x.shape
+    # Made at its full length, so that the activated frames need no tensor of their own.
+    window = torch.empty(
+        (batch, channels, count + frames, height, width),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d,
+    )  # fmt: skip
+    past.recall(layer, window[:, :, :count])
+    now = window[:, :, count:]
+    now.copy_(x) if norm is None else norm_silu(norm, x, out=now)
+    return window
 
 
 class ChannelNorm(nn.Module):
@@ -71,16 +75,16 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * (dims - 1)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         smallest = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is zero in float16
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(smallest)
         scale = self.gamma * self.gamma.shape[0] ** 0.5
-        return (x / length) * scale if torch.is_grad_enabled() else (x / length).mul_(scale)
+        return (x / length) * scale if torch.is_grad_enabled() else torch.div(x, length, out=out).mul_(scale)
 
 
-def norm_silu(norm: ChannelNorm, x: Tensor) -> Tensor:
-    """Return `silu(norm(x))`, in one new tensor where no gradient is needed."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+def norm_silu(norm: ChannelNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `silu(norm(x))`, in `out` or one new tensor where no gradient is needed."""
+    return F.silu(norm(x, out), inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -100,8 +104,13 @@ class ResidualBlock(nn.Module):
             self.shortcut = CausalConv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        hidden = self.residual["2"](norm_silu(self.residual["0"], x), past)
-        hidden = self.residual["6"](norm_silu(self.residual["3"], hidden), past)
+        hidden = x
+        for norm, name in (("0", "2"), ("3", "6")):
+            conv = self.residual[name]
+            frames = conv.window(hidden, past, self.residual[norm])
+            del hidden  # in the window now; the convolution needs the room
+            hidden = conv.slide(frames, past)
+            del frames
         shortcut = self.shortcut(x, past) if hasattr(self, "shortcut") else x
         return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
@@ -118,7 +127,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         qkv = rearrange(self.to_qkv(self.norm(frames)), "b (n c) h w -> n b 1 (h w) c", n=3)
-        out = F.scaled_dot_product_attention(*(t.contiguous() for t in qkv))
+        out = fused_attention(*(t.contiguous() for t in qkv))
         out = self.proj(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[3]))
         return x + rearrange(out, "(b t) c h w -> b c t h w", t=x.shape[2])
 
@@ -144,9 +153,9 @@ class Downsample(nn.Module):
 
     def _halve_time(self, x: Tensor, past: Past) -> Tensor:
         """The clip's first frame passes as it is; frame k of the rest is made of frames 2k-2, 2k-1 and 2k."""
-        last = past.get(self)
-        first = x[:, :, :0] if last is not None else x[:, :, :1]
-        frames = x if last is None else torch.cat((last, x), dim=2)
+        starts = self not in past
+        first = x[:, :, :1] if starts else x[:, :, :0]
+        frames = x if starts else _window(self, 1, x, past)
         past.keep(self, x[:, :, -1:])
         if frames.shape[2] < 3:
             return first
@@ -170,10 +179,10 @@ class Upsample(nn.Module):
 
     def _double_time(self, x: Tensor, past: Past) -> Tensor:
         """The clip's first frame passes as it is and is no part of the others' history."""
-        starts = past.get(self) is None
+        starts = self not in past
         first, rest = (x[:, :, :1], x[:, :, 1:]) if starts else (x[:, :, :0], x)
         if starts:
-            past.keep(self, x[:, :, :0])
+            past.keep(self, x[:, :, :0])  # a mark that the clip goes on
         if rest.shape[2] == 0:
             return first
         # The two halves of the channels are the even and the odd frames.

@@ -1,12 +1,17 @@
 """The codec's promises: shapes, tiles, refusals, the names ComfyUI's nodes call, and recovery from short memory."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from wanqwen.core import codec as codec_module
 from wanqwen.core.codec import VideoCodec
+from wanqwen.core.memory.placement import HEADROOM
+from wanqwen.core.memory.trace import peak_bytes
+from wanqwen.core.past import MODES, OFFLOADED, SMALLEST, SPLIT, WHOLE, Past, VAEMode, modes_on
 from wanqwen.core.tiles import TileSize
 from wanqwen.wan.config import VAEConfig
 from wanqwen.wan.family import LATENT_FORMAT
@@ -48,7 +53,8 @@ def test_decode_is_the_network_alone(codec: VideoCodec) -> None:
     network = codec.first_stage_model
     expected = network.decode_chunk(latent(), network.new_past()).clamp(-1, 1)[0].movedim(0, -1) / 2 + 0.5
     assert (codec.decode(latent())[0] - expected).abs().max() < 1e-5
-    assert (codec.decode(latent(), frames_per_chunk=2)[0] - expected).abs().max() < 1e-5
+    for mode in MODES:
+        assert (codec.decode(latent(), mode=mode)[0] - expected).abs().max() < 1e-5
 
 
 def test_a_tile_that_covers_all_changes_nothing(codec: VideoCodec) -> None:
@@ -145,23 +151,137 @@ def test_images_of_other_channels_are_refused(codec: VideoCodec, channels: int) 
         codec.encode(torch.zeros(1, 16, 16, channels))
 
 
+@pytest.fixture
+def modes_tried(monkeypatch: pytest.MonkeyPatch) -> list[VAEMode]:
+    """The modes in which clips began, on what passes for a device with memory of its own."""
+    tried: list[VAEMode] = []
+
+    def spied(name: str) -> Callable[[WanVAE, Tensor, Past], Any]:
+        original, known = getattr(WanVAE, name), []
+
+        def call(self: WanVAE, chunk: Tensor, past: Past) -> Any:
+            if not chunk.is_meta and not any(past is other for other in known):  # predictions are on the meta device
+                known.append(past)
+                tried.append(past.mode)
+            return original(self, chunk, past)
+
+        return call
+
+    monkeypatch.setattr(codec_module, "modes_on", lambda device: MODES)
+    for name in ("decode_chunk", "encode_chunk"):
+        monkeypatch.setattr(WanVAE, name, spied(name))
+    return tried
+
+
+@pytest.mark.parametrize("work", ["decode", "encode"])
+@pytest.mark.parametrize("fitting", MODES, ids=lambda mode: mode.name)
+def test_the_first_mode_that_fits_is_taken(
+    codec: VideoCodec,
+    modes_tried: list[VAEMode],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    work: str,
+    fitting: VAEMode,
+) -> None:
+    network = codec.first_stage_model
+    predict, given = (
+        (network.decode_bytes, latent(frames=4))
+        if work == "decode"
+        else (network.encode_bytes, torch.rand(13, 64, 96, 3, generator=torch.Generator().manual_seed(3)))
+    )
+    expected, asked = getattr(codec, work)(given, mode=WHOLE), []
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: predict(64, 96, 13, fitting) + HEADROOM)
+    monkeypatch.setattr(codec_module.host, "make_room", lambda nbytes, device: asked.append(nbytes))
+    with caplog.at_level(logging.INFO):
+        out = getattr(codec, work)(given)
+    # Of so small an encoder another mode takes less than the offloaded one.
+    first = next(mode for mode in MODES if predict(64, 96, 13, mode) <= predict(64, 96, 13, fitting))
+    assert modes_tried == [WHOLE, first] and (first == fitting or work == "encode")
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert asked == [predict(64, 96, 13, WHOLE) + HEADROOM], "room is asked for the mode that is the fastest"
+    assert (f"mode {first.name}" in caplog.text) == (first is not WHOLE)
+    assert "tiles" not in caplog.text
+
+
+def test_a_mode_asked_for_is_taken_whatever_is_free(
+    codec: VideoCodec, modes_tried: list[VAEMode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = VAEMode(name="pairs", fine_frames=2)
+    for free in (1, 1 << 40):
+        monkeypatch.setattr(codec_module.host, "free_memory", lambda device, free=free: free)
+        for mode in (*MODES, own):
+            codec.decode(latent(), mode=mode)
+            assert modes_tried.pop() == mode and not modes_tried
+
+
+def test_nothing_is_offloaded_to_ram_that_is_not_there(
+    codec: VideoCodec, modes_tried: list[VAEMode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_module, "DEFAULT_TILE", TileSize(8, 16, 4))
+    network, wide = codec.first_stage_model, latent(width=40)
+    most, offloaded = (network.decode_bytes(64, 320, 9, mode) for mode in (WHOLE, OFFLOADED))
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: offloaded + HEADROOM)
+    for ram, expected in ((most, {OFFLOADED}), (most - 1, {WHOLE})):
+        monkeypatch.setattr(codec_module.host, "available_ram", lambda ram=ram: ram)
+        codec.decode(wide)
+        assert set(modes_tried) == expected
+        modes_tried.clear()
+
+
+def test_what_is_in_ram_anyway_is_not_offloaded(codec: VideoCodec) -> None:
+    assert modes_on(codec.device) == (WHOLE, SPLIT)
+    assert modes_on(torch.device("cuda")) == MODES
+
+
+def test_peak_is_as_predicted() -> None:
+    network = WanVAE(VAEConfig(dim=16, num_res_blocks=1)).channels_last()
+    codec = VideoCodec(lambda: network, LATENT_FORMAT, device=torch.device("cpu"))
+    for frames in (1, 4):
+        clip = latent(frames=frames)
+        pixels = torch.zeros(codec.upscale_ratio[0](frames), 64, 96, 3)
+        kept = pixels.nbytes + 4 * 64 * 96  # and what each position weighs
+        for mode in (WHOLE, SPLIT):
+            predicted = network.decode_bytes(64, 96, pixels.shape[0], mode)
+            peak = peak_bytes(lambda clip=clip, mode=mode: codec.decode(clip, mode=mode)) - kept
+            assert predicted <= peak <= 1.05 * predicted
+
+
 def test_short_memory_before_decoding_means_tiles(
     codec: VideoCodec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codec_module, "DEFAULT_TILE", TileSize(8, 16, 4))
     monkeypatch.setattr(codec_module.host, "free_memory", lambda device: 1)
     wide = latent(width=40)
-    assert torch.equal(codec.decode(wide), codec.decode(wide, tile=TileSize(8, 16, 4)))
+    assert torch.equal(codec.decode(wide), codec.decode(wide, tile=TileSize(8, 16, 4), mode=WHOLE))
     assert "using tiles" in caplog.text
 
 
-def test_out_of_memory_is_answered_with_smaller_tiles(
-    codec: VideoCodec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("side", [1, 8, 32])
+def test_short_memory_leaves_a_frame_no_larger_than_a_tile_whole(
+    codec: VideoCodec, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    small = latent(frames=1, height=side, width=side)
+    expected = codec.decode(small)
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: 1)
+    assert torch.equal(codec.decode(small), expected)
+
+
+def test_tiles_asked_for_are_tried_whatever_is_free(codec: VideoCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, tile = latent(width=40), TileSize(8, 16, 4)
+    expected = codec.decode(wide, tile=tile)
+    monkeypatch.setattr(codec_module.host, "free_memory", lambda device: 1)
+    assert (codec.decode(wide, tile=tile) - expected).abs().max() < 1e-5
+
+
+def test_out_of_memory_is_answered_with_the_next_mode_and_then_with_smaller_tiles(
+    codec: VideoCodec, modes_tried: list[VAEMode], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, seen = WanVAE.decode_chunk, []
 
-    def decode_chunk(self: WanVAE, part: Tensor, past: object) -> Tensor:
-        seen.append(part.shape[4])
+    def decode_chunk(self: WanVAE, part: Tensor, past: Past) -> Tensor:
+        if part.is_meta:
+            return original(self, part, past)
+        seen.append((part.shape[4], past.mode))
         if part.shape[4] > 16:
             raise torch.OutOfMemoryError
         return original(self, part, past)
@@ -169,9 +289,17 @@ def test_out_of_memory_is_answered_with_smaller_tiles(
     monkeypatch.setattr(WanVAE, "decode_chunk", decode_chunk)
     wide = latent(width=40)
     pixels = codec.decode(wide)
-    assert seen[:2] == [40, 32] and seen[-1] == 16
+    assert seen[:5] == [*((40, mode) for mode in MODES), (32, WHOLE)] and seen[-1] == (16, WHOLE)
     assert torch.equal(pixels, codec.decode(wide, tile=TileSize(16, 16, 4)))
-    assert caplog.text.count("out of memory") == 2
+    assert caplog.text.count("out of memory") == 5
+
+    seen.clear()
+    codec.decode(latent(frames=1, width=40))
+    assert [width for width, _ in seen[:2]] == [40, 32], "to a still the modes are one"
+
+    seen.clear()
+    codec.decode(wide, mode=OFFLOADED)
+    assert seen[:3] == [(40, OFFLOADED), (40, SMALLEST), (32, OFFLOADED)] and seen[-1] == (16, OFFLOADED)
 
 
 def test_memory_that_never_suffices_is_an_error(codec: VideoCodec, monkeypatch: pytest.MonkeyPatch) -> None:
