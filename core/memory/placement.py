@@ -214,16 +214,26 @@ def _timed(job: Job, machine: Machine, plan: Plan, vram: int) -> Plan:
     plan = replace(plan, crossing=crossing, notices=tuple(notices))
     if job.visit_seconds is None:
         return plan
-    visit_seconds = job.visit_seconds * (job.passes if plan.interleaved else 1)
-    visits = [
-        Visit(seconds=visit_seconds, streams=i in plan.sources, coming=_coming(job, machine, plan, i))
-        for i in range(len(job.blocks))
-    ]
+    visits, walks = visits_of(job, machine, plan)
     return replace(
         plan,
         step_seconds=walks * step_seconds(visits, plan.num_slots),
         compute_seconds=job.passes * job.visit_seconds * len(job.blocks),
     )
+
+
+def visits_of(job: Job, machine: Machine, plan: Plan) -> tuple[list[Visit], int]:
+    """Return one walk over the blocks as a timeline, and how many walks a step takes. `visit_seconds` must be known."""
+    together = job.passes if plan.interleaved else 1
+    visits = [
+        Visit(
+            seconds=job.visit_seconds * together,
+            streams=i in plan.sources,
+            coming=_coming(job, machine, plan, i) if i in plan.sources else 0.0,
+        )
+        for i in range(len(job.blocks))
+    ]
+    return visits, job.passes // together
 
 
 def _coming(job: Job, machine: Machine, plan: Plan, block: int) -> float:

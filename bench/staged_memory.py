@@ -1,0 +1,104 @@
+"""How much RAM does a model take that streams from its file?
+
+    python -m wanqwen.bench.staged_memory [--model 14B] [--folder DIR]
+
+Writes a file of the published size and names, most of it holes, with random numbers here and there; lets every block
+of it stream through the ring with a computation that does next to nothing, and prints what the process took of RAM at
+its fullest: its own (RssAnon: two staging buffers, two slots, the other weights), and mapped files beside it. RAM
+stands for the device, so its slots count too.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..core.blocks import Run, run_blocks
+from ..core.memory import resident
+from ..core.memory.placement import GB, Plan
+from ..core.memory.slab import Loaded
+from ..core.memory.supply import Source
+from ..core.weights.assemble import prepare
+from ..core.weights.reader import open_checkpoint
+from .models import WAN, WAN_1_3B, WAN_14B
+
+MODELS = {"14B": WAN_14B, "1.3B": WAN_1_3B}
+RANDOM_SPOTS, SPOT_BYTES = 200, 1 << 16
+WALKS = 2
+
+
+def main() -> None:
+    """Write, stream, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="14B")
+    parser.add_argument("--folder", type=Path, help="where the file may lie (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = write_sparse(Path(folder) / "sparse.safetensors", MODELS[options.model])
+        before = _ram()
+        started = time.perf_counter()
+        most = stream(path, MODELS[options.model])
+        seconds = time.perf_counter() - started
+        sys.stdout.write(
+            f"file {path.stat().st_size / GB:.2f} GB, {WALKS} walks in {seconds:.1f} s; "
+            f"before {before['RssAnon'] / GB:.2f} GB; at most {most['RssAnon'] / GB:.2f} GB of its own, "
+            f"{most['RssFile'] / GB:.2f} GB of mapped files\n"
+        )
+
+
+def write_sparse(path: Path, config: object) -> Path:
+    """Write a bf16 file with the names and shapes of a model, most of it holes."""
+    with torch.device("meta"):
+        shapes = {name: list(tensor.shape) for name, tensor in WAN.build(config).state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * 2
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text, rng = json.dumps(header).encode(), random.Random(0)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for _ in range(RANDOM_SPOTS):
+            file.seek(8 + len(text) + rng.randrange(max(1, end - SPOT_BYTES)))
+            file.write(rng.randbytes(min(SPOT_BYTES, end)))
+    return path
+
+
+def stream(path: Path, config: object) -> dict[str, int]:
+    """Let every block stream from the file, and return the most RAM that this process had meanwhile."""
+    checkpoint = open_checkpoint(path)
+    names = {name: name for name in checkpoint.tensors}
+    weights = prepare(lambda: WAN.build(config), names, checkpoint, float32=WAN.float32, dtype=torch.bfloat16)
+    loaded = Loaded(weights, weights.module.blocks)
+    every = tuple(range(len(loaded.blocks)))
+    plan = Plan(streaming=every, num_slots=2, sources=dict.fromkeys(every, Source.DISK))
+    most: dict[str, int] = {}
+    resident.computes_in_ram = lambda device: False
+    with torch.inference_mode(), resident.placed(loaded, torch.device("cpu"), lambda: plan) as residency:
+        run = Run(hooks={"blocks": [residency]})
+
+        def call(i: int, block: nn.Module, state: float) -> float:
+            for key, value in _ram().items():
+                most[key] = max(most.get(key, 0), value)
+            return state + float(block.modulation.sum())
+
+        for _ in range(WALKS):
+            run_blocks(loaded.blocks, 0.0, call, run=run)
+    return most
+
+
+def _ram() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+    return {key: int(value.split()[0]) * 1024 for key, value in fields.items()}
+
+
+if __name__ == "__main__":
+    main()
