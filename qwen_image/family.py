@@ -94,7 +94,7 @@ def working_bytes(
     target = frames * height * width // PATCH**2
     longest = max((_extra_tokens(conditioning) for conditioning in conditionings), default=0)
     size, tokens = dtype.itemsize, target + longest
-    chunk = max(chunk_size(target), chunk_size(longest), min(target, longest, LEAST_ROWS))
+    chunk = min(max(target, longest), max(2 * LEAST_ROWS, chunk_size(max(target, longest))))
     feed_forward = tokens * config.dim * (4 + size) + chunk * (config.ffn_dim * size + config.dim * (8 + 2 * size))
     attention = tokens * config.dim * (4 + 3 * size) + max(tokens * size, chunk * (12 + 2 * size)) * config.dim
     modulation = config.num_layers * 12 * config.dim * 4
