@@ -31,6 +31,8 @@ SCALED_MARKER = "scaled_fp8"  # says that the file has scales, and which product
 METADATA_RECORD = "_quantization_metadata"  # metadata key with the records of all layers
 READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2")
 
+ELEMENTS_AT_ONCE = 1 << 22  # of a scaled weight that are in float32
+
 MIXED_SHARE = (
     0.1  # of the elements in a second dtype: above this a file is "mixed" (official VACE: fp32 base, bf16 rest)
 )
@@ -40,12 +42,18 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     """Return `weight` ready to compute with in `dtype`; no copy when it is stored that way already.
 
     `scale` is None, one number, or one number per output row ([out] or [out, 1]); the product is taken in float32
-    so that a 16-bit result is rounded once. Format: ComfyUI's scaled fp8 files (`scale_weight`, `weight_scale`).
+    so that a 16-bit result is rounded once, and of a part of the rows at a time, so that it is small beside the result.
+    Format: ComfyUI's scaled fp8 files (`scale_weight`, `weight_scale`).
     """
     if scale is None:
         return weight.to(dtype)
-    rows = scale.float() if scale.numel() == 1 else scale.float().reshape(-1, *[1] * (weight.dim() - 1))
-    return (weight.float() * rows).to(dtype)
+    scales = scale.float().reshape(-1, *[1] * (weight.dim() - 1)).expand(weight.shape[0], *[1] * (weight.dim() - 1))
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    size = max(1, ELEMENTS_AT_ONCE // prod(weight.shape[1:]))
+    for first in range(0, weight.shape[0], size):
+        rows = slice(first, first + size)
+        out[rows] = weight[rows].float() * scales[rows]
+    return out
 
 
 def companion(name: str) -> str | None:

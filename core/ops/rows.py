@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .norm import gated_add
 
-# A chunk is a twelfth of the tokens, or so many where that is fewer: enough to keep a large card busy.
+# Into how many chunks tokens are divided at most, and how many tokens each has at least: enough to keep a large card
+# busy, and not to spend a processor's time on laying out the weights for each.
 MOST_CHUNKS = 12
 LEAST_ROWS = 2048
 
@@ -27,8 +28,8 @@ def row_chunks(num: int, chunk_rows: int = 0, first: int = 0) -> tuple[slice, ..
 
 def chunk_size(num: int, chunk_rows: int = 0) -> int:
     """Return how many of `num` rows the longest chunk has without gradients, see `row_chunks`."""
-    longest = chunk_rows or max(LEAST_ROWS, math.ceil(num / MOST_CHUNKS))
-    return math.ceil(num / max(1, math.ceil(num / longest)))
+    num_chunks = math.ceil(num / chunk_rows) if chunk_rows else min(MOST_CHUNKS, num // LEAST_ROWS)
+    return math.ceil(num / max(1, num_chunks))
 
 
 def add_to_rows(x_BLE: Tensor, rows: slice, branch_BLE: Tensor, gate_B1E: Tensor | None = None) -> Tensor:

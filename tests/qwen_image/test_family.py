@@ -124,7 +124,7 @@ def test_float16_is_not_offered():
     assert torch.float16 not in FAMILY.dtypes
 
 
-@pytest.mark.parametrize(("side", "references", "most"), [(166, (), 7.5), (128, (128, 128), 6.75)])
+@pytest.mark.parametrize(("side", "references", "most"), [(166, (), 8.0), (128, (128, 128), 6.75)])
 def test_the_memory_of_both_ways_is_traced_without_a_device(
     side: int, references: tuple[int, ...], most: float
 ) -> None:

@@ -21,20 +21,22 @@ def linear(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Linea
 
 
 @pytest.mark.parametrize(
-    ("num", "chunk_rows"), [(1, 0), (2048, 0), (2049, 0), (32760, 0), (75601, 0), (10, 3), (9, 3), (7, 1)]
+    ("num", "chunk_rows"), [(1, 0), (2048, 0), (4095, 0), (4097, 0), (32760, 0), (75601, 0), (10, 3), (9, 3), (7, 1)]
 )
 @torch.no_grad()
 def test_chunks_cover_all_rows_once_and_are_about_equal(num: int, chunk_rows: int) -> None:
     chunks = row_chunks(num, chunk_rows, first=5)
     assert [row for rows in chunks for row in range(rows.start, rows.stop)] == list(range(5, 5 + num))
     sizes = [rows.stop - rows.start for rows in chunks]
-    assert max(sizes) == chunk_size(num, chunk_rows) <= (chunk_rows or max(LEAST_ROWS, num // MOST_CHUNKS + 1))
+    longest = chunk_rows or max(2 * LEAST_ROWS - 1, num // MOST_CHUNKS + 1)
+    assert max(sizes) == chunk_size(num, chunk_rows) <= longest
     assert max(sizes) - min(sizes) < len(sizes) + 1
+    assert chunk_rows or min(sizes) >= min(num, LEAST_ROWS) - len(sizes)
 
 
 @torch.no_grad()
 def test_few_rows_and_none_are_not_divided() -> None:
-    assert row_chunks(LEAST_ROWS) == (slice(0, LEAST_ROWS),)
+    assert row_chunks(2 * LEAST_ROWS - 1) == (slice(0, 2 * LEAST_ROWS - 1),)
     assert row_chunks(0) == ()
 
 
