@@ -95,8 +95,8 @@ def _inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "chunk_rows", default=0, min=0, max=1 << 20,
-            tooltip="How many tokens a block works on at once outside of attention. 0: a twelfth, 2048 or more. Fewer take "
-            "a little less VRAM; the result may differ in the last bits.",
+            tooltip="How many tokens a block works on at once outside of attention. 0: a twelfth, 2048 or more. Fewer "
+            "take a little less VRAM; the result may differ in the last bits.",
         ),
         io.Float.Input(
             "headroom_gb", default=float(PLANNED), min=float(PLANNED), max=256.0, step=0.1,
