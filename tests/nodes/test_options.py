@@ -51,7 +51,7 @@ def test_with_a_latent_the_plan_is_shown(nodes, model, monkeypatch: pytest.Monke
     monkeypatch.setattr(plans, "card_of", lambda device: planning.CARDS["RTX 3090"])
     lines = nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 2}, latent=latent).ui["text"]
     assert lines[0].startswith("0 of 2 blocks stay on the device, 2 stream through 2 slots: 2 from pinned RAM")
-    assert lines[1].startswith("VRAM at most 0.00 GB") and len(lines) == 3
+    assert lines[1].startswith("VRAM at most 0.01 GB") and len(lines) == 3
     with pytest.raises(ValueError, match=r"Block Swap: 3 blocks are to be swapped, and the model has 2: give 0 to 2"):
         nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 3}, latent=latent)
 

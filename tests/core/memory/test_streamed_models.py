@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wanqwen.core import host, planning, runtime
+from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import resident as memory
 from wanqwen.core.memory.placement import Plan
 from wanqwen.core.memory.supply import Source
@@ -153,3 +153,41 @@ def test_where_memory_never_suffices_the_last_good_latent_is_kept(
     assert caught.value.steps_done == 2 and torch.equal(caught.value.latent, wanted)
     crowded[0] = 0
     assert runtime.generate(handle, request).isfinite().all()
+
+
+def test_a_driver_that_swaps_is_met_with_a_new_plan(
+    run: tuple[ModelHandle, SampleRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step takes long on a card without free memory; from then on more blocks stream."""
+    handle, request = run
+    request = replace(request, steps=5)
+    stream(monkeypatch, (), 0)
+    wanted = runtime.generate(handle, request)
+    stream(monkeypatch, (), 0)
+    now, said = [0.0], []
+
+    class Clock(pace.Pace):
+        def step(self) -> float:
+            self._last, now[0] = now[0], now[0] + (30.0 if self.steps == 2 else 1.0)
+            monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+            return super().step()
+
+    monkeypatch.setattr(runtime, "Pace", Clock)
+    monkeypatch.setattr(host, "free_memory", lambda device: 0)
+    assert torch.equal(runtime.generate(handle, request, tell=said.append), wanted)
+    [line] = [line for line in said if "the driver has begun to swap" in line]
+    assert line.startswith("A step took 30.0 s: ") and "Now 1 of 4 blocks stay on the device, 3 stream" in line
+
+
+def test_the_first_step_tells_how_long_a_block_computes(
+    run: tuple[ModelHandle, SampleRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, request = run
+    stream(monkeypatch, (), 0)
+    runtime.generate(handle, request)
+    dtype = runtime.compute_dtype(handle, torch.device("cpu"))
+    loaded = runtime.loaded_of(handle, dtype)
+    scene = runtime.scene_of(handle, request, dtype)
+    [(key, seconds)] = loaded.visit_seconds.items()
+    assert key == scene.key and 0 < seconds < 1
+    assert planning.job_of(loaded, scene, None).visit_seconds == seconds
