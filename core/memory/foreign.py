@@ -55,8 +55,10 @@ class _Told(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == Tensor.device.__get__:  # an object made anew each time
             return CPU
-        if func is F.scaled_dot_product_attention and _can_fuse(args[0], kwargs.get("attn_mask")):
-            return _fused(*args[:3], kwargs.get("attn_mask"))
+        if func is F.scaled_dot_product_attention:
+            q, k, v, mask = (*args, kwargs.get("attn_mask"))[:4]
+            if _can_fuse(q, mask):
+                return _fused(q, k, v, mask)
         return func(*args, **kwargs)
 
 
