@@ -117,15 +117,8 @@ def load_text_encoder(
         raise ValueError(f"There is no tokenizer at {tokenizer}: give a folder, a file, or {HUB}.")
     where = torch.device("cpu") if device == "cpu" else host.device()
 
-    def make_room(nbytes: int) -> int:
-        host.make_room(nbytes, where)
-        return host.free_memory(where)
-
-    # On the CPU there is nothing to move and no VRAM to limit.
-    placement = Placement()
-    if where.type != "cpu":
-        placement = Placement(device=where, max_vram_bytes=max_vram_bytes, make_room=make_room)
-    return encoder(checkpoint, identity, pieces, read_tensors, dtype=dtype, placement=placement)
+    placement = Placement(device=where, max_vram_bytes=max_vram_bytes)
+    return encoder(checkpoint, identity, pieces, dtype=dtype, placement=placement)
 
 
 def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:

@@ -6,8 +6,8 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import host
+from .memory.foreign import traced_bytes
+from .memory.placement import NUM_SLOTS, Job, Machine, Plan, make_plan
+from .memory.resident import Residency, placed
+from .memory.slab import Layout, Loaded
+from .memory.supply import Source
 from .ops import formats
-from .types import Checkpoint, Conditioning, Identity
+from .types import Checkpoint, Conditioning, Identity, MemoryOptions
+from .weights.assemble import Recipe, prepare
+from .weights.reader import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +35,10 @@ log = logging.getLogger(__name__)
 FLOAT32_LIMIT_BYTES = 2 << 30
 CACHE_BYTES = 64 << 20
 MAX_NAMES_SHOWN = 8
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 Reader = Callable[[Checkpoint, Iterable[str]], Iterator[tuple[str, Tensor]]]  # core.weights.reader.read_tensors
-Named = Iterable[tuple[str, Tensor]]
 Key = tuple[str, ...]
-Run = Callable[..., Tensor]  # takes the tensors that the module takes, on the device, one after the other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,21 +56,22 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where to encode. With `max_vram_bytes` the blocks go to the device one by one if they don't fit in that together.
+    """Where to encode, and the most bytes to use there; None is whatever is free. A limit means nothing on the CPU.
 
-    `make_room(bytes)` asks others to leave the device and returns the bytes that are free then; blocks are streamed as
-    well where all of them don't fit in that. The token embedding always stays on the CPU, and nothing of the encoder
-    stays on the device.
+    Blocks that don't fit in that together come to the device in turn. The token embedding always stays on the CPU, and
+    nothing of the encoder stays on the device.
     """
 
     device: torch.device = CPU
     max_vram_bytes: int | None = None
-    make_room: Callable[[int], int] | None = None
 
-    def limit(self, needed: int) -> int | None:
-        """Return the bytes that may be used on the device, of `needed` ones; None is no limit."""
-        limits = [self.max_vram_bytes, None if self.make_room is None else self.make_room(needed)]
-        return min((limit for limit in limits if limit is not None), default=None)
+    def limit(self, wanted: int) -> int:
+        """Return the bytes that may be used on the device, after others were asked to make room for `wanted` ones."""
+        if self.max_vram_bytes is None:
+            host.make_room(wanted, self.device)
+            return host.free_memory(self.device)
+        host.make_room(min(wanted, self.max_vram_bytes), self.device)
+        return min(self.max_vram_bytes, host.free_memory(self.device))
 
 
 class EmbeddingCache:
@@ -113,9 +119,8 @@ Prompt = TypeVar("Prompt", bound=PromptLike)
 class Encoder(ABC, Generic[Prompt]):
     """A text encoder that reads its weights at the first prompt that is not in the cache, not before.
 
-    `read` is `core.weights.reader.read_tensors`. `dtype` None means bfloat16, but float32 for a small model on a CPU.
-    `placement` is where to encode unless told otherwise. A family names its model in `title` and `examples`, and turns
-    prompts into rows in `_compute`.
+    `dtype` None means bfloat16, but float32 for a small model on a CPU. `placement` is where to encode unless told
+    otherwise. A family names its model in `title` and `examples`, and turns prompts into rows in `_compute`.
     Raises ValueError if the checkpoint is no complete text encoder, or the tokenizer is not of its vocabulary.
     """
 
@@ -127,7 +132,6 @@ class Encoder(ABC, Generic[Prompt]):
         checkpoint: Checkpoint,
         identity: Identity,
         tokenizer: TokenizerLike,
-        read: Reader,
         *,
         dtype: torch.dtype | None = None,
         cache: EmbeddingCache | None = None,
@@ -137,13 +141,16 @@ class Encoder(ABC, Generic[Prompt]):
         self.config = identity.config
         self.cache = EmbeddingCache() if cache is None else cache
         self.placement = placement or Placement()
-        self._read = read
-        self._held: dict[tuple[str, torch.dtype], Any] = {}
+        self._held: dict[tuple[str, torch.dtype], Part] = {}
         self._check()
 
     def release(self) -> None:
         """Drop the weights, from the device and from memory; the next new prompt reads them again."""
         self._held.clear()
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return what is computed in on a device."""
+        return self.dtype or compute_dtype(num_parameters(self.checkpoint, self.identity), device)
 
     @abstractmethod
     def _compute(self, prompts: Sequence[Prompt], dtype: torch.dtype, placement: Placement) -> list[Tensor]:
@@ -152,7 +159,7 @@ class Encoder(ABC, Generic[Prompt]):
     def _encode(self, prompts: Sequence[Prompt], placement: Placement | None) -> list[Conditioning]:
         """Return the float32 rows [1, S, E] of each prompt, on the CPU; run those that the cache does not have."""
         placement = placement or self.placement
-        dtype = self.dtype or compute_dtype(num_parameters(self.checkpoint, self.identity), placement.device)
+        dtype = self.dtype_on(placement.device)
         for notice in filter(None, (prompt.tokens.notice for prompt in prompts)):
             log.warning(notice)
         keys = [self._key(prompt, dtype) for prompt in prompts]
@@ -175,25 +182,9 @@ class Encoder(ABC, Generic[Prompt]):
         if (part, dtype) not in self._held:
             for other in [held for held in self._held if held[1] != dtype]:
                 del self._held[other]
-            log.info("Reading %s of %s as %s", part, self.checkpoint.path, dtype)
-            try:
-                self._held[part, dtype] = load()
-            except ValueError as error:
-                raise ValueError(f"{self.checkpoint.path}: {error}") from error
+            log.info("Opening %s of %s as %s", part, self.checkpoint.path, dtype)
+            self._held[part, dtype] = load()
         return self._held[part, dtype]
-
-    def _weights(self, belongs: Callable[[str], bool] = lambda name: True) -> tuple[Named, Named]:
-        """Return the scales and the weights of the file under their official names, those that belong to a part.
-
-        Scales first: files are read in their own order, and a weight can't wait for its scale in memory.
-        """
-        official = {name: ours for ours, name in self.identity.names.items() if belongs(ours)}
-        suffixes = {name: formats.companion(ours) for name, ours in official.items()}
-        scales = [name for name, suffix in suffixes.items() if suffix in formats.WEIGHT_SCALES]
-        weights = [name for name, suffix in suffixes.items() if suffix is None]
-        read = (self._read(self.checkpoint, names) for names in (scales, weights))
-        scales, weights = (((official[name], tensor) for name, tensor in tensors) for tensors in read)
-        return scales, weights
 
     def _check(self) -> None:
         path, identity = self.checkpoint.path, self.identity
@@ -216,121 +207,177 @@ class Encoder(ABC, Generic[Prompt]):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A module whose weights stay in RAM and visit the device while it runs, together or block by block.
+class TokenTable:
+    """The token embedding [V, E] of a language model, left in its file; looked up on the CPU, where it stays.
 
-    `module` takes tensors and gives one tensor; most of its weights are in `blocks`, modules of one class. `table_VE`
-    is the token embedding of a language model: it is no part of the module and never leaves the CPU.
+    It takes no RAM: the file is memory-mapped, and only the rows that are looked up are made what `recipe` wants.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe):
+        self.checkpoint, self.recipe = checkpoint, recipe
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Return the embedded tokens [1, L, E]."""
+        chosen, stored, scale = torch.tensor(ids), self._stored[self.recipe.tensor], self._stored.get(self.recipe.scale)
+        if scale is not None and scale.numel() > 1:
+            scale = scale.reshape(-1)[chosen]
+        # As bytes: not every version of PyTorch looks rows of fp8 up.
+        rows = stored.view(torch.uint8)[chosen].view(stored.dtype)
+        return formats.dequantise(rows, scale, self.recipe.dtype)[None]
+
+    @cached_property
+    def _stored(self) -> dict[str | None, Tensor]:
+        return dict(read_tensors(self.checkpoint, filter(None, (self.recipe.tensor, self.recipe.scale))))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """The bytes that a part of an encoder takes on a device: weights of each block, all others, and its work space."""
+
+    blocks: tuple[int, ...]
+    others: int
+    working: int
+
+    @property
+    def whole(self) -> int:
+        """All that it takes with every block there."""
+        return sum(self.blocks) + self.others + self.working
+
+    def streamed(self, num_slots: int) -> int:
+        """Return what it takes with all blocks passing through so many slots."""
+        return self.others + num_slots * max(self.blocks) + self.working
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Design:
+    """How a family builds a part of an encoder: `build` makes the module, most of whose weights are in `blocks`.
+
+    `blocks` is the path of a list of modules; `table` the path of the token embedding, of which a part has none if its
+    rows come from elsewhere.
     """
 
     name: str
-    module: nn.Module
-    blocks: nn.ModuleList
-    table_VE: Tensor | None = None
+    build: Callable[[], nn.Module]
+    blocks: str
+    table: str | None = None
 
-    @cached_property
-    def num_bytes(self) -> int:
-        """Bytes of all that runs on the device."""
-        return num_bytes(self.module.parameters())
+    def open(
+        self, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype: torch.dtype, ignored: Collection[str] = ()
+    ) -> "Part":
+        """Return the part with the weights of a checkpoint, in `dtype`; none of them is read.
 
-    @cached_property
-    def block_bytes(self) -> int:
-        """Bytes of the most that comes to the device at once when blocks are streamed."""
-        inside = {id(module) for block in self.blocks for module in block.modules()}
-        others = [module for module in self.module.modules() if id(module) not in inside]
-        return max(
-            *(num_bytes(block.parameters()) for block in self.blocks),
-            *(num_bytes(module.parameters(recurse=False)) for module in others),
-        )
+        `names` maps the names of the module's parameters to the file's, `ignored` are names of the file that belong
+        elsewhere. Raises ValueError for missing, unexpected or misshapen weights.
+        """
+        weights = prepare(self.build, names, checkpoint, float32=lambda name: False, dtype=dtype, ignored=ignored)
+        table = self.table and TokenTable(checkpoint, weights.recipes.pop(f"{self.table}.weight"))
+        self._without_table(weights.module)
+        return Part(name=self.name, loaded=Loaded(weights, weights.module.get_submodule(self.blocks)), table=table)
+
+    def twin(self, dtype: torch.dtype) -> nn.Module:
+        """Return the module on the meta device, in `dtype`; buffers that no file carries are real."""
+        with META:
+            module = self._without_table(self.build())
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return module.requires_grad_(False).eval()
+
+    def working_bytes(self, dtype: torch.dtype, *inputs: Tensor) -> int:
+        """Return the most bytes beside the weights that a run of this module takes, its inputs among them.
+
+        Those of the meta device are not computed with; the others decide what is done.
+        """
+        twin = self.twin(dtype)
+        return traced_bytes(lambda: twin(*(tensor.clone() for tensor in inputs)))
+
+    def footprint(self, dtype: torch.dtype, num_blocks: int, working: int) -> Footprint:
+        """Return what a part takes that has so many blocks like the first of this one."""
+        twin = self.twin(dtype)
+        blocks = twin.get_submodule(self.blocks)
+        others = Layout(twin, "", blocks).nbytes
+        return Footprint(blocks=(Layout(blocks[0], "").nbytes,) * num_blocks, others=others, working=working)
+
+    def _without_table(self, module: nn.Module) -> nn.Module:
+        if self.table:
+            parent, _, last = self.table.rpartition(".")
+            delattr(module.get_submodule(parent), last)
+        return module
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A module whose weights are in RAM or in their file, and visit the device while it runs, together or in turn.
+
+    `loaded.module` takes tensors and gives one tensor; most of its weights are in `loaded.blocks`. `table` is the token
+    embedding of a language model, which is no part of the module.
+    """
+
+    name: str
+    loaded: Loaded
+    table: TokenTable | None = None
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the embedded tokens [1, L, E], on the CPU."""
-        return F.embedding(torch.tensor([ids]), self.table_VE)
+        assert self.table is not None, f"the {self.name} reads no tokens"
+        return self.table.rows(ids)
 
     @contextmanager
-    def on(self, placement: Placement, work_bytes: int) -> Iterator[Run]:
-        """Provide the function that runs the module where `placement` says; on exit the device is as it was.
+    def on(self, placement: Placement, work_bytes: Callable[[], int]) -> Iterator[nn.Module]:
+        """Provide the module where `placement` says; on exit, also by an exception, the device is as it was.
 
-        `work_bytes` is what it needs beside its weights. Raises ValueError if the device has too little for one block.
+        `work_bytes` is what it needs beside its weights, asked for if anything has to move. Raises ValueError if the
+        device has too little for one block.
         """
-        needed = self.num_bytes + work_bytes
-        limit = placement.limit(needed)
-        if limit is not None and needed > limit:
-            if self.block_bytes + work_bytes > limit:
-                raise ValueError(
-                    f"The {self.name} can't run in {limit} bytes ({limit / 2**20:.1f} MiB), which is the limit given"
-                    " or what is free: one of its blocks and the work space take"
-                    f" {(self.block_bytes + work_bytes) / 2**20:.1f} MiB. Allow that much, or run it on the CPU."
-                )
-            with streamed(self.module, self.blocks, placement.device) as run:
-                yield run
-        elif placement.device.type == "cpu":
-            yield self.module
-        else:
-            yield run_on(self.module, placement.device)
+        loaded, device = self.loaded, placement.device
+        with (
+            placed(loaded, device, lambda: self._plan(placement, work_bytes())) as residency,
+            _hooked(loaded.blocks, residency, host.block_gate(device)),
+        ):
+            if line := residency.describe():
+                log.info("The %s runs on %s: %s", self.name, device, line)
+            yield loaded.module
 
-
-def run_on(module: nn.Module, device: torch.device) -> Run:
-    """Return a module's call with copies of its weights on a device, which are gone when the function is."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    copies = {name: tensor.detach().to(device) for name, tensor in tensors}
-    return lambda *inputs: torch.func.functional_call(module, copies, inputs)
+    def _plan(self, placement: Placement, work_bytes: int) -> Plan:
+        """Return where the blocks are; nothing is taken yet."""
+        *blocks, others = (layout.nbytes for layout in self.loaded.layouts())
+        footprint = Footprint(blocks=tuple(blocks), others=others, working=work_bytes)
+        limit = placement.limit(footprint.whole)
+        if footprint.streamed(1) > limit:
+            raise ValueError(
+                f"The {self.name} can't run in {limit} bytes ({limit / 2**20:.1f} MiB), which is the limit given"
+                " or what is free: one of its blocks and the work space take"
+                f" {footprint.streamed(1) / 2**20:.1f} MiB. Allow that much, or run it on the CPU."
+            )
+        machine = Machine(
+            vram=limit,
+            ram=host.available_ram(),
+            total_ram=host.total_ram(),
+            needs_pinning=placement.device.type == "cuda",
+        )
+        job = Job(blocks=footprint.blocks, others=others, working=work_bytes, passes=1)
+        slots = NUM_SLOTS if footprint.streamed(NUM_SLOTS) <= limit else 1
+        return make_plan(job, machine, MemoryOptions(slots=slots, source=Source.DISK.value, headroom=0))
 
 
 @contextmanager
-def streamed(module: nn.Module, blocks: nn.ModuleList, device: torch.device) -> Iterator[Run]:
-    """Provide a module's call, with its blocks coming to the device one at a time, by accelerate.
+def _hooked(blocks: Sequence[nn.Module], residency: Residency, gate: Callable[[], None]) -> Iterator[None]:
+    """Have each block's weights there when it runs, and `gate` asked before.
 
-    On exit, also by an exception, the module has its weights on the CPU again: the very same ones, not copies.
+    By hooks, which are refused elsewhere: the loop over the blocks is not ours but transformers'.
     """
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_submodules
 
-    cpu_offload(module, device, preload_module_classes=[type(blocks[0]).__name__])
-    try:
-        yield module
-    finally:
-        remove_hook_from_submodules(module)
+    def hook(call: Callable[[int], None], i: int) -> Callable[..., None]:
+        return lambda *_: call(i)
 
+    def before(i: int) -> None:
+        gate()
+        residency.before(i)
 
-def load_state(
-    module: nn.Module,
-    rename: Callable[[str], str | None],
-    scales: Named,
-    weights: Named,
-    *,
-    dtype: torch.dtype,
-    title: str,
-    tied: Mapping[str, str] | None = None,
-) -> None:
-    """Put weights under their official names into a module on the meta device, in `dtype`; `rename` gives its names.
-
-    `scales` multiply the weights of scaled fp8 files. Each weight is converted as it comes, so that no second copy of
-    the file is ever in memory; one that is stored in `dtype` is used as it is, memory-mapped or not. `tied` gives
-    names of the module that share the weight of another. Raises ValueError for missing, unexpected or misshapen ones.
-    """
-    tied = tied or {}
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in tied}
-    factors = {name.rpartition(".")[0]: scale for name, scale in scales}
-    state, wrong, problems = {}, set(), []
-    for name, tensor in weights:
-        ours = rename(name)
-        if ours not in expected:
-            problems.append(f"{name} is unknown")
-        elif tensor.shape != expected[ours] or not tensor.is_floating_point():
-            wrong.add(ours)
-            found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            problems.append(f"{name} is {found}, expected floats {list(expected[ours])}")
-        else:
-            state[ours] = formats.dequantise(tensor, factors.pop(name.removesuffix(".weight"), None), dtype)
-    problems += [f"{name} is missing" for name in sorted(expected.keys() - state.keys() - wrong)]
-    problems += [f"the scale of {name} has no weight" for name in factors]
-    if problems:
-        raise ValueError(f"these weights don't make {title}: {some(problems)}")
-    state |= {name: state[other] for name, other in tied.items()}
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False)
+    with ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            hooks.callback(block.register_forward_pre_hook(hook(before, i)).remove)
+            hooks.callback(block.register_forward_hook(hook(residency.after, i)).remove)
+        yield
 
 
 def compute_dtype(parameters: int, device: torch.device) -> torch.dtype:

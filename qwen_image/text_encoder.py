@@ -6,15 +6,16 @@ tower where there are pictures. Positions are ours: which of transformers' versi
 # L tokens of a prompt with its template, S of them kept, E width, P patches, M merged cells
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.text import Encoder, Key, Named, Part, Placement, Tokens, load_state, log
+from ..core.text import META, Design, Encoder, Footprint, Key, Part, Placement, Tokens, log
 from ..core.types import Conditioning
 from . import images as pictures
 from .tokenizer import IMAGE_PAD, TEMPLATES
@@ -22,6 +23,8 @@ from .vl_config import VisionConfig, VLConfig
 
 LANGUAGE, VISION = "model.", "visual."  # what precedes the official names of the two parts
 VISION_THETA = 10000.0  # of the vision tower's rotation; the same in every Qwen2.5-VL, not in the checkpoint
+SHALLOW = 2  # layers of the twins whose memory is counted
+NO_TOWER = "pictures are refused where there is nothing to see them"
 FREQUENCIES = ("inv_freq", "original_inv_freq")  # transformers' names for the buffers of a rotation
 
 Size = tuple[int, int]  # rows, columns
@@ -95,6 +98,15 @@ class TextEncoder(Encoder[Prompt]):
         ]
         return self._encode(prompts, placement)
 
+    def footprints(self, num_tokens: int, cells: Sequence[Size] = ()) -> tuple[Footprint, ...]:
+        """Return what a prompt of so many tokens, and then each of its pictures of so many cells, take on the device.
+
+        They are never there together. No weight is read for it.
+        """
+        dtype = self.dtype_on(self.placement.device)
+        seeing = (needed_to_see(self.config, dtype, size) for size in cells)
+        return needed_to_read(self.config, dtype, num_tokens), *seeing
+
     def _picture(self, image_HWC: Tensor, area: int) -> Picture:
         rgb, notice = pictures.to_rgb(image_HWC)
         if notice:
@@ -114,7 +126,7 @@ class TextEncoder(Encoder[Prompt]):
         seen = self._see({p.identity: p for prompt in prompts for p in prompt.pictures}, dtype, placement)
         language = self._hold("the language model", dtype, lambda: self._load(LANGUAGE, dtype))
         longest, rows = max(len(prompt.ids) for prompt in prompts), []
-        with language.on(placement, language_bytes(self.config, longest)) as run:
+        with language.on(placement, lambda: language_bytes(self.config, dtype, longest)) as run:
             for prompt in prompts:
                 pad = self.tokenizer.special[IMAGE_PAD]
                 embedded_1LE = language.embed(prompt.ids)
@@ -132,8 +144,8 @@ class TextEncoder(Encoder[Prompt]):
             return {}
         tower = self._hold("the vision tower", dtype, lambda: self._load(VISION, dtype))
         vision, rows = self.config.vision, {}
-        largest = max(p.cells[0] * p.cells[1] for p in shown.values()) * vision.merge**2
-        with tower.on(placement, vision_bytes(vision, largest)) as run:
+        sizes = {picture.cells for picture in shown.values()}
+        with tower.on(placement, lambda: max(vision_bytes(self.config, dtype, cells) for cells in sizes)) as run:
             for identity, picture in shown.items():
                 patches = pictures.vision_patches(picture.image_HWC, picture.area, self.config).to(dtype)
                 grid = torch.tensor([[1, *(size * vision.merge for size in picture.cells)]])
@@ -141,17 +153,18 @@ class TextEncoder(Encoder[Prompt]):
         return rows
 
     def _load(self, prefix: str, dtype: torch.dtype) -> Part:
-        load = {LANGUAGE: load_language, VISION: load_vision}[prefix]
-        scales, weights = self._weights(lambda official: official.startswith(prefix))
-        return load(self.config, scales, weights, dtype=dtype)
+        names = self.identity.names
+        inside = {official: name for official, name in names.items() if official.startswith(prefix)}
+        ignored = {*self.identity.ignored, *names.values()} - set(inside.values())
+        return design(self.config, prefix).open(self.checkpoint, inside, dtype=dtype, ignored=ignored)
 
 
 class _Language(nn.Module):
     """The language model: embedded tokens [1, L, E] and positions [3, 1, L] to rows [1, L, E] after the final norm."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, config: VLConfig):
         super().__init__()
-        self.model = model
+        self.model = build_language(config)
 
     def forward(self, embedded_1LE: Tensor, positions_31L: Tensor) -> Tensor:
         # Nothing is masked. The mask is given all the same: without one, transformers 4.53 to 4.55 take positions that
@@ -166,12 +179,12 @@ class _Language(nn.Module):
 class _Tower(nn.Module):
     """The vision tower: patches [P, 1176] and their grid [1, 3] (frames, rows, columns) to rows [M, E]."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        self.model = model
+        self.visual = build_vision(config)
 
     def forward(self, patches: Tensor, grid_13: Tensor) -> Tensor:
-        found = self.model(patches, grid_thw=grid_13)
+        found = self.visual(patches, grid_thw=grid_13)
         return found if isinstance(found, Tensor) else found.pooler_output  # the latter since transformers 5
 
 
@@ -196,24 +209,15 @@ def positions(ids: Sequence[int], image_pad: int, cells: Sequence[Size]) -> Tens
     return torch.cat(parts, dim=1)
 
 
-def load_language(config: VLConfig, scales: Named, weights: Named, *, dtype: torch.dtype) -> Part:
-    """Return the language model with these weights (official names) in `dtype`.
-
-    Raises ValueError for missing, unexpected or misshapen weights.
-    """
-    model = build_language(config)
-    title = f"the language model of {config}"
-    load_state(model, _after(LANGUAGE), scales, weights, dtype=dtype, title=title)
-    table_VE = model.embed_tokens.weight.detach()
-    del model.embed_tokens  # what comes in is embedded already
-    return Part(name="text encoder", module=_Language(model), blocks=model.layers, table_VE=table_VE)
-
-
-def load_vision(config: VLConfig, scales: Named, weights: Named, *, dtype: torch.dtype) -> Part:
-    """Return the vision tower with these weights (official names) in `dtype`; errors as `load_language`."""
-    model = build_vision(config.vision)
-    load_state(model, _after(VISION), scales, weights, dtype=dtype, title=f"the vision tower of {config.vision}")
-    return Part(name="text encoder's vision tower", module=_Tower(model), blocks=model.blocks)
+def design(config: VLConfig, prefix: str) -> Design:
+    """Return how one of the two parts is built; its parameters are called as the official files call them."""
+    vision = config.vision
+    if prefix == LANGUAGE:
+        return Design(
+            name="text encoder", build=lambda: _Language(config), blocks="model.layers", table="model.embed_tokens"
+        )
+    assert vision is not None, NO_TOWER
+    return Design(name="text encoder's vision tower", build=lambda: _Tower(vision), blocks="visual.blocks")
 
 
 def build_language(config: VLConfig) -> nn.Module:
@@ -279,23 +283,47 @@ def fill_rotation(model: nn.Module, theta: float, width: int) -> None:
 
     They are ours, so that every version of transformers turns by the same angles.
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             assert name in FREQUENCIES and buffer.shape == frequencies.shape, f"unknown buffer {name}"
             setattr(module, name, frequencies.clone())
 
 
-def language_bytes(config: VLConfig, num_tokens: int) -> int:
-    """Return an upper estimate of the work space of one layer: mask, then the widest rows; scores are never whole."""
-    return num_tokens * (6 * num_tokens + 4 * (3 * config.intermediate + 10 * config.hidden))
+def needed_to_read(config: VLConfig, dtype: torch.dtype, num_tokens: int) -> Footprint:
+    """Return what the language model takes on a device for a prompt of so many tokens, the template's included."""
+    working = language_bytes(config, dtype, num_tokens)
+    return _shallow(config, LANGUAGE).footprint(dtype, config.num_layers, working)
 
 
-def vision_bytes(config: VisionConfig, num_patches: int) -> int:
-    """Return an upper estimate of the work space of one layer: mask, then the widest rows; scores are never whole."""
-    merged = 3 * config.hidden * config.merge
-    return num_patches * (6 * num_patches + 4 * (3 * config.intermediate + 10 * config.hidden + merged))
+def needed_to_see(config: VLConfig, dtype: torch.dtype, cells: Size) -> Footprint:
+    """Return what the vision tower takes on a device for a picture of so many rows and columns of merged patches."""
+    assert config.vision is not None, NO_TOWER
+    return _shallow(config, VISION).footprint(dtype, config.vision.depth, vision_bytes(config, dtype, cells))
 
 
-def _after(prefix: str) -> Callable[[str], str]:
-    return lambda name: name.removeprefix(prefix)
+@lru_cache(maxsize=64)
+def language_bytes(config: VLConfig, dtype: torch.dtype, num_tokens: int) -> int:
+    """Return the work space of the language model beside its weights, counted on the meta device."""
+    embedded_1LE = torch.empty(1, num_tokens, config.hidden, dtype=dtype, device=META)
+    return _shallow(config, LANGUAGE).working_bytes(dtype, embedded_1LE, torch.arange(num_tokens).expand(3, 1, -1))
+
+
+@lru_cache(maxsize=64)
+def vision_bytes(config: VLConfig, dtype: torch.dtype, cells: Size) -> int:
+    """Return the work space of the vision tower beside its weights, counted on the meta device."""
+    vision = config.vision
+    assert vision is not None, NO_TOWER
+    rows, columns = (size * vision.merge for size in cells)
+    patch = 3 * vision.temporal_patch * vision.patch_size**2
+    patches = torch.empty(rows * columns, patch, dtype=dtype, device=META)
+    return _shallow(config, VISION).working_bytes(dtype, patches, torch.tensor([[1, rows, columns]]))
+
+
+def _shallow(config: VLConfig, prefix: str) -> Design:
+    """Return a part with a layer of each kind."""
+    vision = config.vision
+    if vision is not None:
+        depth = min(vision.depth, SHALLOW)
+        vision = replace(vision, depth=depth, full_attention=(depth - 1,) if vision.full_attention else ())
+    return design(replace(config, num_layers=min(config.num_layers, SHALLOW), vision=vision), prefix)

@@ -1,15 +1,15 @@
 """UMT5, the text encoder of Wan 2.1: from a prompt to one row per token. Built by transformers, loaded by us."""
 # L tokens, E width, V vocabulary
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from ..core.text import Encoder, Key, Named, Part, Placement, Tokens, load_state
-from ..core.types import Conditioning
+from ..core.text import META, Design, Encoder, Footprint, Key, Part, Placement, Tokens
+from ..core.types import Checkpoint, Conditioning
 from ..core.weights import keymap
 from .config import TEXT_LEN, TextEncoderConfig
 from .keymap import TEXT_ENCODER
@@ -17,8 +17,7 @@ from .tokenizer import text_cleaner
 
 MAX_DISTANCE = 128  # beyond it all relative positions share a bucket; the same in every UMT5, not in the checkpoint
 EPS = 1e-6
-# The embedding is tied: some versions of transformers hold it in one module, some in two.
-TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+SHALLOW = 2  # blocks of the twin whose memory is counted: all are alike
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,34 +53,31 @@ class TextEncoder(Encoder[Prompt]):
         """
         return self._encode([Prompt(tokens=self.tokenise(text)) for text in texts], placement)
 
+    def footprints(self, num_tokens: int = TEXT_LEN) -> tuple[Footprint, ...]:
+        """Return what a text of so many tokens takes on the device, in one part; no weight is read for it."""
+        return (needed(self.config, self.dtype_on(self.placement.device), num_tokens),)
+
     def _compute(self, prompts: Sequence[Prompt], dtype: torch.dtype, placement: Placement) -> list[Tensor]:
-        weights = self._hold("the text encoder", dtype, lambda: self._load(dtype))
+        part = self._hold("the text encoder", dtype, lambda: self._load(dtype))
         longest = max(len(prompt.tokens.ids) for prompt in prompts)
-        with weights.on(placement, activation_bytes(self.config, longest)) as run:
-            return [run(weights.embed(prompt.tokens.ids).to(placement.device)).cpu() for prompt in prompts]
+        with part.on(placement, lambda: working_bytes(self.config, dtype, longest)) as run:
+            return [run(part.embed(prompt.tokens.ids).to(placement.device)).cpu() for prompt in prompts]
 
-    def _load(self, dtype: torch.dtype) -> "Weights":
-        return load_weights(self.config, *self._weights(), dtype=dtype)
-
-
-class Weights(Part):
-    """A loaded encoder: the token embedding, and transformers' stack of blocks."""
-
-    @property
-    def stack(self) -> nn.Module:
-        """The stack as transformers knows it."""
-        return self.module.stack
+    def _load(self, dtype: torch.dtype) -> Part:
+        return load(self.config, self.checkpoint, self.identity.names, dtype=dtype, ignored=self.identity.ignored)
 
 
 class _Rows(nn.Module):
     """A stack that takes embedded tokens [1, L, E] and gives the encoded rows [1, L, E]; no token is masked."""
 
-    def __init__(self, stack: nn.Module):
+    def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.stack = stack
+        model = build(config)
+        self.shared, self.encoder = model.shared, model.encoder
+        del self.encoder.embed_tokens  # the same table once more, in some versions of transformers as a copy
 
     def forward(self, embedded_1LE: Tensor) -> Tensor:
-        return self.stack(inputs_embeds=embedded_1LE).last_hidden_state
+        return self.encoder(inputs_embeds=embedded_1LE).last_hidden_state
 
 
 def build(config: TextEncoderConfig) -> nn.Module:
@@ -105,22 +101,40 @@ def build(config: TextEncoderConfig) -> nn.Module:
     ).eval()
 
 
-def load_weights(config: TextEncoderConfig, scales: Named, weights: Named, *, dtype: torch.dtype) -> Weights:
-    """Return the encoder with these weights (official names) in `dtype`; `scales` multiply those of scaled fp8 files.
+def load(
+    config: TextEncoderConfig,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    ignored: Collection[str] = (),
+) -> Part:
+    """Return the encoder of a checkpoint in `dtype`; `names` maps official names to the file's. No weight is read.
 
     Raises ValueError for missing, unexpected or misshapen weights.
     """
-    with torch.device("meta"):
-        model = build(config)
     rename = keymap.Renamer(keymap.table(TEXT_ENCODER))
-    load_state(model, rename, scales, weights, dtype=dtype, title=f"a UMT5 encoder of {config}", tied=TIED)
-    table_VE, stack = model.shared.weight.detach(), model.encoder
-    del stack.embed_tokens  # what comes in is embedded already
-    return Weights(name="text encoder", module=_Rows(stack), blocks=stack.block, table_VE=table_VE)
+    inner = {ours: name for official, name in names.items() if (ours := rename(official)) is not None}
+    return design(config).open(checkpoint, inner, dtype=dtype, ignored=ignored)
 
 
-def activation_bytes(config: TextEncoderConfig, num_tokens: int = TEXT_LEN) -> int:
-    """Return an upper estimate of the work space of one block: scores, bias and probabilities, then the widest rows."""
-    scores = 3 * config.num_heads * num_tokens
-    rows = 4 * config.dim_ffn + 8 * config.dim
-    return 4 * num_tokens * (scores + rows)
+def design(config: TextEncoderConfig) -> Design:
+    """Return how an encoder of this size is built; its parameters are called as transformers calls them."""
+    return Design(name="text encoder", build=lambda: _Rows(config), blocks="encoder.block", table="shared")
+
+
+def needed(config: TextEncoderConfig, dtype: torch.dtype, num_tokens: int = TEXT_LEN) -> Footprint:
+    """Return what an encoder of this size takes on a device for a text of so many tokens."""
+    working = working_bytes(config, dtype, num_tokens)
+    return _shallow(config).footprint(dtype, config.num_layers, working)
+
+
+@lru_cache(maxsize=64)
+def working_bytes(config: TextEncoderConfig, dtype: torch.dtype, num_tokens: int) -> int:
+    """Return the work space beside the weights, counted on the meta device."""
+    rows_1LE = torch.empty(1, num_tokens, config.dim, dtype=dtype, device=META)
+    return _shallow(config).working_bytes(dtype, rows_1LE)
+
+
+def _shallow(config: TextEncoderConfig) -> Design:
+    return design(replace(config, num_layers=min(config.num_layers, SHALLOW)))

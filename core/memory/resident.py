@@ -135,7 +135,8 @@ class Residency:
         try:
             self._halt()
         finally:
-            self._others.release()
+            if self._has_others:
+                self._others.release()
             if self.is_needed:
                 host.empty_cache()
 

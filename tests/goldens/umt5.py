@@ -6,10 +6,11 @@ from dataclasses import fields
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from wanqwen.core.text import Part, Placement
+from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.wan.config import TextEncoderConfig
-from wanqwen.wan.text_encoder import Weights, load_weights
+from wanqwen.wan.text_encoder import load
 
 from .golden import Golden, need
 
@@ -42,13 +43,17 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
 
 
 @lru_cache(maxsize=2)
-def _weights(golden: Golden) -> Weights:
+def _part(golden: Golden) -> Part:
     if golden.config.get("shared_pos"):
         raise ValueError(f"{golden.path.name} shares one position table over its layers: that is T5, not UMT5")
     sizes = {f.name: golden.config[f.name] for f in fields(TextEncoderConfig) if f.name in golden.config}
-    return load_weights(TextEncoderConfig(**sizes), [], golden.weights.items(), dtype=torch.float32)
+    checkpoint = open_checkpoint(golden.path)
+    names = {name: f"weights/{name}" for name in golden.weights}
+    others = checkpoint.tensors.keys() - set(names.values())
+    return load(TextEncoderConfig(**sizes), checkpoint, names, dtype=torch.float32, ignored=others)
 
 
 def _encode(golden: Golden, ids_L: Tensor) -> Tensor:
-    weights = _weights(golden)
-    return weights.stack(inputs_embeds=F.embedding(ids_L[None], weights.table_VE)).last_hidden_state[0]
+    part = _part(golden)
+    with torch.no_grad(), part.on(Placement(), lambda: 0) as run:
+        return run(part.embed(ids_L.tolist()))[0]

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
-from wanqwen.core.memory.resident import resident
+from wanqwen.core.memory.resident import placed, resident
+
+from .toy import from_file
 
 
 def test_weights_go_to_the_device_and_are_the_same_tensors_after() -> None:
@@ -19,3 +23,11 @@ def test_nothing_moves_that_is_there_already() -> None:
     pointer = module.weight.data_ptr()
     with resident(module, torch.device("cpu")):
         assert module.weight.data_ptr() == pointer
+
+
+def test_weights_that_came_to_be_where_they_compute_are_not_made_again(path: Path) -> None:
+    loaded = from_file(path)
+    for _ in range(2):
+        with placed(loaded, torch.device("cpu"), lambda: 1 / 0):
+            pass
+        assert not any(tensor.is_meta for tensor in loaded.module.parameters())
