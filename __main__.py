@@ -104,6 +104,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ram", type=float, default=32.0, help="GB of RAM (default 32)")
     add("--card", default=DEFAULT_CARD, help=f"whose speed to take (default {DEFAULT_CARD})")
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model (auto: bf16)")
+    add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--text-tokens", type=int, default=512, help="length of the prompts (default 512)")
     add("--references", type=int, default=0, help="pictures of 1024 x 1024 that an edit is about")
     add("--no-guidance", action="store_true", help="no negative prompt, as with distilled models")
@@ -294,6 +295,8 @@ def _terminal_line(text: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    import torch
+
     from .loading import load_model
     from .plans import Question, facts, render
 
@@ -306,6 +309,7 @@ def _plan(options: argparse.Namespace) -> int:
         text_tokens=options.text_tokens,
         references=options.references,
         guided=not options.no_guidance,
+        vae_dtype=_dtype(options.vae_precision) or torch.float32,
         vram=options.vram,
         ram=options.ram,
         card=options.card,

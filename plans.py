@@ -4,18 +4,28 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from .core import host
-from .core.memory.placement import GB, Machine
+from .core.memory.placement import GB, NUM_SLOTS, Machine
 from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
+from .core.past import MODES
 from .core.planning import CARDS, Card, Scene, card_named, card_of, conditioning_of, machine_of, plan_for
 from .core.runtime import compute_dtype, loaded_of
 from .core.sampling.solvers import SOLVERS
+from .core.text import Footprint
 from .core.types import Conditioning, ModelHandle
+from .qwen_image import family as qwen_image
+from .qwen_image import text_encoder as qwen_vl
+from .qwen_image.vl_config import VLConfig
+from .wan import family as wan
+from .wan import text_encoder as umt5
+from .wan.config import TextEncoderConfig, VAEConfig
+from .wan.vae import decode_bytes, weight_bytes
 
 GIB = 1 << 30
 SYSTEM_VRAM = 600_000_000  # bytes of a card that its driver and a CUDA context take before anything else
@@ -38,6 +48,7 @@ class Question:
     references: int = 0
     reference_size: tuple[int, int] = (1024, 1024)
     guided: bool = True
+    vae_dtype: torch.dtype = torch.float32
     vram: float = 24.0
     ram: float = 32.0
     card: str = DEFAULT_CARD
@@ -56,7 +67,8 @@ def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
     prompts = _prompts(handle, 1 + question.guided, question.text_tokens, references)
     shape = latent_format.shape(1, question.frames, question.height, question.width)
     scene = _scene(handle, shape, prompts, dtype)
-    plan, job = plan_for(loaded, scene, card, _machine(question, card), handle.memory)
+    machine = _machine(question, card)
+    plan, job = plan_for(loaded, scene, card, machine, handle.memory)
     counts = Counter(source.value for source in plan.sources.values())
     return {
         "model": handle.checkpoint.path.name,
@@ -72,6 +84,7 @@ def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
         "slots": plan.num_slots,
         "sources": dict(counts),
         "interleaved": plan.interleaved,
+        "chunk_rows": handle.memory.chunk_rows or None,
         "block_gb": _gb(max(job.blocks)),
         "other_weights_gb": _gb(job.others),
         "computation_gb": _gb(plan.working),
@@ -80,8 +93,47 @@ def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
         "crossing_gb": _gb(plan.crossing),
         "step_seconds": _rounded(plan.step_seconds),
         "compute_seconds": _rounded(plan.compute_seconds),
+        "text_encoder": _reading(handle, question, machine),
+        "vae": _decoding(question, machine),
         "lines": describe(plan, len(job.blocks)),
     }
+
+
+def _reading(handle: ModelHandle, question: Question, machine: Machine) -> dict[str, Any] | None:
+    """Return how the published text encoder reads the prompt; None for a model that has another, as miniatures do."""
+    parts = _published_encoder(handle, question)
+    if parts is None:
+        return None
+    free = machine.vram - machine.headroom
+    fits = all(part.whole <= free for part in parts)
+    peak = max(part.whole if fits else part.streamed(NUM_SLOTS) for part in parts)
+    return {"streams": not fits, "peak_gb": _gb(peak)}
+
+
+def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprint] | None:
+    width, dtype = handle.identity.config.text_dim, torch.bfloat16
+    if handle.family.name == wan.NAME and width == TextEncoderConfig().dim:
+        return [umt5.needed(TextEncoderConfig(), dtype, question.text_tokens)]
+    if handle.family.name == qwen_image.NAME and width == VLConfig().hidden:
+        config = VLConfig()
+        cell = config.vision.patch_size * config.vision.merge
+        cells = tuple(side // cell for side in question.reference_size)
+        tokens = question.text_tokens + question.references * cells[0] * cells[1]
+        parts = [qwen_vl.needed_to_read(config, dtype, tokens)]
+        return parts + [qwen_vl.needed_to_see(config, dtype, cells)] * bool(question.references)
+    return None
+
+
+def _decoding(question: Question, machine: Machine) -> dict[str, Any]:
+    """Return in which mode the published VAE decodes, the first that fits; tiles where none does."""
+    config, dtype = VAEConfig(), question.vae_dtype
+    size = (question.height, question.width, question.frames)
+    weights, free = weight_bytes(config, dtype), machine.vram - machine.headroom
+    needed = partial(decode_bytes, config, dtype, *size)
+    for mode in MODES:
+        if (peak := weights + needed(mode)) <= free:
+            return {"mode": mode.name, "dtype": _name(dtype), "peak_gb": _gb(peak)}
+    return {"mode": "tiles", "dtype": _name(dtype), "peak_gb": _gb(free)}
 
 
 def plan_here(handle: ModelHandle, latent_shape: tuple[int, ...]) -> list[str]:
@@ -101,7 +153,14 @@ def plan_here(handle: ModelHandle, latent_shape: tuple[int, ...]) -> list[str]:
 def render(found: Mapping[str, Any]) -> str:
     """Return the plan as lines of text."""
     title = "{model} ({variant}, {format}) at {size} on a {card} with {vram_gb:g} GB, {ram_gb:g} GB of RAM"
-    return "\n".join([title.format_map(found), *(f"  {line}" for line in found["lines"])])
+    lines = [title.format_map(found), *(f"  {line}" for line in found["lines"])]
+    if reading := found["text_encoder"]:
+        how = "layer by layer" if reading["streams"] else "whole"
+        lines.append(f"  before it the text encoder, {how}: VRAM at most {reading['peak_gb']:.2f} GB")
+    decoding = found["vae"]
+    how = {"tiles": "in tiles", "whole": "whole frames"}.get(decoding["mode"], f"exact, {decoding['mode']}")
+    lines.append(f"  after it the VAE in {decoding['dtype']}, {how}: VRAM at most {decoding['peak_gb']:.2f} GB")
+    return "\n".join(lines)
 
 
 def _scene(
@@ -133,6 +192,10 @@ def _machine(question: Question, card: Card) -> Machine:
         link=card.link,
         is_windows=question.is_windows,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _gb(num_bytes: int) -> float:

@@ -6,10 +6,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..core.codec import VideoCodec
+from ..core.past import MODES as VAE_MODES
 from ..core.picture import Finish, lay_out_inpainting
 from .types import CATEGORY, FINISH, check_choice, check_is_for_video, check_is_rgb, dropped_alpha, tell, verdict
 
-TILING = ("auto", "tiled")
+AUTO = "auto"
+TILING = (AUTO, "tiled")
+MODES = {mode.name: mode for mode in VAE_MODES}
 BATCHES = ("clip", "pictures")
 
 
@@ -51,6 +55,15 @@ class VAEDecode(io.ComfyNode):
                     step=16,
                     tooltip="How many pixels neighbouring tiles share, for tiling: tiled. Too few show seams.",
                 ),
+                io.Combo.Input(
+                    "memory",
+                    options=[AUTO, *MODES],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="For tiling: auto. Ways to decode whole frames that give the same picture and take less "
+                    "and less VRAM: whole, split, offloaded, smallest. auto takes the first that fits. ComfyUI's own "
+                    "VAE has its own ways.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames; the clips of a batch one after another.")
@@ -58,11 +71,19 @@ class VAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tiling: str | None) -> bool | str:
-        return verdict(check_choice("tiling", tiling, TILING))
+    def validate_inputs(cls, tiling: str | None, memory: str | None = None) -> bool | str:
+        return verdict(check_choice("tiling", tiling, TILING), check_choice("memory", memory, (AUTO, *MODES)))
 
     @classmethod
-    def execute(cls, latent: dict[str, Any], vae: Any, tiling: str, tile_size: int, tile_overlap: int) -> io.NodeOutput:
+    def execute(
+        cls,
+        latent: dict[str, Any],
+        vae: Any,
+        tiling: str,
+        tile_size: int,
+        tile_overlap: int,
+        memory: str = AUTO,
+    ) -> io.NodeOutput:
         samples = latent["samples"]
         check_is_for_video(vae)
         if samples.shape[1] != vae.latent_channels:
@@ -74,6 +95,8 @@ class VAEDecode(io.ComfyNode):
             space = vae.spacial_compression_decode()
             tile = tile_size // space
             frames = vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile_overlap // space)
+        elif isinstance(vae, VideoCodec):
+            frames = vae.decode(samples, mode=MODES.get(memory))
         else:
             frames = vae.decode(samples)
         pictures = frames.reshape(-1, *frames.shape[-3:])

@@ -44,7 +44,7 @@ ALLOWED = {
     "families": ("wan", "qwen_image", "core/types"),
     "loading": ("families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
-    "plans": ("core",),
+    "plans": ("wan", "qwen_image", "core"),
     "media": ("core/host",),
     "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),

@@ -174,6 +174,11 @@ def decode_bytes(
     return _traced("decode", config, dtype, height, width, min(_chunks(config, frames), STEADY_CHUNKS), mode)
 
 
+def weight_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of the weights."""
+    return sum(parameter.nbytes for parameter in _on_meta(config, dtype).parameters())
+
+
 def encode_bytes(
     config: VAEConfig, dtype: torch.dtype, height: int, width: int, frames: int, mode: VAEMode = WHOLE
 ) -> int:

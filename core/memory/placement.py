@@ -178,8 +178,7 @@ def _sources(job: Job, machine: Machine, options: MemoryOptions, streaming: Sequ
     slot = max(job.blocks)
     pinnable = machine.pinnable if options.pinned is None else min(options.pinned, machine.pinnable)
     ram = max(0, machine.ram - MIN_RAM)
-    if machine.needs_pinning and len(streaming) * slot > pinnable:
-        # Staging buffers are pinned too.
+    if machine.needs_pinning:  # staging buffers are pinned too
         pinnable, ram = (max(0, bytes_ - NUM_STAGING * slot) for bytes_ in (pinnable, ram))
     num_pinned = min(len(streaming), pinnable // slot)
     num_staged = min(len(streaming) - num_pinned, max(0, ram - num_pinned * slot) // slot)
@@ -197,8 +196,7 @@ def _pinned(job: Job, machine: Machine, sources: Mapping[int, Source]) -> int:
     if not machine.needs_pinning:
         return 0
     masters = sum(job.blocks[i] for i, source in sources.items() if source is Source.PINNED)
-    # The blocks that stay, and all other weights, come in through staging buffers, which then are let go again.
-    return masters + NUM_STAGING * max(*job.blocks, job.others)
+    return masters + NUM_STAGING * max(job.blocks)
 
 
 def _timed(job: Job, machine: Machine, plan: Plan, vram: int) -> Plan:

@@ -63,3 +63,19 @@ def test_other_choices_are_refused(nodes, change: dict, message: str) -> None:
     chosen = {"source": "auto", "interleave": "on"} | change
     assert message in nodes.BlockSwap.validate_inputs(**chosen)
     assert nodes.BlockSwap.validate_inputs("pinned", None) is True
+
+
+def test_the_vae_s_way_can_be_fixed(nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = nodes.LoadWanVAE.execute("tiny.safetensors", "auto").values[0]
+    latent = {"samples": torch.randn(1, 16, 2, 4, 4)}
+    asked, original = [], type(vae).decode
+    monkeypatch.setattr(
+        type(vae), "decode", lambda self, x, mode=None: asked.append(mode) or original(self, x, mode=mode)
+    )
+    pictures = [
+        nodes.VAEDecode.execute(latent, vae, "auto", 256, 64, *memory).values[0]
+        for memory in ((), ("auto",), ("smallest",), ("whole",))
+    ]
+    assert [mode and mode.name for mode in asked] == [None, None, "smallest", "whole"]
+    assert all(torch.allclose(picture, pictures[0], atol=1e-5) for picture in pictures)
+    assert "memory is 'none'" in nodes.VAEDecode.validate_inputs("auto", "none")
