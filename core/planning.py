@@ -72,6 +72,8 @@ def plan_for(
     Raises ValueError if the least of the model does not fit, or for options that it can't follow.
     """
     job = job_of(loaded, scene, card)
+    # What earlier runs keep in RAM is there for this one.
+    machine = replace(machine, ram=machine.ram + loaded.kept_bytes)
     plan = make_plan(job, machine, options)
     if plan.streaming and job.passes > 1 and options.interleave is not False:
         job = replace(job, working_interleaved=working_bytes(loaded, scene, interleaved=True))

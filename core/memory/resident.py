@@ -89,6 +89,7 @@ class Residency:
         weights can't be read.
         """
         self.plan = plan
+        self.loaded.keep_only([i for i, source in plan.sources.items() if source is not Source.DISK])
         host.empty_cache()  # what PyTorch keeps for itself is of other sizes
         if not self._has_others:
             in_ram = torch.empty(self._others.nbytes, dtype=torch.uint8)

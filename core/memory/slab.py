@@ -97,6 +97,16 @@ class Loaded:
         self.working: dict[object, Traced] = {}
         self.visit_seconds: dict[object, float] = {}
 
+    def keep_only(self, blocks: Collection[int]) -> None:
+        """Let go of the slabs in RAM but for those of these blocks."""
+        for block in self.masters.keys() - set(blocks):
+            del self.masters[block]
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much RAM the slabs take that are kept."""
+        return sum(master.bytes.numel() for master in self.masters.values())
+
     def layouts(self) -> tuple[Layout, ...]:
         """Return the layout of each block, and that of all other weights last."""
         names = {id(module): name for name, module in self.module.named_modules()}

@@ -191,3 +191,22 @@ def test_the_first_step_tells_how_long_a_block_computes(
     [(key, seconds)] = loaded.visit_seconds.items()
     assert key == scene.key and 0 < seconds < 1
     assert planning.job_of(loaded, scene, None).visit_seconds == seconds
+
+
+def test_the_next_run_finds_in_ram_what_the_last_one_kept(
+    run: tuple[ModelHandle, SampleRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second plan counts the first one's slabs as RAM that it may have; what it does not name is let go."""
+    handle, request = run
+    loaded = runtime.loaded_of(handle, runtime.compute_dtype(handle, torch.device("cpu")))
+    blocks = [layout.nbytes for layout in loaded.layouts()[:-1]]
+    stream(monkeypatch, (0, 1, 2, 3), 2, Source.PINNED)
+    wanted = runtime.generate(handle, request)
+    assert loaded.kept_bytes == sum(blocks)
+    seen = []
+    plan = Plan(streaming=(1, 3), num_slots=1, sources={1: Source.PINNED, 3: Source.DISK})
+    monkeypatch.setattr(planning, "make_plan", lambda job, machine, options: seen.append(machine.ram) or plan)
+    monkeypatch.setattr(host, "available_ram", lambda: 5 << 30)
+    assert torch.equal(runtime.generate(handle, request), wanted)
+    assert seen == [(5 << 30) + sum(blocks)] * len(seen) and seen
+    assert set(loaded.masters) == {1}
