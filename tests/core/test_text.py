@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from wanqwen.core import host
 from wanqwen.core.memory.placement import HEADROOM
 from wanqwen.core.memory.slab import InMemory, Loaded
+from wanqwen.core.memory.supply import Source
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.ops import formats
 from wanqwen.core.text import (
@@ -174,7 +175,7 @@ def test_blocks_stay_or_stream_as_the_limit_says_with_the_same_bits(
             rows += [run(*INPUTS) for _ in range(2)]
         plan = device.plans[-1]
         assert (len(plan.streaming), plan.num_slots) == (num_streaming, num_slots), limit
-        assert plan.peak <= limit
+        assert plan.peak <= limit and set(plan.sources.values()) <= {Source.DISK} and not part.loaded.masters
         assert rest(part) == before and nothing_is_left(part)
         device.spoil()
     monkeypatch.undo()
