@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import host
 from .memory.foreign import traced_bytes
-from .memory.placement import NUM_SLOTS, Job, Machine, Plan, make_plan
+from .memory.placement import HEADROOM, NUM_SLOTS, Job, Machine, Plan, make_plan
 from .memory.resident import Residency, placed
 from .memory.slab import Layout, Loaded
 from .memory.supply import Source
@@ -66,12 +66,14 @@ class Placement:
     max_vram_bytes: int | None = None
 
     def limit(self, wanted: int) -> int:
-        """Return the bytes that may be used on the device, after others were asked to make room for `wanted` ones."""
-        if self.max_vram_bytes is None:
-            host.make_room(wanted, self.device)
-            return host.free_memory(self.device)
-        host.make_room(min(wanted, self.max_vram_bytes), self.device)
-        return min(self.max_vram_bytes, host.free_memory(self.device))
+        """Return the bytes that may be used on the device, after others were asked to make room for `wanted` ones.
+
+        Of what is free, `HEADROOM` is left: what is wanted is counted to the byte, and no allocator works so closely.
+        """
+        allowed = wanted if self.max_vram_bytes is None else self.max_vram_bytes
+        host.make_room(min(wanted, allowed) + HEADROOM, self.device)
+        free = max(0, host.free_memory(self.device) - HEADROOM)
+        return free if self.max_vram_bytes is None else min(allowed, free)
 
 
 class EmbeddingCache:
@@ -270,7 +272,7 @@ class Design:
         elsewhere. Raises ValueError for missing, unexpected or misshapen weights.
         """
         weights = prepare(self.build, names, checkpoint, float32=lambda name: False, dtype=dtype, ignored=ignored)
-        table = self.table and TokenTable(checkpoint, weights.recipes.pop(f"{self.table}.weight"))
+        table = TokenTable(checkpoint, weights.recipes.pop(f"{self.table}.weight")) if self.table else None
         self._without_table(weights.module)
         return Part(name=self.name, loaded=Loaded(weights, weights.module.get_submodule(self.blocks)), table=table)
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from wanqwen.core import host
+from wanqwen.core.memory.placement import HEADROOM
 from wanqwen.core.memory.slab import InMemory, Loaded
+from wanqwen.core.memory.supply import Source
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.ops import formats
 from wanqwen.core.text import (
@@ -98,10 +100,12 @@ def test_cache_forgets_what_was_unused_longest():
 
 
 def test_the_smaller_limit_counts_and_room_is_asked_for_first(device: StandIn):
-    device.free = 7
+    device.free = HEADROOM + 7
     assert Placement().limit(5) == 7 and Placement(max_vram_bytes=9).limit(12) == 7
     assert Placement(max_vram_bytes=4).limit(3) == 4
-    assert device.asked == [5, 9, 3]
+    assert device.asked == [HEADROOM + wanted for wanted in (5, 9, 3)]
+    device.free = HEADROOM - 1
+    assert Placement().limit(5) == Placement(max_vram_bytes=4).limit(5) == 0
 
 
 def test_a_part_is_opened_without_its_weights_and_its_sizes_are_known(part: Part):
@@ -171,7 +175,7 @@ def test_blocks_stay_or_stream_as_the_limit_says_with_the_same_bits(
             rows += [run(*INPUTS) for _ in range(2)]
         plan = device.plans[-1]
         assert (len(plan.streaming), plan.num_slots) == (num_streaming, num_slots), limit
-        assert plan.peak <= limit
+        assert plan.peak <= limit and set(plan.sources.values()) <= {Source.DISK} and not part.loaded.masters
         assert rest(part) == before and nothing_is_left(part)
         device.spoil()
     monkeypatch.undo()
@@ -183,10 +187,10 @@ def test_blocks_stay_or_stream_as_the_limit_says_with_the_same_bits(
 def test_what_is_free_is_a_limit_too(part: Part, device: StandIn):
     whole = DESIGN.footprint(torch.float32, DEPTH, WORK).whole
     for free, num_streaming in ((whole, 0), (whole - 1, 3)):
-        device.free = free
+        device.free = HEADROOM + free
         with part.on(Placement(), lambda: WORK) as run:
             run(*INPUTS)
-        assert len(device.plans[-1].streaming) == num_streaming and device.asked[-1] == whole
+        assert len(device.plans[-1].streaming) == num_streaming and device.asked[-1] == HEADROOM + whole
 
 
 def test_too_little_memory_is_said_before_anything_moves(part: Part, device: StandIn):
