@@ -159,6 +159,29 @@ def test_sigmas_of_a_stock_node_drive_our_sampler(server, tiny):
     assert {message["max"] for message in job.of("progress") if message["node"] == SAMPLER} == {2}
 
 
+SWAP = {
+    "blocks_to_swap": 1, "slots": 0, "source": "disk", "interleave": "auto", "chunk_rows": 0, "headroom_gb": -1.0,
+    "max_vram_gb": 0.0, "max_pinned_gb": -1.0,
+}  # fmt: skip
+
+
+def test_block_swap_between_loader_and_sampler_changes_nothing(server, tiny):
+    """On a CPU nothing streams, which the node says."""
+    tiny["20"] = {"class_type": "PreviewAny", "inputs": {"source": [SIZE, 0]}}
+    assert server.run(tiny).end == "execution_success"
+    inputs = SWAP | {"model": [MODEL, 0], "latent": [SIZE, 0]}
+    tiny["21"] = {"class_type": "WanQwenBlockSwap", "inputs": inputs}
+    tiny[SAMPLER]["inputs"]["model"] = ["21", 0]
+    job = server.run(tiny)
+    assert job.end == "execution_success", job.error
+    assert {"21", SAMPLER, SAVE} <= job.executed
+    [said] = server.get(f"/history/{job.prompt_id}")[job.prompt_id]["outputs"]["21"]["text"]
+    assert said == "This machine computes on its cpu: the weights stay in RAM, nothing has to stream."
+    tiny["21"]["inputs"]["source"] = "tape"
+    _, answer = server.post("/prompt", {"prompt": tiny})
+    assert "source is 'tape': choose one of auto, pinned, staged, disk." in str(answer)
+
+
 def pixels(file: Path) -> bytes:
     from PIL import Image
 
