@@ -232,8 +232,8 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
                 "qwen_",
                 file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16 or fp8. demo/... is the "
                 "miniature that comes with this pack.",
-                on_cpu="image model. The 7B encoder takes 17 GB of RAM either way, read from fp8 too.",
-                limit=" 0 is no limit.",
+                on_cpu="image model; the 7B encoder takes up to 17 GB of RAM there, and next to none on a GPU.",
+                limit=" 0 is no limit; 2 is enough for prompts, 3 with pictures.",
                 tokenizer="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
                 "one (7 MB, from huggingface.co).",
             ),
