@@ -35,7 +35,7 @@ from ..core.planning import CARDS, Scene, job_of, plan_for, working_bytes
 from ..core.sampling.guidance import Guided, combination
 from ..core.types import MemoryOptions
 from ..plans import SYSTEM_VRAM
-from .models import CASES, Case, load
+from .models import CASES, Case, RandomWeights, load
 from .ring import simulated_seconds
 
 GIB = 1 << 30
@@ -141,7 +141,7 @@ def _measure_all(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, link {link / 1e9:.1f} GB/s\n")
     for name in options.case:
         case = CASES[name]
-        loaded, scene = load(case), case.scene()
+        loaded, scene = load(case, RandomWeights), case.scene()
         whole = _measure(loaded, scene, MemoryOptions(swapped=0), None, None)
         sys.stdout.write(f"{name}: resident {_said(whole)}\n")
         for vram in options.vram:
@@ -240,7 +240,7 @@ def _diffusers(case: Case, scene: Scene) -> Timing:
         use_stream=True,
     )  # fmt: skip
     x = torch.randn(scene.latent_shape, device=device, dtype=torch.bfloat16)
-    text = torch.randn(1, case.rows, config.text_dim, device=device, dtype=torch.bfloat16)
+    text = torch.randn(1, case.rows[0], config.text_dim, device=device, dtype=torch.bfloat16)
 
     def step() -> None:
         for _ in scene.conditionings:

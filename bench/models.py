@@ -20,38 +20,54 @@ WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 
 
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A model and what it makes: width, height, frames; rows of text; pictures of 1024 x 1024 that an edit is about."""
+    """A model, what it makes, and how the weights of its blocks are stored.
+
+    `size` is width, height and frames; `rows` the text rows of each guidance pass; `references` the width and height of
+    the pictures that an edit is about.
+    """
 
     family: Family
     config: Any
     size: tuple[int, int, int]
-    rows: int
-    references: int = 0
+    rows: tuple[int, ...]
+    references: tuple[tuple[int, int], ...] = ()
+    batch: int = 1
+    stored: str = "bf16"
 
-    def scene(self, dtype: torch.dtype = torch.bfloat16) -> Scene:
-        """Return the run with a prompt and a negative prompt."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the large products compute in."""
+        return torch.bfloat16 if self.stored == "fp8" else FORMATS[self.stored]
+
+    def scene(self, kept_latents: int = 0) -> Scene:
+        """Return the run, with a solver that remembers so many latents."""
         latent_format = self.family.latent_format
         width, height, frames = self.size
-        references = [latent_format.shape(1, 1, 1024, 1024)] * self.references
-        prompts = [conditioning_of(self.rows, self.config.text_dim, references) for _ in range(2)]
+        references = [latent_format.shape(1, 1, rows, columns) for columns, rows in self.references]
+        prompts = [conditioning_of(count, self.config.text_dim, references) for count in self.rows]
         return Scene(
             family=self.family,
             config=self.config,
-            latent_shape=latent_format.shape(1, frames, height, width),
+            latent_shape=latent_format.shape(self.batch, frames, height, width),
             conditionings=tuple(prompts),
-            dtype=dtype,
+            dtype=self.dtype,
+            kept_latents=kept_latents,
         )
 
 
+GUIDED = (512, 511)  # two prompts that differ
 CASES = {
-    "Wan-14B 832x480x81": Case(family=WAN, config=WAN_14B, size=(832, 480, 81), rows=512),
-    "Wan-14B 1280x720x81": Case(family=WAN, config=WAN_14B, size=(1280, 720, 81), rows=512),
-    "Qwen-Image 1328x1328": Case(family=QWEN_IMAGE, config=QwenImageConfig(), size=(1328, 1328, 1), rows=128),
-    "Wan-1.3B 832x480x81": Case(family=WAN, config=WAN_1_3B, size=(832, 480, 81), rows=512),
+    "Wan-14B 832x480x81": Case(family=WAN, config=WAN_14B, size=(832, 480, 81), rows=GUIDED),
+    "Wan-14B 1280x720x81": Case(family=WAN, config=WAN_14B, size=(1280, 720, 81), rows=GUIDED),
+    "Qwen-Image 1328x1328": Case(family=QWEN_IMAGE, config=QwenImageConfig(), size=(1328, 1328, 1), rows=(128, 127)),
+    "Wan-1.3B 832x480x81": Case(family=WAN, config=WAN_1_3B, size=(832, 480, 81), rows=GUIDED),
     "Qwen-Image-Edit 1024x1024, 2 references": Case(
-        family=QWEN_IMAGE, config=QwenImageConfig(), size=(1024, 1024, 1), rows=512, references=2
+        family=QWEN_IMAGE, config=QwenImageConfig(), size=(1024, 1024, 1), rows=GUIDED, references=((1024, 1024),) * 2
     ),
 }
 
@@ -81,12 +97,29 @@ class RandomWeights:
         return self.module
 
 
-def load(case: Case, dtype: torch.dtype = torch.bfloat16) -> Loaded:
-    """Return a case's model, stored as it is computed with; nothing takes memory yet."""
+class NoWeights:
+    """The `Weights` of a model of which only the shapes matter."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
+        """Leave the memory as it is."""
+
+    def materialise(self) -> nn.Module:
+        """Return the module as it is."""
+        return self.module
+
+
+def load(case: Case, weights: type[RandomWeights] | type[NoWeights] = NoWeights) -> Loaded:
+    """Return a case's model, the large weights of its blocks stored as it says; nothing takes memory yet."""
+    family = case.family
     with META:
-        module = case.family.build(case.config)
+        module = family.build(case.config)
     for name, parameter in list(module.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        bare = parameter.to(torch.float32 if case.family.float32(name) else dtype)
+        is_large = parameter.dim() == 2 and family.blocks in name
+        stored = FORMATS[case.stored] if is_large else case.dtype
+        bare = parameter.to(torch.float32 if family.float32(name) else stored)
         module.get_submodule(path).register_parameter(leaf, nn.Parameter(bare, requires_grad=False))
-    return Loaded(RandomWeights(module.eval()), module.get_submodule(case.family.blocks))
+    return Loaded(weights(module.eval()), module.get_submodule(family.blocks))

@@ -1,0 +1,88 @@
+"""Is the peak that a plan predicts the one that a run takes?
+
+    python -m wanqwen.bench.plan_peaks [--case NAME ...] [--vram 24 16 12 8] [--steps 2]
+
+Whole sampling runs of the published sizes on PyTorch's meta device, where every tensor that lives is counted and no
+number is computed: all weights that stay, the ring, the work of every block, and what sampling holds.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..core.blocks import Run
+from ..core.memory.placement import GB, Machine, Plan
+from ..core.memory.resident import placed
+from ..core.memory.slab import Loaded
+from ..core.memory.trace import LiveBytes
+from ..core.planning import CARDS, Scene, plan_for
+from ..core.sampling import sample as sampling
+from ..core.sampling.guidance import Guided, combination
+from ..core.sampling.schedule import plan_steps
+from ..core.sampling.solvers import SOLVERS
+from ..core.types import MemoryOptions, SampleRequest
+from ..plans import GIB, SYSTEM_VRAM
+from .models import CASES, META, load
+
+
+def main() -> None:
+    """Print predicted and measured peaks of each case on each card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--vram", type=float, nargs="+", default=[24.0, 8.0])
+    parser.add_argument("--steps", type=int, default=2)
+    options = parser.parse_args()
+    solver = "unipc"
+    sys.stdout.write("| case, card | stream | together | predicted | measured | predicted / measured |\n")
+    sys.stdout.write("|---|---|---|---|---|---|\n")
+    for name in options.case:
+        loaded, scene = load(CASES[name]), CASES[name].scene(SOLVERS[solver].kept_latents)
+        for vram in options.vram:
+            machine = Machine(vram=int(vram * GIB) - SYSTEM_VRAM, ram=64 * GB, total_ram=64 * GB)
+            plan, job = plan_for(loaded, scene, CARDS["RTX 4090"], machine, MemoryOptions(source="disk"))
+            found = measured_peak(loaded, scene, plan, solver, options.steps)
+            sys.stdout.write(
+                f"| {name}, {vram:g} GB | {len(plan.streaming)} of {len(job.blocks)} | "
+                f"{'yes' if plan.interleaved else 'no'} | {plan.peak / GB:.3f} GB | {found / GB:.3f} GB | "
+                f"{plan.peak / found:.4f} |\n"
+            )
+            sys.stdout.flush()
+
+
+def measured_peak(loaded: Loaded, scene: Scene, plan: Plan, solver: str, steps: int = 3) -> int:
+    """Return the most bytes that all of a sampling run takes at once on the meta device, weights and slots included."""
+    family = scene.family
+    request = SampleRequest(latent=torch.zeros(1), positive=scene.conditionings[0], steps=steps, guidance=(3.0,))
+    schedule = plan_steps(request, family.schedule(scene.config, scene.latent_shape))
+    with torch.no_grad(), _blind(), LiveBytes(META) as counted:
+        clean, noise = (torch.zeros(scene.latent_shape).to(META) for _ in range(2))
+        x = sampling.start_of(schedule, clean, noise)
+        with placed(loaded, META, lambda: plan) as residency:
+            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [residency]})
+            guided = Guided(
+                denoise=family.denoiser(loaded.module, run, list(scene.conditionings), META),
+                has_negative=len(scene.conditionings) > 1,
+                interleaved=plan.interleaved,
+                combine=combination(family.guidance_patch(scene.config)),
+            )
+            hold = sampling.Hold(mask=torch.ones(1, device=META), clean=clean)
+            sampling.sample(x, schedule, solver, guided, lambda step: torch.empty_like(noise), hold=hold)
+    return counted.peak
+
+
+@contextmanager
+def _blind() -> Iterator[None]:
+    """Tell sampling that all numbers are finite: of the meta device it can't be asked."""
+    original = torch.isfinite
+    torch.isfinite = lambda x: torch.tensor(True)
+    try:
+        yield
+    finally:
+        torch.isfinite = original
+
+
+if __name__ == "__main__":
+    main()
