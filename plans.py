@@ -3,21 +3,21 @@
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from .core import host
-from .core.memory.placement import GB, NUM_SLOTS, Machine
+from .core.memory.placement import GB, Machine
 from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
 from .core.past import MODES
 from .core.planning import CARDS, Card, Scene, card_named, card_of, conditioning_of, machine_of, plan_for
 from .core.runtime import compute_dtype, loaded_of
 from .core.sampling.solvers import SOLVERS
-from .core.text import Footprint
+from .core.text import Footprint, plan_of
 from .core.types import Conditioning, ModelHandle
 from .qwen_image import family as qwen_image
 from .qwen_image import text_encoder as qwen_vl
@@ -104,10 +104,8 @@ def _reading(handle: ModelHandle, question: Question, machine: Machine) -> dict[
     parts = _published_encoder(handle, question)
     if parts is None:
         return None
-    free = machine.vram - machine.headroom
-    fits = all(part.whole <= free for part in parts)
-    peak = max(part.whole if fits else part.streamed(NUM_SLOTS) for part in parts)
-    return {"streams": not fits, "peak_gb": _gb(peak)}
+    plans = [plan_of(part, machine.vram - machine.headroom) for part in parts]
+    return {"streams": any(plan.streaming for plan in plans), "peak_gb": _gb(max(plan.peak for plan in plans))}
 
 
 def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprint] | None:
@@ -137,16 +135,21 @@ def _decoding(question: Question, machine: Machine) -> dict[str, Any]:
 
 
 def plan_here(handle: ModelHandle, latent_shape: tuple[int, ...]) -> list[str]:
-    """Return the plan for latents [B, C, T, h, w] on this machine as it is now, in words; two prompts are assumed.
+    """Return the plan for latents [B, C, T, h, w] on this machine, in words, or why there is none.
 
-    Raises ValueError if the model does not fit, or for options that it can't follow.
+    Two prompts are assumed, and that other models leave the card, as the sampler asks them to.
     """
     device = host.device()
     if computes_in_ram(device):
         return [f"This machine computes on its {device.type}: the weights stay in RAM, nothing has to stream."]
     dtype = compute_dtype(handle, device)
     loaded, scene = loaded_of(handle, dtype), _scene(handle, latent_shape, _prompts(handle, 2, TEXT_TOKENS), dtype)
-    plan, job = plan_for(loaded, scene, card_of(device), machine_of(device), handle.memory)
+    machine = machine_of(device)
+    machine = replace(machine, vram=max(machine.vram, host.total_memory(device) - SYSTEM_VRAM))
+    try:
+        plan, job = plan_for(loaded, scene, card_of(device), machine, handle.memory)
+    except ValueError as error:
+        return [str(error)]
     return describe(plan, len(job.blocks))
 
 
@@ -155,7 +158,7 @@ def render(found: Mapping[str, Any]) -> str:
     title = "{model} ({variant}, {format}) at {size} on a {card} with {vram_gb:g} GB, {ram_gb:g} GB of RAM"
     lines = [title.format_map(found), *(f"  {line}" for line in found["lines"])]
     if reading := found["text_encoder"]:
-        how = "layer by layer" if reading["streams"] else "whole"
+        how = "in part layer by layer" if reading["streams"] else "whole"
         lines.append(f"  before it the text encoder, {how}: VRAM at most {reading['peak_gb']:.2f} GB")
     decoding = found["vae"]
     how = {"tiles": "in tiles", "whole": "whole frames"}.get(decoding["mode"], f"exact, {decoding['mode']}")
@@ -181,7 +184,7 @@ def _prompts(
     handle: ModelHandle, count: int, tokens: int, references: Sequence[tuple[int, ...]] = ()
 ) -> tuple[Conditioning, ...]:
     width = handle.identity.config.text_dim
-    return tuple(conditioning_of(tokens, width, references) for _ in range(count))
+    return tuple(conditioning_of(tokens, width, references, k) for k in range(count))
 
 
 def _machine(question: Question, card: Card) -> Machine:

@@ -49,7 +49,7 @@ class Case:
         latent_format = self.family.latent_format
         width, height, frames = self.size
         references = [latent_format.shape(1, 1, rows, columns) for columns, rows in self.references]
-        prompts = [conditioning_of(count, self.config.text_dim, references) for count in self.rows]
+        prompts = [conditioning_of(n, self.config.text_dim, references, k) for k, n in enumerate(self.rows)]
         return Scene(
             family=self.family,
             config=self.config,

@@ -49,6 +49,7 @@ def simulated_seconds(visits: list[Visit], num_slots: int) -> float:
     own = {i: nothing for i, visit in enumerate(visits) if not visit.streams}
     supply = SimulatedSupply(visits)
     swap = BlockSwap(own, [nothing] * num_slots, supply)
+    swap.start()
     ends = []
     for _ in range(WARM_UP + MEASURED):
         for i, visit in enumerate(visits):

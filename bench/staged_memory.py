@@ -81,7 +81,7 @@ def stream(path: Path, config: object) -> dict[str, int]:
     plan = Plan(streaming=every, num_slots=2, sources=dict.fromkeys(every, Source.DISK))
     most: dict[str, int] = {}
     resident.computes_in_ram = lambda device: False
-    with torch.inference_mode(), resident.placed(loaded, torch.device("cpu"), lambda: plan) as residency:
+    with torch.inference_mode(), resident.placed(loaded, torch.device("cpu"), lambda at_least: plan) as residency:
         run = Run(hooks={"blocks": [residency]})
 
         def call(i: int, block: nn.Module, state: float) -> float:

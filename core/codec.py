@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import host
-from .memory.placement import HEADROOM
+from .memory.placement import headroom_of
 from .memory.resident import resident
 from .past import WHOLE, VAEMode, modes_on
 from .tiles import Tile, TileSize, cut
@@ -217,11 +217,12 @@ class VideoCodec:
         most = needed(height, width, modes[0])
         if mode is None and most > host.available_ram():  # what is not on the device is there
             modes = tuple(each for each in modes if not each.is_offloaded)
-        host.make_room(most + HEADROOM, self.device)
+        headroom = headroom_of(host.driver_spills())
+        host.make_room(most + headroom, self.device)
         free = host.free_memory(self.device)
         for each in modes:
             nbytes = needed(height, width, each)
-            is_found = is_found or nbytes + HEADROOM <= free
+            is_found = is_found or nbytes + headroom <= free
             if is_found and nbytes < least:  # some modes are the same to a still
                 if each != WHOLE:
                     log.info("VAE: mode %s, %.1f GB of %.1f GB free", each.name, nbytes / 1e9, free / 1e9)

@@ -5,6 +5,7 @@ ComfyUI are loaded, never by importing them: this file is safe to import anywher
 """
 
 import logging
+import platform
 import sys
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from .types import LatentFormat
 
 log = logging.getLogger(__name__)
 
+CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 MAX_PREVIEW_PIXELS = 512  # on the longer side, as ComfyUI's own samplers send
 
 
@@ -62,14 +64,46 @@ def available_ram() -> int:
     """Return the bytes of RAM that can be used without swapping."""
     import psutil  # comes with accelerate, and with ComfyUI
 
-    return psutil.virtual_memory().available
+    limit = _container_ram()
+    available = psutil.virtual_memory().available
+    return available if limit is None else min(available, limit[1])
+
+
+def _container_ram() -> tuple[int, int] | None:
+    """Return the RAM that a container may have and what of it is left, caches not counted; None without a limit."""
+    try:
+        most = CGROUP.joinpath("memory.max").read_text().strip()
+        used = int(CGROUP.joinpath("memory.current").read_text())
+        facts = dict(line.split() for line in CGROUP.joinpath("memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not most.isdecimal():
+        return None
+    return int(most), max(0, int(most) - used + int(facts.get("file", 0)))
 
 
 def total_ram() -> int:
-    """Return the bytes of RAM that this machine has."""
+    """Return the bytes of RAM that this machine, or the container around us, has."""
     import psutil
 
-    return psutil.virtual_memory().total
+    limit = _container_ram()
+    total = psutil.virtual_memory().total
+    return total if limit is None else min(total, limit[0])
+
+
+def driver_spills() -> bool:
+    """Say whether the driver moves a full card's memory to RAM instead of failing: on Windows, and in its Linux."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def driver_free(where: torch.device) -> int:
+    """Return the bytes that the driver of a device has free; what PyTorch keeps for itself is not among them."""
+    return torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else free_memory(where)
+
+
+def total_memory(where: torch.device) -> int:
+    """Return the bytes of memory that a device has."""
+    return torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else total_ram()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

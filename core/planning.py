@@ -2,7 +2,6 @@
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from . import host
 from .blocks import Run
 from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
-from .memory.slab import Loaded, Traced
+from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
 from .types import Conditioning, Family, MemoryOptions
 
@@ -65,19 +64,20 @@ class Scene:
 
 
 def plan_for(
-    loaded: Loaded, scene: Scene, card: Card | None, machine: Machine, options: MemoryOptions
+    loaded: Loaded, scene: Scene, card: Card | None, machine: Machine, options: MemoryOptions, at_least: int = 0
 ) -> tuple[Plan, Job]:
     """Return the plan of a run, and what it plans for; times come from an earlier run of the scene, else of the card.
 
-    Raises ValueError if the least of the model does not fit, or for options that it can't follow.
+    `at_least` so many blocks stream. Raises ValueError if the least of the model does not fit, or for options that it
+    can't follow.
     """
     job = job_of(loaded, scene, card)
-    # What earlier runs keep in RAM is there for this one.
-    machine = replace(machine, ram=machine.ram + loaded.kept_bytes)
-    plan = make_plan(job, machine, options)
+    # What earlier runs keep in RAM is there for this one, of this model or of others that don't run now.
+    machine = replace(machine, ram=machine.ram + loaded.kept_bytes + idle_bytes(loaded))
+    plan = make_plan(job, machine, options, at_least)
     if plan.streaming and job.passes > 1 and options.interleave is not False:
         job = replace(job, working_interleaved=working_bytes(loaded, scene, interleaved=True))
-        plan = make_plan(job, machine, options)
+        plan = make_plan(job, machine, options, at_least)
     return plan, job
 
 
@@ -89,6 +89,7 @@ def job_of(loaded: Loaded, scene: Scene, card: Card | None) -> Job:
         others=others,
         working=working_bytes(loaded, scene, interleaved=False),
         passes=len(scene.conditionings),
+        in_ram=frozenset(loaded.masters),
         visit_seconds=loaded.visit_seconds.get(scene.key) or (None if card is None else visit_seconds(scene, card)),
     )
 
@@ -103,6 +104,8 @@ def card_named(name: str) -> Card | None:
     """Return what is known of a card, by its name or a part of it; None if nothing is."""
     wanted = name.lower().replace(" ", "")
     known = {label.lower().replace(" ", ""): card for label, card in CARDS.items()}
+    if "laptop" in wanted:  # of the same name, and half as fast
+        return None
     return next((card for label, card in known.items() if label in wanted or (wanted and wanted in label)), None)
 
 
@@ -119,7 +122,7 @@ def machine_of(device: torch.device) -> Machine:
         vram=host.free_memory(device),
         ram=host.available_ram(),
         total_ram=host.total_ram(),
-        is_windows=sys.platform == "win32",
+        is_windows=host.driver_spills(),
         needs_pinning=is_cuda,
     )
     return found if speed is None else replace(found, link=speed)
@@ -169,7 +172,8 @@ def _traced(module: nn.Module, scene: Scene, depth: int) -> Traced:
     longest = max(range(len(costs)), key=lambda k: sum(costs[k]))
     x = torch.empty(scene.latent_shape, device=META)
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
-    with torch.no_grad(), LiveBytes(META) as counted:
+    # Inference mode, under which samplers run, would hide the tensors of composite operations.
+    with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
         walk = _Walk(counted)
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [walk]})
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
@@ -199,6 +203,10 @@ def _shallow_twin(module: nn.Module, scene: Scene, depth: int) -> nn.Module:
     return twin
 
 
-def conditioning_of(rows: int, width: int, references: Sequence[tuple[int, ...]] = ()) -> Conditioning:
-    """Return a prompt of so many text rows, and of references of these latent shapes, for planning only."""
-    return Conditioning(text=torch.rand(1, rows, width), references=tuple(torch.zeros(shape) for shape in references))
+def conditioning_of(rows: int, width: int, references: Sequence[tuple[int, ...]] = (), number: int = 0) -> Conditioning:
+    """Return a prompt of so many text rows, and of references of these latent shapes, for planning only.
+
+    Two of the same `number` and rows are equal, so that they share what equal prompts share.
+    """
+    text = torch.full((1, rows, width), float(number))
+    return Conditioning(text=text, references=tuple(torch.zeros(shape) for shape in references))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import host
 from .blocks import Run
-from .memory.placement import Plan, wanted_bytes
+from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
@@ -52,16 +52,24 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     """
     loaded = loaded_of(handle, scene.dtype)
 
-    def plan() -> Plan:
-        card = card_of(device)
-        wanted = wanted_bytes(job_of(loaded, scene, card), machine_of(device), handle.memory)
-        host.make_room(wanted, device)
-        found, _ = plan_for(loaded, scene, card, machine_of(device), handle.memory)
-        for line in describe(found, len(loaded.blocks)):
-            tell(line)
+    told: list[Plan] = []
+
+    def plan(at_least: int) -> Plan:
+        card, options = card_of(device), handle.memory
+        if told:  # how passes go through the blocks is settled
+            options = replace(options, interleave=told[0].interleaved)
+        headroom = headroom_of(host.driver_spills())
+        host.make_room(wanted_bytes(job_of(loaded, scene, card), options, headroom), device)
+        found, _ = plan_for(loaded, scene, card, machine_of(device), options, at_least)
+        if not told:
+            for line in describe(found, len(loaded.blocks)):
+                tell(line)
+        told.append(found)
         return found
 
     with placed(loaded, device, plan) as residency:
+        if told and residency.plan is not told[0]:
+            tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
         hooks = {handle.family.blocks: [residency, stopwatch]}
         gate = host.block_gate(device)
@@ -147,7 +155,8 @@ def generate(
         )
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
-        watch = _Watch(there, scene, tell)
+        first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
+        watch = _Watch(there, scene, first_passes, tell)
 
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
@@ -180,8 +189,8 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
 class _Watch:
     """Learns from the first step, and makes room when the driver begins to swap."""
 
-    def __init__(self, there: Opened, scene: Scene, tell: Callable[[str], None]):
-        self.there, self.scene, self.tell = there, scene, tell
+    def __init__(self, there: Opened, scene: Scene, first_passes: int, tell: Callable[[str], None]):
+        self.there, self.scene, self.first_passes, self.tell = there, scene, first_passes, tell
         self.pace = Pace(there.residency.plan.step_seconds)
 
     def step(self) -> None:
@@ -190,10 +199,10 @@ class _Watch:
         if not residency.is_needed:
             return
         if (visit := self.there.stopwatch.read()) is not None:
-            visit /= len(self.scene.conditionings) if residency.plan.interleaved else 1
+            visit /= self.first_passes if residency.plan.interleaved else 1
             residency.loaded.visit_seconds[self.scene.key] = visit
             log.info("A block computes for %.1f ms; the first step took %.1f s with loading", visit * 1000, seconds)
-        if self.pace.is_swapped(seconds, host.free_memory(residency.device)) and residency.give_way():
+        if self.pace.is_swapped(seconds, host.driver_free(residency.device)) and residency.give_way():
             self.pace = Pace(None)
             self.tell(
                 f"A step took {seconds:.1f} s: the driver has begun to swap the card's memory to RAM. Now "

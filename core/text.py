@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import host
 from .memory.foreign import traced_bytes
-from .memory.placement import HEADROOM, NUM_SLOTS, Job, Machine, Plan, make_plan
+from .memory.placement import NUM_SLOTS, Job, Machine, Plan, headroom_of, make_plan
 from .memory.resident import Residency, placed
 from .memory.slab import Layout, Loaded
 from .memory.supply import Source
@@ -68,11 +68,12 @@ class Placement:
     def limit(self, wanted: int) -> int:
         """Return the bytes that may be used on the device, after others were asked to make room for `wanted` ones.
 
-        Of what is free, `HEADROOM` is left: what is wanted is counted to the byte, and no allocator works so closely.
+        Of what is free, some headroom is left: wants are counted to the byte, and no allocator works so closely.
         """
         allowed = wanted if self.max_vram_bytes is None else self.max_vram_bytes
-        host.make_room(min(wanted, allowed) + HEADROOM, self.device)
-        free = max(0, host.free_memory(self.device) - HEADROOM)
+        headroom = headroom_of(host.driver_spills())
+        host.make_room(min(wanted, allowed) + headroom, self.device)
+        free = max(0, host.free_memory(self.device) - headroom)
         return free if self.max_vram_bytes is None else min(allowed, free)
 
 
@@ -332,15 +333,15 @@ class Part:
         """
         loaded, device = self.loaded, placement.device
         with (
-            placed(loaded, device, lambda: self._plan(placement, work_bytes())) as residency,
+            placed(loaded, device, lambda at_least: self._plan(placement, work_bytes(), at_least)) as residency,
             _hooked(loaded.blocks, residency, host.block_gate(device)),
         ):
             if line := residency.describe():
                 log.info("The %s runs on %s: %s", self.name, device, line)
             yield loaded.module
 
-    def _plan(self, placement: Placement, work_bytes: int) -> Plan:
-        """Return where the blocks are; nothing is taken yet."""
+    def _plan(self, placement: Placement, work_bytes: int, at_least: int) -> Plan:
+        """Return where the blocks are, at least so many of them streaming; nothing is taken yet."""
         *blocks, others = (layout.nbytes for layout in self.loaded.layouts())
         footprint = Footprint(blocks=tuple(blocks), others=others, working=work_bytes)
         limit = placement.limit(footprint.whole)
@@ -350,15 +351,18 @@ class Part:
                 " or what is free: one of its blocks and the work space take"
                 f" {footprint.streamed(1) / 2**20:.1f} MiB. Allow that much, or run it on the CPU."
             )
-        machine = Machine(
-            vram=limit,
-            ram=host.available_ram(),
-            total_ram=host.total_ram(),
-            needs_pinning=placement.device.type == "cuda",
-        )
-        job = Job(blocks=footprint.blocks, others=others, working=work_bytes, passes=1)
-        slots = NUM_SLOTS if footprint.streamed(NUM_SLOTS) <= limit else 1
-        return make_plan(job, machine, MemoryOptions(slots=slots, source=Source.DISK.value, headroom=0))
+        return plan_of(footprint, limit, at_least)
+
+
+def plan_of(footprint: Footprint, limit: int, at_least: int = 0) -> Plan:
+    """Return how a part runs in so many bytes of a device: what does not fit is read from its file layer by layer.
+
+    Raises ValueError if not even one block fits beside the rest.
+    """
+    machine = Machine(vram=limit, ram=0, total_ram=0)
+    job = Job(blocks=footprint.blocks, others=footprint.others, working=footprint.working, passes=1)
+    slots = NUM_SLOTS if footprint.streamed(NUM_SLOTS) <= limit else 1
+    return make_plan(job, machine, MemoryOptions(slots=slots, source=Source.DISK.value, headroom=0), at_least)
 
 
 @contextmanager

@@ -254,7 +254,11 @@ class MemoryOptions:
         if self.source is not None and self.source not in SOURCES:
             raise ValueError(f"Block Swap: source is {self.source!r}: choose {', '.join(SOURCES)}, or auto.")
         if self.slots is not None and self.slots < 1:
-            raise ValueError(f"Block Swap: {self.slots} slots: give 1 or more, or 0 to have it planned.")
+            raise ValueError(f"Block Swap: {self.slots} slots: give 1 or more, or leave it to the plan.")
+        for name in ("swapped", "headroom", "vram", "pinned", "chunk_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"Block Swap: {name} is {value}: give 0 or more, or leave it to the plan.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

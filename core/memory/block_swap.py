@@ -24,6 +24,9 @@ class BlockSwap:
         self._coming: set[int] = set()  # blocks that have been asked for and not been used since
         self._bound: set[int] = set()
         self._next = 0  # the block to ask for next
+
+    def start(self) -> None:
+        """Ask for the first blocks, so that they are on their way before the first call."""
         self._ask()
 
     def before(self, i: int) -> None:

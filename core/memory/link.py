@@ -78,7 +78,7 @@ class CudaLink:
             self.ready[slot].record(self.stream)
 
     def fence(self) -> Callable[[], None]:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # who waits for it should not keep a core busy
         event.record(self.stream)
         return event.synchronize
 
@@ -101,16 +101,21 @@ def link_to(where: torch.device, num_slots: int) -> Link:
 
 @lru_cache(maxsize=8)
 def measured_speed(where: torch.device) -> float | None:
-    """Return the bytes a second that cross from pinned memory to a CUDA device; None if none could be pinned."""
+    """Return the bytes a second that cross from pinned memory to a CUDA device; None if it can't be measured now."""
     source = HostBuffer(PROBE)
-    if not source.pin(where):
+    try:
+        if not source.pin(where):
+            return None
+        with torch.cuda.device(where):
+            target = torch.empty(PROBE, dtype=torch.uint8, device=where)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(2):  # the first copy wakes the link up
+                start.record()
+                target.copy_(source.bytes, non_blocking=True)
+                end.record()
+                end.synchronize()
+            return PROBE / (start.elapsed_time(end) / 1000)
+    except torch.OutOfMemoryError:
         return None
-    target = torch.empty(PROBE, dtype=torch.uint8, device=where)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(2):  # the first copy wakes the link up
-        start.record()
-        target.copy_(source.bytes, non_blocking=True)
-        end.record()
-        end.synchronize()
-    source.unpin()
-    return PROBE / (start.elapsed_time(end) / 1000)
+    finally:
+        source.unpin()

@@ -1,13 +1,14 @@
 """RAM that copies to a CUDA device can run from by themselves: registered exactly, never rounded up."""
 
 import contextlib
+import mmap
 import weakref
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-PAGE = 4096  # bytes
+PAGE = mmap.PAGESIZE  # bytes
 
 
 class HostBuffer:

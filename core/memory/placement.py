@@ -1,6 +1,6 @@
 """The plan of a run: which blocks stay on the device, how the others come, and what that takes in bytes and seconds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -11,8 +11,9 @@ from .timeline import Visit, step_seconds
 GB = 10**9
 NUM_SLOTS = 2  # of the ring: one computes while the other is filled
 NUM_SLOTS_DISK = 3  # a disk is less even than RAM
-HEADROOM = 512 << 20  # bytes left free: for what other programs take meanwhile, and for what the allocator can't use
-HEADROOM_WINDOWS = 1 << 30  # its desktop takes more, and its driver spills into RAM before anything fails
+# Bytes of VRAM left free: for what other programs take meanwhile, and for what the allocator can't use. The drivers of
+# Windows serve a desktop too, and spill into RAM before anything fails.
+HEADROOM, HEADROOM_WINDOWS = 512 << 20, 1 << 30
 RAM_RESERVE = 8 * GB  # that a Linux system with pinned weights should have left
 PINNED_SHARE_WINDOWS = 0.5  # of all RAM; Windows refuses to pin more
 
@@ -24,7 +25,7 @@ class Job:
     `blocks` are the bytes of each block's weights, `others` those of all other weights, which stay. `working` are the
     bytes beside them at the fullest moment, with the guidance passes one after the other; `working_interleaved` with
     all passes through a block before it is let go, None if that is not to be considered. `visit_seconds` is how long
-    one pass through one block computes, None if unknown.
+    one pass through one block computes, None if unknown. `in_ram` are blocks that an earlier run left in RAM.
     """
 
     blocks: tuple[int, ...]
@@ -33,6 +34,7 @@ class Job:
     working_interleaved: int | None = None
     passes: int
     visit_seconds: float | None = None
+    in_ram: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +55,7 @@ class Machine:
     @property
     def headroom(self) -> int:
         """Bytes of VRAM to leave free where the user didn't say."""
-        return HEADROOM_WINDOWS if self.is_windows else HEADROOM
+        return headroom_of(self.is_windows)
 
     @property
     def pinnable(self) -> int:
@@ -89,11 +91,16 @@ class Plan:
     notices: tuple[str, ...] = ()
 
 
-def make_plan(job: Job, machine: Machine, options: MemoryOptions | None = None) -> Plan:
+def headroom_of(is_windows: bool) -> int:
+    """Return the bytes of VRAM to leave free."""
+    return HEADROOM_WINDOWS if is_windows else HEADROOM
+
+
+def make_plan(job: Job, machine: Machine, options: MemoryOptions | None = None, at_least: int = 0) -> Plan:
     """Return the fastest plan that fits; of equally fast ones that with the least traffic.
 
-    What `options` fixes is kept. Raises ValueError if two blocks and the other weights don't fit, or for options that
-    the model can't follow.
+    What `options` fixes is kept, but for that `at_least` so many blocks stream, of a card that proved too small. Raises
+    ValueError if two blocks and the other weights don't fit, or for options that the model can't follow.
     """
     options = options or MemoryOptions()
     _check(job, options)
@@ -103,16 +110,16 @@ def make_plan(job: Job, machine: Machine, options: MemoryOptions | None = None) 
     # Three slots pay where a disk is read; where they don't fit, two do.
     slots = [options.slots] if options.slots else [NUM_SLOTS, NUM_SLOTS_DISK]
     plans = [
-        _complete(job, machine, options, interleaved, num_slots) for interleaved, num_slots in product(ways, slots)
+        _complete(job, machine, options, interleaved, num_slots, at_least)
+        for interleaved, num_slots in product(ways, slots)
     ]
     return min(plans, key=_rank)
 
 
-def wanted_bytes(job: Job, machine: Machine, options: MemoryOptions | None = None) -> int:
+def wanted_bytes(job: Job, options: MemoryOptions, headroom: int) -> int:
     """Return the VRAM that a run would like to have, to hold the whole model, or what it may have at most."""
-    options = options or MemoryOptions()
-    headroom = machine.headroom if options.headroom is None else options.headroom
-    wanted = sum(job.blocks) + job.others + job.working + headroom
+    wanted = sum(job.blocks) + job.others + job.working
+    wanted += headroom if options.headroom is None else options.headroom
     return wanted if options.vram is None else min(wanted, options.vram)
 
 
@@ -127,11 +134,13 @@ def _check(job: Job, options: MemoryOptions) -> None:
     if options.swapped is not None and not 0 <= options.swapped <= total:
         raise ValueError(
             f"Block Swap: {options.swapped} blocks are to be swapped, and the model has {total}: give 0 to {total}, or "
-            "-1 to have it planned."
+            "leave it to the plan."
         )
 
 
-def _complete(job: Job, machine: Machine, options: MemoryOptions, interleaved: bool, num_slots: int) -> Plan:
+def _complete(
+    job: Job, machine: Machine, options: MemoryOptions, interleaved: bool, num_slots: int, at_least: int
+) -> Plan:
     working = job.working if job.working_interleaved is None or not interleaved else job.working_interleaved
     headroom = machine.headroom if options.headroom is None else options.headroom
     vram = machine.vram if options.vram is None else min(machine.vram, options.vram)
@@ -145,10 +154,12 @@ def _complete(job: Job, machine: Machine, options: MemoryOptions, interleaved: b
         num_streaming = 0
     else:
         num_streaming = min(total, total - max(0, room - ring) // slot)
+    num_streaming = max(num_streaming, at_least)
     streaming = spread(total, num_streaming)
     if not num_streaming:
         interleaved, working = False, job.working
-    num_slots = min(num_slots, num_streaming)
+    # A slot for each would save nothing.
+    num_slots = min(num_slots, max(1, num_streaming - 1)) if num_streaming else 0
     staying = sum(size for i, size in enumerate(job.blocks) if i not in streaming)
     weights = job.others + staying + num_slots * slot
     if weights > vram and options.swapped is None:
@@ -168,28 +179,35 @@ def _complete(job: Job, machine: Machine, options: MemoryOptions, interleaved: b
         working=working,
         pinned=_pinned(job, machine, sources),
     )
-    return _timed(job, machine, plan, vram)
+    return replace(_timed(job, machine, plan), notices=_notices(job, plan, options, vram))
 
 
 def _sources(job: Job, machine: Machine, options: MemoryOptions, streaming: Sequence[int]) -> dict[int, Source]:
     """Return where each streaming block waits: as many as may be in RAM, spread evenly among those read from disk."""
-    if options.source is not None:
-        return dict.fromkeys(streaming, Source(options.source))
+    if options.source == Source.DISK.value or not machine.needs_pinning:
+        # A device that is no card shares the RAM, so that keeping slabs there would take it twice.
+        return dict.fromkeys(streaming, Source.DISK)
     slot = max(job.blocks)
     pinnable = machine.pinnable if options.pinned is None else min(options.pinned, machine.pinnable)
     ram = max(0, machine.ram - MIN_RAM)
-    if machine.needs_pinning:  # staging buffers are pinned too
-        pinnable, ram = (max(0, bytes_ - NUM_STAGING * slot) for bytes_ in (pinnable, ram))
-    num_pinned = min(len(streaming), pinnable // slot)
+    pinnable, ram = (max(0, bytes_ - NUM_STAGING * slot) for bytes_ in (pinnable, ram))  # staging is pinned too
+    num_pinned = 0 if options.source == Source.STAGED.value else min(len(streaming), pinnable // slot)
     num_staged = min(len(streaming) - num_pinned, max(0, ram - num_pinned * slot) // slot)
-    if machine.needs_pinning and not machine.is_windows and options.pinned is None:
+    if options.source == Source.PINNED.value or (options.source is None and not machine.is_windows):
         num_staged = 0  # RAM that a system should not pin is better left to its cache of the file
-    kept = spread(len(streaming), num_pinned + num_staged)
+    kept = _kept(streaming, job.in_ram, num_pinned + num_staged)
     pinned = {kept[k] for k in spread(len(kept), num_pinned)}
     return {
-        block: Source.PINNED if k in pinned else Source.STAGED if k in kept else Source.DISK
-        for k, block in enumerate(streaming)
+        block: Source.PINNED if block in pinned else Source.STAGED if block in kept else Source.DISK
+        for block in streaming
     }
+
+
+def _kept(streaming: Sequence[int], in_ram: Collection[int], count: int) -> list[int]:
+    """Return which blocks to keep in RAM: those that are there already, and others as evenly as can be."""
+    there = [block for block in streaming if block in in_ram][:count]
+    others = [block for block in streaming if block not in there]
+    return sorted([*there, *(others[k] for k in spread(len(others), count - len(there)))])
 
 
 def _pinned(job: Job, machine: Machine, sources: Mapping[int, Source]) -> int:
@@ -199,17 +217,23 @@ def _pinned(job: Job, machine: Machine, sources: Mapping[int, Source]) -> int:
     return masters + NUM_STAGING * max(job.blocks)
 
 
-def _timed(job: Job, machine: Machine, plan: Plan, vram: int) -> Plan:
+def _notices(job: Job, plan: Plan, options: MemoryOptions, vram: int) -> tuple[str, ...]:
+    """Return what the user should know."""
+    if plan.peak <= vram:
+        return ()
+    asked = f"{vram / GB:.1f} GB are free, and about {plan.peak / GB:.1f} are needed"
+    if options.swapped is not None and len(plan.streaming) < len(job.blocks):
+        return (f"Block Swap: {asked} with {options.swapped} blocks swapped: swap more, or leave it to the plan.",)
+    return (
+        f"{asked} for this size even with {len(plan.streaming)} of {len(job.blocks)} blocks streamed in: it may run out"
+        " of memory. Choose a smaller size, or close what else uses the card.",
+    )
+
+
+def _timed(job: Job, machine: Machine, plan: Plan) -> Plan:
     walks = 1 if plan.interleaved or job.passes == 1 else job.passes
     crossing = walks * sum(job.blocks[i] for i in plan.streaming) if len(plan.streaming) > plan.num_slots else 0
-    notices = []
-    if plan.peak > vram:
-        notices.append(
-            f"{vram / GB:.1f} GB are free, and about {plan.peak / GB:.1f} are needed for this size even with "
-            f"{len(plan.streaming)} of {len(job.blocks)} blocks streamed in: it may run out of memory. Choose a "
-            "smaller size, or close what else uses the card."
-        )
-    plan = replace(plan, crossing=crossing, notices=tuple(notices))
+    plan = replace(plan, crossing=crossing)
     if job.visit_seconds is None:
         return plan
     visits, walks = visits_of(job, machine, plan)

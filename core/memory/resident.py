@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .. import host
 from .block_swap import BlockSwap
 from .link import link_to
-from .placement import GB, Plan, spread
+from .placement import GB, NUM_SLOTS, Plan
 from .report import where
 from .slab import Loaded, Slot, is_there, tensors
 from .supply import Source, Supply
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 LEAST = 3  # blocks that leave the device when it is too full: two make the slots of a ring, so that one is gained
 
 Module = TypeVar("Module", bound=nn.Module)
+Planner = Callable[[int], Plan]  # at least how many blocks are to stream -> the plan
 
 
 @contextmanager
@@ -55,66 +55,55 @@ def computes_in_ram(device: torch.device) -> bool:
 
 
 @contextmanager
-def placed(loaded: Loaded, device: torch.device, plan: Callable[[], Plan]) -> Iterator["Residency"]:
+def placed(loaded: Loaded, device: torch.device, planner: Planner) -> Iterator["Residency"]:
     """Bring a model to the device as a plan says, which is asked for only if anything has to move.
 
-    After the run, also after an error, nothing of it is on the device, and no thread, file or pinned staging is left.
+    After the run, also after an error, nothing of it is on the device, and no thread or pinned staging is left.
     """
-    residency = Residency(loaded, device)
+    residency = Residency(loaded, device, planner)
+    loaded.is_in_use = True
     try:
         if residency.is_needed:
-            residency.come(plan())
+            residency.come()
         else:
             loaded.in_ram()
         yield residency
     finally:
+        loaded.is_in_use = False
         residency.close()
 
 
 class Residency:
     """Where a model's weights are during a run: on the device, or coming in block by block. A `BlockHook`."""
 
-    def __init__(self, loaded: Loaded, device: torch.device):
-        self.loaded, self.device = loaded, device
+    def __init__(self, loaded: Loaded, device: torch.device, planner: Planner):
+        self.loaded, self.device, self.planner = loaded, device, planner
         self.is_needed = not computes_in_ram(device)
         self.plan = Plan(sources={})
         *self._blocks, self._others = loaded.layouts()
         self._has_others = False
         self._ring: BlockSwap | None = None
 
-    def come(self, plan: Plan) -> None:
-        """Take the memory that the plan names, and ask for the weights; other weights than the blocks' are there then.
+    def come(self, at_least: int = 0) -> None:
+        """Plan, take the memory that the plan names, and ask for the weights; those outside of blocks are there then.
 
-        Everything is taken before the first block runs, and nothing after. Raises ValueError or OSError where the
-        weights can't be read.
+        At least so many blocks stream; more where the device has not even the memory of the plan. Everything is taken
+        before the first block runs, and nothing after. Raises what the planner does, ValueError or OSError where the
+        weights can't be read, and OutOfMemoryError where nothing helps.
         """
-        self.plan = plan
-        self.loaded.keep_only([i for i, source in plan.sources.items() if source is not Source.DISK])
-        host.empty_cache()  # what PyTorch keeps for itself is of other sizes
-        if not self._has_others:
-            in_ram = torch.empty(self._others.nbytes, dtype=torch.uint8)
-            self.loaded.fill(self._others, in_ram)
-            self._others.bind(in_ram.to(self.device))
-            self._has_others = True
-        own = {i: self._empty(layout.nbytes) for i, layout in enumerate(self._blocks) if i not in plan.streaming}
-        slot = max((self._blocks[i].nbytes for i in plan.streaming), default=0)
-        ring = [self._empty(slot) for _ in range(plan.num_slots)]
-        link = link_to(self.device, len(ring) + len(own))
-        supply = Supply(self.loaded, self._blocks, plan.sources, link, self.device)
-        self._ring = BlockSwap(own, ring, supply)
+        while not self._take(self.planner(at_least)):
+            if self._is_exhausted:
+                raise torch.OutOfMemoryError(f"{self.device} is out of memory, even with all blocks streaming")
+            at_least = self._more
+            log.warning("%s has not the memory of the plan: at least %d blocks will stream", self.device, at_least)
 
     def give_way(self) -> bool:
         """After the device ran out of memory, make more blocks stream; False if that can't help any more."""
-        total, streaming = len(self._blocks), len(self.plan.streaming)
-        num_slots = max(2, self.plan.num_slots)
-        if not self.is_needed or streaming == total or total <= num_slots:
+        if not self.is_needed or self._is_exhausted:
             return False
+        at_least = self._more
         self._halt()
-        host.empty_cache()
-        more = min(total, streaming + max(LEAST, total // 8))
-        kind = next(iter(self.plan.sources.values()), Source.PINNED)
-        sources = {i: self.plan.sources.get(i, kind) for i in spread(total, more)}
-        self.come(replace(self.plan, streaming=tuple(sources), num_slots=min(num_slots, more), sources=sources))
+        self.come(at_least)
         return True
 
     def describe(self) -> str:
@@ -140,6 +129,47 @@ class Residency:
                 self._others.release()
             if self.is_needed:
                 host.empty_cache()
+
+    @property
+    def _is_exhausted(self) -> bool:
+        total = len(self._blocks)
+        return len(self.plan.streaming) == total or total <= NUM_SLOTS
+
+    @property
+    def _more(self) -> int:
+        total = len(self._blocks)
+        return min(total, len(self.plan.streaming) + max(LEAST, total // 8))
+
+    def _take(self, plan: Plan) -> bool:
+        """Carry out a plan; False if the device has not the memory, and then nothing of it is there."""
+        self.plan = plan
+        self.loaded.keep_only([i for i, source in plan.sources.items() if source is not Source.DISK])
+        host.empty_cache()  # what PyTorch keeps for itself is of other sizes
+        try:
+            self._fill()
+            return True
+        except RuntimeError as error:
+            if not host.is_out_of_memory(error):
+                raise
+        # Outside of the except clause, where all that was taken is gone.
+        self._halt()
+        host.empty_cache()
+        return False
+
+    def _fill(self) -> None:
+        if not self._has_others:
+            in_ram = torch.empty(self._others.nbytes, dtype=torch.uint8)
+            self.loaded.fill(self._others, in_ram, host.check_interrupt)
+            self._others.bind(in_ram.to(self.device))
+            self._has_others = True
+        plan = self.plan
+        own = {i: self._empty(layout.nbytes) for i, layout in enumerate(self._blocks) if i not in plan.streaming}
+        slot = max((self._blocks[i].nbytes for i in plan.streaming), default=0)
+        ring = [self._empty(slot) for _ in range(plan.num_slots)]
+        link = link_to(self.device, len(ring) + len(own))
+        supply = Supply(self.loaded, self._blocks, plan.sources, link, self.device)
+        self._ring = BlockSwap(own, ring, supply)
+        self._ring.start()
 
     def _empty(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)

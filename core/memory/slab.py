@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,9 @@ class Traced:
     waiting: int
 
 
+_KNOWN: "WeakSet[Loaded]" = WeakSet()
+
+
 class Loaded:
     """A model's weights between runs. `blocks` are those of its modules that can stream.
 
@@ -96,6 +100,8 @@ class Loaded:
         self.masters: dict[int, HostBuffer] = {}
         self.working: dict[object, Traced] = {}
         self.visit_seconds: dict[object, float] = {}
+        self.is_in_use = False
+        _KNOWN.add(self)
 
     def keep_only(self, blocks: Collection[int]) -> None:
         """Let go of the slabs in RAM but for those of these blocks."""
@@ -131,6 +137,18 @@ class Loaded:
             if piece.name not in missing:
                 go_on()
                 piece.of(buffer).copy_(piece.rest)
+
+
+def idle_bytes(but: Loaded) -> int:
+    """Return how much RAM the slabs take that models keep which are not running, `but` left out."""
+    return sum(loaded.kept_bytes for loaded in tuple(_KNOWN) if loaded is not but and not loaded.is_in_use)
+
+
+def release_idle(but: Loaded) -> None:
+    """Let go of the slabs in RAM of models that are not running; they are read again when they run next."""
+    for loaded in tuple(_KNOWN):
+        if loaded is not but and not loaded.is_in_use:
+            loaded.keep_only(())
 
 
 class InMemory:

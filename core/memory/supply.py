@@ -5,6 +5,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 
 import torch
@@ -13,11 +15,12 @@ from torch import Tensor
 from .. import host
 from .link import Link
 from .pinned import HostBuffer
-from .slab import Layout, Loaded
+from .slab import Layout, Loaded, release_idle
 
 log = logging.getLogger(__name__)
 
 MIN_RAM = 2 << 30  # bytes that stay for everything else
+PATIENCE_SECONDS = 0.25  # between two looks whether the user stopped the run
 NUM_STAGING = 2  # buffers: one is filled while the other crosses
 
 
@@ -54,8 +57,8 @@ class Supply:
 
     def load(self, block: int, slot: int, buffer: Tensor) -> None:
         """Bring a block's slab into a slot, which is this buffer on the device."""
-        if former := self._asked.pop(slot, None):
-            former.result()  # a slab that nobody waited for must not come after this one
+        if slot in self._asked:
+            self._await(slot)  # a slab that nobody waited for must not come after this one
         master = self.loaded.masters.get(block)
         if master is not None and (master.is_pinned or not self.link.wants_pinned):
             self.link.load(slot, buffer, master.bytes)
@@ -67,10 +70,11 @@ class Supply:
     def wait(self, slot: int) -> None:
         """Let the compute go on only when the slot's slab is there. Raises what went wrong on its way.
 
-        The CPU waits here until the copy has been asked for, which a slab from pinned memory always has.
+        The CPU waits here until the copy has been asked for, which a slab from pinned memory always has; meanwhile the
+        user may stop the run.
         """
-        if asked := self._asked.pop(slot, None):
-            asked.result()
+        if slot in self._asked:
+            self._await(slot)
         self.link.wait(slot)
 
     def used(self, slot: int) -> None:
@@ -92,9 +96,23 @@ class Supply:
                 while self._staging:
                     self._staging.pop().unpin()
 
+    def _await(self, slot: int) -> None:
+        """Wait until the thread has done what it was asked for a slot."""
+        asked = self._asked.pop(slot)
+        try:
+            while True:
+                try:
+                    return asked.result(timeout=PATIENCE_SECONDS)
+                except FutureTimeout:
+                    if asked.done():  # just now, or the error is the work's own
+                        return asked.result()
+                    host.check_interrupt()
+        finally:
+            del asked  # its error holds this frame, and with it all slots
+
     def _bring(self, block: int, slot: int, buffer: Tensor) -> None:
-        # Tensors made under inference mode may only be written under it, and modes are a thread's own.
-        with torch.inference_mode():
+        # Tensors made under inference mode may only be written under it; modes and the current device are a thread's.
+        with torch.inference_mode(), _current(self.device):
             layout, master = self.layouts[block], self._master(block)
             if master is not None and (master.is_pinned or not self.link.wants_pinned):
                 self.link.load(slot, buffer, master.bytes)
@@ -114,7 +132,7 @@ class Supply:
         """Return the slab of a block that is kept in RAM, made now if it was not there, or None if it is not kept."""
         kind = self.kinds.get(block, Source.DISK)
         masters, layout = self.loaded.masters, self.layouts[block]
-        if block not in masters and kind is not Source.DISK and host.available_ram() >= layout.nbytes + MIN_RAM:
+        if block not in masters and kind is not Source.DISK and self._has_ram(layout.nbytes):
             fresh = HostBuffer(layout.nbytes)
             self.loaded.fill(layout, fresh.bytes, self._go_on)
             masters[block] = fresh
@@ -131,12 +149,30 @@ class Supply:
             buffer, wait = self._busy.popleft()
             wait()
             return buffer
-        fresh = HostBuffer(max(layout.nbytes for layout in self.layouts))
+        size = max(layout.nbytes for layout in self.layouts)
+        try:
+            fresh = HostBuffer(size)
+        except RuntimeError as error:
+            raise ValueError(
+                f"There are not the {size / 1e9:.1f} GB of RAM that a block of the model passes through on its way to "
+                "the card: close other programs, or use a smaller file of this model (fp8 takes half of bf16)."
+            ) from error
         self._staging.append(fresh)
         if self.link.wants_pinned and not fresh.pin(self.device):
             log.warning("No memory could be pinned for staging: copies to %s make it wait.", self.device)
         return fresh
 
+    def _has_ram(self, num_bytes: int) -> bool:
+        """Say whether so much RAM may be taken, if need be of what idle models keep."""
+        if host.available_ram() < num_bytes + MIN_RAM:
+            release_idle(self.loaded)
+        return host.available_ram() >= num_bytes + MIN_RAM
+
     def _go_on(self) -> None:
         if self._over.is_set():
             raise _Stopped
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one, for which CUDA registers memory."""
+    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()

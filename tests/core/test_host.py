@@ -119,3 +119,23 @@ def test_the_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     host.LogProgress("sampling", lines.append).update(2, 10, torch.zeros(1))
     assert lines == ["sampling 2/10, 4.0 s gone, 16.0 s left"]
+
+
+def test_a_container_s_limit_counts_and_its_caches_do_not(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    alone = host.total_ram()
+    tmp_path.joinpath("memory.max").write_text("max\n")
+    tmp_path.joinpath("memory.current").write_text("700\n")
+    tmp_path.joinpath("memory.stat").write_text("anon 500\nfile 200\n")
+    assert host.total_ram() == alone
+    tmp_path.joinpath("memory.max").write_text("1000\n")
+    assert host.total_ram() == 1000 and host.available_ram() == 500
+
+
+def test_drivers_spill_on_windows_and_in_its_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.sys, "platform", "linux")
+    for release, expected in (("6.1.0-18-amd64", False), ("5.15.153.1-microsoft-standard-WSL2", True)):
+        monkeypatch.setattr(host.platform, "release", lambda release=release: release)
+        assert host.driver_spills() is expected
+    monkeypatch.setattr(host.sys, "platform", "win32")
+    assert host.driver_spills()

@@ -46,14 +46,20 @@ def test_with_a_latent_the_plan_is_shown(nodes, model, monkeypatch: pytest.Monke
     out = nodes.BlockSwap.execute(model, **AUTO, latent=latent)
     assert out.ui == {"text": ["This machine computes on its cpu: the weights stay in RAM, nothing has to stream."]}
     monkeypatch.setattr(plans, "computes_in_ram", lambda device: False)
-    machine = Machine(vram=1 << 30, ram=1 << 34, total_ram=1 << 35)
+    machine = Machine(vram=1 << 20, ram=1 << 34, total_ram=1 << 35)
     monkeypatch.setattr(plans, "machine_of", lambda device: machine)
+    monkeypatch.setattr(plans.host, "total_memory", lambda device: (1 << 30) + plans.SYSTEM_VRAM)
     monkeypatch.setattr(plans, "card_of", lambda device: planning.CARDS["RTX 3090"])
     lines = nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 2}, latent=latent).ui["text"]
-    assert lines[0].startswith("0 of 2 blocks stay on the device, 2 stream through 2 slots: 2 from pinned RAM")
+    assert lines[0].startswith("0 of 2 blocks stay on the device, 2 stream through 1 slots: 2 from pinned RAM;")
     assert lines[1].startswith("VRAM at most 0.01 GB") and len(lines) == 3
-    with pytest.raises(ValueError, match=r"Block Swap: 3 blocks are to be swapped, and the model has 2: give 0 to 2"):
-        nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 3}, latent=latent)
+    [line] = nodes.BlockSwap.execute(model, **AUTO | {"blocks_to_swap": 3}, latent=latent).ui["text"]
+    assert line.startswith("Block Swap: 3 blocks are to be swapped, and the model has 2: give 0 to 2")
+
+
+def test_what_makes_no_sense_is_refused(nodes, model) -> None:
+    with pytest.raises(ValueError, match=r"Block Swap: headroom is -\d+: give 0 or more"):
+        nodes.BlockSwap.execute(model, **AUTO | {"headroom_gb": -0.5})
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,9 @@ class Executor(ThreadPoolExecutor):
         future = super().submit(task)
         original = future.result
 
-        def result() -> Any:
+        def result(timeout: float | None = None) -> Any:
             try:
-                return original()
+                return original(timeout)
             finally:
                 self.races.order(self.races.thread(), done)
 
@@ -159,7 +159,7 @@ def cuda() -> Iterator[Races]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_stream", lambda device: races.compute)
         patch.setattr(torch.cuda, "Stream", lambda device: Stream(races, "copy"))
-        patch.setattr(torch.cuda, "Event", lambda: Event(races))
+        patch.setattr(torch.cuda, "Event", lambda blocking=False: Event(races))
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(supply_module, "ThreadPoolExecutor", type("Watched", (Executor,), {"races": races}))
         patch.setattr(Tensor, "copy_", copy_)

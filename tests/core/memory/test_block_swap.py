@@ -40,7 +40,9 @@ def swap_of(
     own = {i: torch.empty(layouts[i].nbytes, dtype=torch.uint8) for i in range(DEPTH) if i not in streaming}
     size = max(layout.nbytes for layout in layouts)
     ring = [torch.empty(size, dtype=torch.uint8) for _ in range(num_slots)]
-    return BlockSwap(own, ring, Supply(loaded, layouts, kinds, link, CPU))
+    swap = BlockSwap(own, ring, Supply(loaded, layouts, kinds, link, CPU))
+    swap.start()
+    return swap
 
 
 @pytest.fixture

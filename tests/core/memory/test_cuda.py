@@ -29,6 +29,7 @@ def test_streamed_blocks_have_the_bits_of_resident_ones(path: Path, kind: Source
         ring = [torch.empty(size, dtype=torch.uint8, device=CUDA) for _ in range(2)]
         link = CudaLink(CUDA, len(own) + len(ring))
         swap = BlockSwap(own, ring, Supply(loaded, layouts, dict.fromkeys(range(num_streaming), kind), link, CUDA))
+        swap.start()
         try:
             return [forward(loaded.blocks, x.to(CUDA), [swap]).cpu() for x in inputs(20)]
         finally:

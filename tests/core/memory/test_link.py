@@ -21,6 +21,9 @@ class Stream:
 
 
 class Event:
+    def __init__(self, blocking: bool = False):
+        self.blocking = blocking
+
     def record(self, stream: Stream) -> None:
         stream.log.append((stream.name, "record", self))
 
@@ -65,7 +68,7 @@ def test_a_copy_waits_for_the_last_use_and_the_compute_for_the_copy(log: list[tu
     assert link.wants_pinned
     fence = link.fence()
     link.close()
-    assert fence.__self__ is log[-3][2] and fence.__name__ == "synchronize"
+    assert fence.__self__ is log[-3][2] and fence.__name__ == "synchronize" and fence.__self__.blocking
     assert log == [
         ("copy", "wait", link.done[1]),
         ("copy", "copy", True),

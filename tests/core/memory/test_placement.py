@@ -31,8 +31,9 @@ def test_all_stays_where_all_fits() -> None:
     assert plan.streaming == () and not plan.interleaved and plan.peak == whole - HEADROOM
     assert plan.crossing == 0 and plan.step_seconds == pytest.approx(40 * 2 * 0.1)
     assert make_plan(JOB, replace(LARGE, vram=whole - 1)).streaming
-    assert wanted_bytes(JOB, LARGE) == whole
-    assert wanted_bytes(JOB, LARGE, MemoryOptions(vram=GB)) == GB
+    assert wanted_bytes(JOB, MemoryOptions(), HEADROOM) == whole
+    assert wanted_bytes(JOB, MemoryOptions(vram=GB), HEADROOM) == GB
+    assert wanted_bytes(JOB, MemoryOptions(headroom=0), HEADROOM) == whole - HEADROOM
 
 
 def test_as_much_stays_as_fits_beside_the_ring() -> None:
@@ -102,12 +103,12 @@ def test_what_is_fixed_is_kept() -> None:
     assert set(plan.sources.values()) == {Source.DISK}
     # By hand all may stay, too: the notice says what that means.
     plan = make_plan(JOB, machine, MemoryOptions(swapped=0))
-    assert plan.streaming == () and "may run out of memory" in plan.notices[0]
+    assert plan.streaming == () and plan.notices[0].endswith("0 blocks swapped: swap more, or leave it to the plan.")
     less = make_plan(JOB, machine, MemoryOptions(vram=8 * GB))
     assert less.peak <= 8 * GB - HEADROOM < make_plan(JOB, machine).peak
     few = make_plan(JOB, machine, MemoryOptions(pinned=3 * GB))
     assert sum(s is Source.PINNED for s in few.sources.values()) == (3 * GB - NUM_STAGING * BLOCK) // BLOCK
-    with pytest.raises(ValueError, match=r"41 blocks are to be swapped, and the model has 40: give 0 to 40, or -1"):
+    with pytest.raises(ValueError, match=r"41 blocks are to be swapped, and the model has 40: give 0 to 40, or leave"):
         make_plan(JOB, machine, MemoryOptions(swapped=41))
     with pytest.raises(ValueError, match="source is 'tape': choose pinned, staged, disk, or auto"):
         MemoryOptions(source="tape")

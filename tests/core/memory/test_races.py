@@ -31,6 +31,7 @@ def run(races: Races, path: Path, rng: random.Random, make_link: Callable[..., C
     ring = [torch.empty(size, dtype=torch.uint8) for _ in range(rng.randint(1, 4))]
     link = make_link(CUDA, len(own) + len(ring))
     swap = BlockSwap(own, ring, Supply(loaded, layouts, kinds, link, CUDA))
+    swap.start()
     wanted = [forward(in_memory(path).blocks, x, []) for x in inputs()]
 
     class Compute:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import resident as memory
-from wanqwen.core.memory.placement import Plan
+from wanqwen.core.memory import slab
+from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
@@ -28,6 +29,14 @@ def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
     return load_model(DEMO_FOLDER / f"{request.param}.safetensors"), asked
 
 
+def with_at_least(plan: Plan, at_least: int) -> Plan:
+    """Return the plan with so many blocks streaming, if it has fewer."""
+    if len(plan.streaming) >= at_least:
+        return plan
+    streaming = spread(4, at_least)
+    return replace(plan, streaming=streaming, num_slots=2, sources=dict.fromkeys(streaming, Source.PINNED))
+
+
 def stream(
     monkeypatch: pytest.MonkeyPatch,
     streaming: tuple[int, ...],
@@ -47,7 +56,7 @@ def stream(
     )
     monkeypatch.setattr(memory, "computes_in_ram", lambda device: False)
     monkeypatch.setattr(memory, "link_to", link_to)
-    monkeypatch.setattr(planning, "make_plan", lambda *_: plan)
+    monkeypatch.setattr(planning, "make_plan", lambda *asked: with_at_least(plan, asked[3]))
     return links
 
 
@@ -173,7 +182,7 @@ def test_a_driver_that_swaps_is_met_with_a_new_plan(
             return super().step()
 
     monkeypatch.setattr(runtime, "Pace", Clock)
-    monkeypatch.setattr(host, "free_memory", lambda device: 0)
+    monkeypatch.setattr(host, "driver_free", lambda device: 0)
     assert torch.equal(runtime.generate(handle, request, tell=said.append), wanted)
     [line] = [line for line in said if "the driver has begun to swap" in line]
     assert line.startswith("A step took 30.0 s: ") and "Now 1 of 4 blocks stay on the device, 3 stream" in line
@@ -205,8 +214,52 @@ def test_the_next_run_finds_in_ram_what_the_last_one_kept(
     assert loaded.kept_bytes == sum(blocks)
     seen = []
     plan = Plan(streaming=(1, 3), num_slots=1, sources={1: Source.PINNED, 3: Source.DISK})
-    monkeypatch.setattr(planning, "make_plan", lambda job, machine, options: seen.append(machine.ram) or plan)
+    monkeypatch.setattr(planning, "make_plan", lambda job, machine, *_: seen.append(machine.ram) or plan)
     monkeypatch.setattr(host, "available_ram", lambda: 5 << 30)
     assert torch.equal(runtime.generate(handle, request), wanted)
     assert seen == [(5 << 30) + sum(blocks)] * len(seen) and seen
     assert set(loaded.masters) == {1}
+
+
+def test_a_device_without_the_memory_of_the_plan_gets_another(
+    run: tuple[ModelHandle, SampleRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking what the plan names fails as long as more than one block stays; nothing of the failed tries is left."""
+    handle, request = run
+    stream(monkeypatch, (), 0)
+    wanted = runtime.generate(handle, request)
+    taken, original = [], memory.Residency._empty
+
+    def empty(self: memory.Residency, num_bytes: int) -> torch.Tensor:
+        if len(self.plan.streaming) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        taken.append(num_bytes)
+        return original(self, num_bytes)
+
+    monkeypatch.setattr(memory.Residency, "_empty", empty)
+    assert torch.equal(runtime.generate(handle, request), wanted)
+    assert len(taken) == 1 + 2  # one that stays, two slots
+    monkeypatch.setattr(memory.Residency, "_empty", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match=r"out of memory, even with all blocks streaming|can't allocate memory"):
+        runtime.generate(handle, request)
+    monkeypatch.setattr(memory.Residency, "_empty", original)
+    assert torch.equal(runtime.generate(handle, request), wanted)
+
+
+def test_idle_models_give_their_ram_to_the_one_that_runs(
+    run: tuple[ModelHandle, SampleRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, request = run
+    other = replace(handle, weights=type(handle.weights)())
+    dtype = runtime.compute_dtype(handle, torch.device("cpu"))
+    idle, loaded = (runtime.loaded_of(one, dtype) for one in (other, handle))
+    stream(monkeypatch, (0, 1, 2, 3), 2, Source.PINNED)
+    wanted = runtime.generate(other, request)
+    assert idle.kept_bytes and slab.idle_bytes(loaded) >= idle.kept_bytes
+    # Where RAM suffices nothing is taken from anybody.
+    runtime.generate(handle, request)
+    assert idle.kept_bytes and loaded.kept_bytes
+    loaded.keep_only(())
+    monkeypatch.setattr(host, "available_ram", lambda: (8 << 30) if not idle.kept_bytes else 0)
+    assert torch.equal(runtime.generate(handle, request), wanted)
+    assert not idle.kept_bytes and loaded.kept_bytes

@@ -29,7 +29,10 @@ def swap_of(loaded: Loaded, kind: Source, link: LateLink | None = None, ring: in
     layouts = loaded.layouts()[:-1]
     size = max(layout.nbytes for layout in layouts)
     slots = [torch.empty(size, dtype=torch.uint8) for _ in range(ring)]
-    return BlockSwap({}, slots, Supply(loaded, layouts, dict.fromkeys(range(DEPTH), kind), link or LateLink(), CUDA))
+    kinds = dict.fromkeys(range(DEPTH), kind)
+    swap = BlockSwap({}, slots, Supply(loaded, layouts, kinds, link or LateLink(), CUDA))
+    swap.start()
+    return swap
 
 
 def run(loaded: Loaded, kind: Source, forwards: int = 2) -> None:
