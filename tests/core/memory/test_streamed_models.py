@@ -216,6 +216,7 @@ def test_the_next_run_finds_in_ram_what_the_last_one_kept(
     plan = Plan(streaming=(1, 3), num_slots=1, sources={1: Source.PINNED, 3: Source.DISK})
     monkeypatch.setattr(planning, "make_plan", lambda job, machine, *_: seen.append(machine.ram) or plan)
     monkeypatch.setattr(host, "available_ram", lambda: 5 << 30)
+    monkeypatch.setattr(planning, "idle_bytes", lambda but: 0)  # of the models of other tests
     assert torch.equal(runtime.generate(handle, request), wanted)
     assert seen == [(5 << 30) + sum(blocks)] * len(seen) and seen
     assert set(loaded.masters) == {1}
