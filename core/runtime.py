@@ -51,7 +51,6 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     was read into RAM for streaming stays there with the handle, for its next run.
     """
     loaded = loaded_of(handle, scene.dtype)
-
     told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:

@@ -69,8 +69,10 @@ def placed(loaded: Loaded, device: torch.device, planner: Planner) -> Iterator["
             loaded.in_ram()
         yield residency
     finally:
-        loaded.is_in_use = False
-        residency.close()
+        try:
+            residency.close()
+        finally:
+            loaded.is_in_use = False
 
 
 class Residency:

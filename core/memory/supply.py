@@ -132,8 +132,7 @@ class Supply:
         """Return the slab of a block that is kept in RAM, made now if it was not there, or None if it is not kept."""
         kind = self.kinds.get(block, Source.DISK)
         masters, layout = self.loaded.masters, self.layouts[block]
-        if block not in masters and kind is not Source.DISK and self._has_ram(layout.nbytes):
-            fresh = HostBuffer(layout.nbytes)
+        if block not in masters and kind is not Source.DISK and (fresh := self._buffer(layout.nbytes)):
             self.loaded.fill(layout, fresh.bytes, self._go_on)
             masters[block] = fresh
         master = masters.get(block)
@@ -162,11 +161,17 @@ class Supply:
             log.warning("No memory could be pinned for staging: copies to %s make it wait.", self.device)
         return fresh
 
-    def _has_ram(self, num_bytes: int) -> bool:
-        """Say whether so much RAM may be taken, if need be of what idle models keep."""
+    def _buffer(self, num_bytes: int) -> HostBuffer | None:
+        """Return RAM to keep, if need be what idle models kept; None where there is none to spare."""
         if host.available_ram() < num_bytes + MIN_RAM:
             release_idle(self.loaded)
-        return host.available_ram() >= num_bytes + MIN_RAM
+        if host.available_ram() < num_bytes + MIN_RAM:
+            return None
+        try:
+            return HostBuffer(num_bytes)
+        except RuntimeError:  # PyTorch's way to say that the system gives no more
+            log.info("The system gives no more RAM: further blocks are read from their file each time.")
+            return None
 
     def _go_on(self) -> None:
         if self._over.is_set():

@@ -223,3 +223,28 @@ def test_one_thread_at_most_and_none_where_all_is_pinned(path: Path, cuda_runtim
     assert swap.supply._thread is None
     swap.close()
     assert supply_module.NUM_STAGING == 2
+
+
+def test_a_system_without_ram_reads_from_the_file_or_says_so(
+    path: Path, cuda_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, wanted = from_file(path), forward(in_memory(path).blocks, inputs(1)[0], [])
+    sizes = [layout.nbytes for layout in loaded.layouts()[:-1]]
+    refused, original = {min(sizes)}, HostBuffer.__init__
+
+    def init(self: HostBuffer, num_bytes: int) -> None:
+        if num_bytes in refused:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        original(self, num_bytes)
+
+    monkeypatch.setattr(HostBuffer, "__init__", init)
+    swap = swap_of(loaded, Source.PINNED)
+    assert torch.equal(forward(loaded.blocks, inputs(1)[0], [swap]), wanted)
+    swap.close()
+    assert set(loaded.masters) == {i for i, size in enumerate(sizes) if size not in refused} != set()
+    refused.add(max(sizes))
+    loaded.keep_only(())
+    swap = swap_of(loaded, Source.DISK)
+    with pytest.raises(ValueError, match=r"There are not the 0\.0 GB of RAM .* close other programs, or use a smaller"):
+        forward(loaded.blocks, inputs(1)[0], [swap])
+    swap.close()
