@@ -282,7 +282,7 @@ def test_predicted_bytes_are_those_of_tensors_that_hold_numbers(
 
 def test_published_size_in_memory() -> None:
     """Of 81 frames of 720 x 1280 in bfloat16, in each mode, beside the weights."""
-    for work, most in ((decode_bytes, (6.9e9, 5.7e9, 2.6e9, 1.4e9)), (encode_bytes, (5.1e9, 3.8e9, 2.6e9, 1.2e9))):
+    for work, most in ((decode_bytes, (6.9e9, 5.7e9, 2.6e9, 1.4e9)), (encode_bytes, (5.2e9, 3.8e9, 2.6e9, 1.2e9))):
         needed = [work(VAEConfig(), torch.bfloat16, 720, 1280, 81, mode) for mode in MODES]
         assert needed == sorted(needed, reverse=True)
         assert all(nbytes <= bound for nbytes, bound in zip(needed, most, strict=True)), needed
