@@ -81,10 +81,3 @@ def check_options(options: Mapping[str, Any], carried_out: Sequence[str] = ()) -
                 f"The conditioning has the option {name!r}, which this sampler does not carry out: remove the node"
                 " that sets it, or use ComfyUI's own sampler."
             )
-
-
-def same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Say whether two parts of prompts are equal, bit for bit, or both not there."""
-    if one is None or other is None:
-        return one is other
-    return one is other or torch.equal(one, other)

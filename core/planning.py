@@ -11,12 +11,11 @@ from torch import nn
 
 from . import host
 from .blocks import Run
-from .conditioning import same
 from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
-from .types import Conditioning, Family, MemoryOptions
+from .types import Conditioning, Family, MemoryOptions, same
 
 META = torch.device("meta")
 SHALLOW = 2  # blocks of a model's traced twin: the last one may do less than the others

@@ -124,6 +124,13 @@ class Conditioning:
     extra: Tensor | None = None
 
 
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Say whether two parts of prompts are equal, bit for bit, or both not there."""
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one, other)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
     """One sampling job. `latent` is raw [B, C, T, h, w]; zeros mean "nothing yet".

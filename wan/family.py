@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.conditioning import same
-from ..core.types import Conditioning, Denoiser, Family, Identity, SampleRequest, Schedule
+from ..core.types import Conditioning, Denoiser, Family, Identity, SampleRequest, Schedule, same
 from .conditioning import from_comfy
 from .config import WanConfig
 from .transformer import Prompt, WanTransformer
@@ -104,7 +103,8 @@ def check(identity: Identity, to_plan: bool = False) -> None:
     if identity.variant.startswith("vace") or (not to_plan and (config.image_dim or config.extra_dim)):
         raise ValueError(
             f"this is Wan 2.1 {identity.variant}, which also takes an image or a control video; this version runs text "
-            "to video only. Choose a T2V file (wan2.1_t2v_1.3B or wan2.1_t2v_14B)."
+            "to video only, and can plan what image to video would take. Choose a T2V file (wan2.1_t2v_1.3B or "
+            "wan2.1_t2v_14B)."
         )
 
 
