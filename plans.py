@@ -14,11 +14,11 @@ from .core.memory.placement import GB, Machine
 from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
 from .core.past import MODES
-from .core.planning import CARDS, Card, Scene, card_named, card_of, conditioning_of, machine_of, plan_for
+from .core.planning import CARDS, Card, Scene, card_named, card_of, conditionings_of, machine_of, plan_for
 from .core.runtime import compute_dtype, loaded_of
 from .core.sampling.solvers import SOLVERS
 from .core.text import Footprint, plan_of
-from .core.types import Conditioning, ModelHandle
+from .core.types import ModelHandle
 from .qwen_image import family as qwen_image
 from .qwen_image import text_encoder as qwen_vl
 from .qwen_image.vl_config import VLConfig
@@ -64,9 +64,8 @@ def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
     loaded = loaded_of(handle, dtype)
     width, height = question.reference_size
     references = [latent_format.shape(1, 1, height, width)] * question.references
-    prompts = _prompts(handle, 1 + question.guided, question.text_tokens, references)
     shape = latent_format.shape(1, question.frames, question.height, question.width)
-    scene = _scene(handle, shape, prompts, dtype)
+    scene = _scene(handle, shape, dtype, [question.text_tokens] * (1 + question.guided), references)
     machine = _machine(question, card)
     plan, job = plan_for(loaded, scene, card, machine, handle.memory)
     counts = Counter(source.value for source in plan.sources.values())
@@ -143,7 +142,7 @@ def plan_here(handle: ModelHandle, latent_shape: tuple[int, ...]) -> list[str]:
     if computes_in_ram(device):
         return [f"This machine computes on its {device.type}: the weights stay in RAM, nothing has to stream."]
     dtype = compute_dtype(handle, device)
-    loaded, scene = loaded_of(handle, dtype), _scene(handle, latent_shape, _prompts(handle, 2, TEXT_TOKENS), dtype)
+    loaded, scene = loaded_of(handle, dtype), _scene(handle, latent_shape, dtype, [TEXT_TOKENS] * 2)
     machine = machine_of(device)
     machine = replace(machine, vram=max(machine.vram, host.total_memory(device) - SYSTEM_VRAM))
     try:
@@ -167,24 +166,22 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 def _scene(
-    handle: ModelHandle, latent_shape: tuple[int, ...], prompts: tuple[Conditioning, ...], dtype: torch.dtype
+    handle: ModelHandle,
+    latent_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: Sequence[int],
+    references: Sequence[tuple[int, ...]] = (),
 ) -> Scene:
+    family, config = handle.family, handle.identity.config
     return Scene(
-        family=handle.family,
-        config=handle.identity.config,
+        family=family,
+        config=config,
         latent_shape=latent_shape,
-        conditionings=prompts,
+        conditionings=conditionings_of(family, config, latent_shape, rows, references),
         dtype=dtype,
         chunk_rows=handle.memory.chunk_rows,
         kept_latents=max(solver.kept_latents for solver in SOLVERS.values()),
     )
-
-
-def _prompts(
-    handle: ModelHandle, count: int, tokens: int, references: Sequence[tuple[int, ...]] = ()
-) -> tuple[Conditioning, ...]:
-    width = handle.identity.config.text_dim
-    return tuple(conditioning_of(tokens, width, references, k) for k in range(count))
 
 
 def _machine(question: Question, card: Card) -> Machine:

@@ -1,14 +1,14 @@
 """Models of the published sizes with random weights, and the scenes that they are measured in."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.memory.slab import Loaded
-from ..core.planning import Scene, conditioning_of
+from ..core.planning import Scene, conditionings_of
 from ..core.types import Family
 from ..qwen_image.config import QwenImageConfig
 from ..qwen_image.family import FAMILY as QWEN_IMAGE
@@ -17,6 +17,7 @@ from ..wan.family import FAMILY as WAN
 
 META = torch.device("meta")
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+WAN_I2V = replace(WAN_14B, in_dim=36, image_dim=1280)
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 
 
@@ -49,12 +50,12 @@ class Case:
         latent_format = self.family.latent_format
         width, height, frames = self.size
         references = [latent_format.shape(1, 1, rows, columns) for columns, rows in self.references]
-        prompts = [conditioning_of(n, self.config.text_dim, references, k) for k, n in enumerate(self.rows)]
+        latent_shape = latent_format.shape(self.batch, frames, height, width)
         return Scene(
             family=self.family,
             config=self.config,
-            latent_shape=latent_format.shape(self.batch, frames, height, width),
-            conditionings=tuple(prompts),
+            latent_shape=latent_shape,
+            conditionings=conditionings_of(self.family, self.config, latent_shape, self.rows, references),
             dtype=self.dtype,
             kept_latents=kept_latents,
         )
@@ -64,6 +65,7 @@ GUIDED = (512, 511)  # two prompts that differ
 CASES = {
     "Wan-14B 832x480x81": Case(family=WAN, config=WAN_14B, size=(832, 480, 81), rows=GUIDED),
     "Wan-14B 1280x720x81": Case(family=WAN, config=WAN_14B, size=(1280, 720, 81), rows=GUIDED),
+    "Wan-I2V-14B 1280x720x81": Case(family=WAN, config=WAN_I2V, size=(1280, 720, 81), rows=GUIDED),
     "Qwen-Image 1328x1328": Case(family=QWEN_IMAGE, config=QwenImageConfig(), size=(1328, 1328, 1), rows=(128, 127)),
     "Wan-1.3B 832x480x81": Case(family=WAN, config=WAN_1_3B, size=(832, 480, 81), rows=GUIDED),
     "Qwen-Image-Edit 1024x1024, 2 references": Case(

@@ -15,7 +15,7 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
-from .types import Conditioning, Family, MemoryOptions
+from .types import Conditioning, Family, MemoryOptions, same
 
 META = torch.device("meta")
 SHALLOW = 2  # blocks of a model's traced twin: the last one may do less than the others
@@ -58,9 +58,11 @@ class Scene:
     @property
     def key(self) -> object:
         """What tells this scene from others of the same model."""
-        rows = [(c.text.shape, *(latent.shape for latent in c.references)) for c in self.conditionings]
-        twins = [torch.equal(self.conditionings[0].text, c.text) for c in self.conditionings]
-        return self.latent_shape, tuple(rows), tuple(twins), self.dtype, self.chunk_rows
+        parts = [(c.text, c.image, c.extra) for c in self.conditionings]
+        shapes = [tuple(None if t is None else t.shape for t in (*part, *c.references))
+                  for part, c in zip(parts, self.conditionings, strict=True)]  # fmt: skip
+        twins = [tuple(map(same, parts[0], part)) for part in parts]
+        return self.latent_shape, tuple(shapes), tuple(twins), self.dtype, self.chunk_rows
 
 
 def plan_for(
@@ -203,10 +205,17 @@ def _shallow_twin(module: nn.Module, scene: Scene, depth: int) -> nn.Module:
     return twin
 
 
-def conditioning_of(rows: int, width: int, references: Sequence[tuple[int, ...]] = (), number: int = 0) -> Conditioning:
-    """Return a prompt of so many text rows, and of references of these latent shapes, for planning only.
+def conditionings_of(
+    family: Family,
+    config: Any,
+    latent_shape: tuple[int, ...],
+    rows: Sequence[int],
+    references: Sequence[tuple[int, ...]] = (),
+) -> tuple[Conditioning, ...]:
+    """Return prompts of so many text rows each, no two of them equal, for planning only.
 
-    Two of the same `number` and rows are equal, so that they share what equal prompts share.
+    All have references of these latent shapes, and what else a model takes for latents [B, C, T, h, w].
     """
-    text = torch.full((1, rows, width), float(number))
-    return Conditioning(text=text, references=tuple(torch.zeros(shape) for shape in references))
+    pictures = tuple(torch.zeros(shape) for shape in references)
+    texts = [torch.full((1, n, config.text_dim), float(k)) for k, n in enumerate(rows)]
+    return tuple(family.planned(config, latent_shape, Conditioning(text=t, references=pictures)) for t in texts)

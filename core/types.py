@@ -114,11 +114,21 @@ class Conditioning:
     """What steers a run, without its strength.
 
     `text` holds text encoder rows [1, S, E], valid rows only, never padded. `references` are raw latents
-    [1, C, 1, h, w] of the pictures that an edit refers to, in order, each of its own size.
+    [1, C, 1, h, w] of the pictures that an edit refers to, in order, each of its own size. `image` holds image encoder
+    rows [1, N, E]; `extra` channels [1, X, T, h, w], as the model takes them, that join the noisy latent's.
     """
 
     text: Tensor
     references: tuple[Tensor, ...] = ()
+    image: Tensor | None = None
+    extra: Tensor | None = None
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Say whether two parts of prompts are equal, bit for bit, or both not there."""
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one, other)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,8 +201,10 @@ class Family:
     latent positions as the prompt alone has it. `block_operations(config, latent shape, conditioning)` are the floating
     point operations of one pass through one block: in matrix products, and in attention. `conditionings(config, rows)`
     reads what ComfyUI passes between nodes.
-    `check(identity)` raises ValueError for a model that can't be run; `prepare(identity, request)` does for a request,
-    and returns the request as it will be run with what was corrected, in words.
+    `planned(config, latent shape, conditioning)` adds to a prompt whatever else the model takes, with no content.
+    `check(identity, to_plan)` raises ValueError for a model that can't be run, or with `to_plan` not even planned;
+    `prepare(identity, request)` does for a request, and returns the request as it will be run with what was corrected,
+    in words.
     """
 
     name: str
@@ -205,7 +217,8 @@ class Family:
     guidance_patch: Callable[[Any], int | None]
     block_operations: Callable[[Any, tuple[int, ...], Conditioning], tuple[int, int]]
     conditionings: Callable[[Any, Any], list[Conditioning]]
-    check: Callable[[Identity], None]
+    planned: Callable[[Any, tuple[int, ...], Conditioning], Conditioning]
+    check: Callable[[Identity, bool], None]
     prepare: Callable[[Identity, SampleRequest], tuple[SampleRequest, list[str]]]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     presets: Mapping[str, Preset] = field(default_factory=dict)

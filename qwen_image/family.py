@@ -101,7 +101,7 @@ def check_is_qwen_image(identity: Identity) -> None:
         )
 
 
-def check(identity: Identity) -> None:
+def check(identity: Identity, to_plan: bool = False) -> None:
     """Raise ValueError for a model of the family that can't be run; all its variants can."""
     assert identity.variant in VARIANTS
 
@@ -118,6 +118,7 @@ FAMILY = Family(
     guidance_patch=lambda config: None if config.layered else PATCH,
     block_operations=block_operations,
     conditionings=lambda config, rows: from_comfy(rows, config.text_dim),
+    planned=lambda config, latent_shape, conditioning: conditioning,
     check=check,
     prepare=prepare,
     # float16 overflows: the residual streams exceed its range, and the reference clips them.

@@ -17,6 +17,8 @@ MODELS = {
     "t2v-1.3B": "wan21_comfy_t2v_1.3B_fp16",
     "t2v-14B": "wan21_comfy_t2v_14B_fp16_INFERRED",
     "t2v-14B fp8": "wan21_comfy_t2v_14B_fp8_scaled_INFERRED",
+    "i2v-14B": "wan21_official_i2v_14B_480P_and_720P",
+    "flf2v-14B": "wan21_comfy_flf2v_720p_14B_fp16",
     "t2i": "qwen_comfy_bf16",
 }
 VIDEO = {"width": 1280, "height": 720, "frames": 81}
@@ -29,6 +31,9 @@ SCENES = [
     ("t2v-14B", CLIP),
     ("t2v-14B", VIDEO),
     ("t2v-14B fp8", VIDEO),
+    ("i2v-14B", CLIP),
+    ("i2v-14B", VIDEO),
+    ("flf2v-14B", VIDEO),
     ("t2i", STILL),
     ("t2i", EDIT),
 ]
@@ -54,7 +59,7 @@ def write_sparse(path: Path, name: str) -> Path:
 def handles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelHandle]:
     folder = tmp_path_factory.mktemp("models")
     return {
-        name: load_model(write_sparse(folder / f"{name.replace(' ', '_')}.safetensors", file))
+        name: load_model(write_sparse(folder / f"{name.replace(' ', '_')}.safetensors", file), to_plan=True)
         for name, file in MODELS.items()
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its number of heads
 TEXT_LEN = 512  # umT5 rows the transformer was trained with, zero-padded and attended without a mask
 LATENT_CHANNELS = 16
+IMAGE_ROWS = 257  # of the image encoder for each picture: a class token and 16 x 16 patches
 
 # The official negative prompt of T2V and VACE; source: wan/configs/shared_config.py of the official repository.
 NEGATIVE_PROMPT = (
@@ -17,7 +18,11 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanConfig:
-    """Shape of one Wan diffusion transformer. Source: wan/configs of the official repository."""
+    """Shape of one Wan diffusion transformer. Source: wan/configs of the official repository.
+
+    `image_dim` is the width of the image encoder's rows, 0 where the model takes none; `image_positions` counts those
+    rows that have a position (FLF2V), 0 where none do.
+    """
 
     dim: int
     ffn_dim: int
@@ -30,10 +35,24 @@ class WanConfig:
     text_len: int = TEXT_LEN
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int = 0
+    image_positions: int = 0
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"Wan width {self.dim} does not split into {self.num_heads} heads of even width")
+        if self.image_positions and not self.image_dim:
+            raise ValueError(f"Wan has {self.image_positions} positions for image rows that it does not take")
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of the image encoder that the model takes: of one picture, of two where they have positions, or none."""
+        return self.image_positions or (IMAGE_ROWS if self.image_dim else 0)
+
+    @property
+    def extra_dim(self) -> int:
+        """Channels that the model takes beside the noisy latent's."""
+        return self.in_dim - self.out_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +91,7 @@ class ImageEncoderConfig:
     dim_ffn: int = 5120
     num_layers: int = 32
     patch_size: int = 14
-    num_positions: int = 257
+    num_positions: int = IMAGE_ROWS
 
 
 # The published sizes: (task, in_dim, dim, ffn_dim, num_layers) -> variant. The 480P and 720P files of I2V are alike in

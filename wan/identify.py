@@ -26,10 +26,11 @@ from .vae import WanVAE
 
 METADATA_FIELDS = {"num_heads": positive, "text_len": positive, "eps": float}
 
+IMAGE_WIDTH, IMAGE_POSITIONS = "img_emb.proj.0.bias", "img_emb.emb_pos"
 # The name that only this task's models have, the most particular first.
 TELLING = (
-    ("flf2v", "img_emb.emb_pos"),
-    ("i2v", "img_emb.proj.1.weight"),
+    ("flf2v", IMAGE_POSITIONS),
+    ("i2v", IMAGE_WIDTH),
     ("vace", "vace_patch_embedding.weight"),
     ("t2v", "patch_embedding.weight"),
 )
@@ -96,6 +97,10 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
     shape = shapes(checkpoint, match.names, "Wan diffusion model")
     dim, in_dim, *patch = shape("patch_embedding.weight")
     ours = own_values(checkpoint, METADATA_FIELDS)
+    image = {
+        "image_dim": shape(IMAGE_WIDTH)[0] if IMAGE_WIDTH in match.names else 0,
+        "image_positions": shape(IMAGE_POSITIONS)[1] if IMAGE_POSITIONS in match.names else 0,
+    }
     if "num_heads" not in ours and dim % HEAD_WIDTH:
         raise ValueError(
             f"{checkpoint.path}: a Wan model of width {dim} is not made of heads of {HEAD_WIDTH}, and the file does "
@@ -111,6 +116,7 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
         text_dim=shape("text_embedding.0.weight")[1],
         out_dim=shape("head.head.bias")[0] // (patch[0] * patch[1] * patch[2]),
         **{"num_heads": dim // HEAD_WIDTH, **ours},
+        **image,
     )
 
 

@@ -1,6 +1,6 @@
 """The Wan 2.1 diffusion transformer. Parameter names are those of the official checkpoints."""
-# B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text tokens, N heads, D and E widths of
-# a head and of all
+# B batch, C channels, T H W latent grid, t h w token grid, L = t*h*w tokens, S text or image tokens, N heads, D and E
+# widths of a head and of all
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,10 +21,12 @@ from ..core.ops.rows import add_to_rows, row_chunks
 from .config import WanConfig
 
 Rope = tuple[Tensor, Tensor]
+Keys = tuple[Tensor, Tensor, Tensor | None]  # keys and values [B, S, N, D], and a bias of the keys [B, S]
 
 # Up to so many tokens the keys and values of a prompt are kept for all steps: 0.4 GB in the 14B. With more tokens
 # making them anew is a thousandth of the work.
 TOKENS_THAT_KEEP_KEYS = 8192
+IMAGE_EPS = 1e-5  # of the norms around the image rows; all others take the config's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,22 +41,46 @@ class Shared:
 class Prompt:
     """One prompt as the blocks see it: its embedded rows, and the keys and values that blocks asked it to keep.
 
-    Made by `WanTransformer.prompt`; serves every step of a run, and both guidance passes where their text is equal.
+    `image_BSE` are the embedded rows of its picture, `extra_BCTHW` the channels that join the latent's, where the model
+    takes them. Made by `WanTransformer.prompt`; serves every step of a run, and both guidance passes where all of this
+    is equal.
     """
 
-    def __init__(self, rows_BSE: Tensor, key_bias_BS: Tensor | None = None):
+    def __init__(
+        self,
+        rows_BSE: Tensor,
+        key_bias_BS: Tensor | None = None,
+        image_BSE: Tensor | None = None,
+        extra_BCTHW: Tensor | None = None,
+    ):
         self.rows_BSE = rows_BSE
         self.key_bias_BS = key_bias_BS
-        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self.image_BSE = image_BSE
+        self.extra_BCTHW = extra_BCTHW
+        self._keys_values: dict[int, list[Keys]] = {}
 
-    def keys_values(self, i: int, cross_attn: "CrossAttention", keep: bool) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, S, N, D] of block i; with `keep` they are computed the first time only."""
+    def keys_values(self, i: int, cross_attn: "CrossAttention", keep: bool) -> list[Keys]:
+        """Return what tokens attend to in block i, text and picture; with `keep` it is computed the first time only."""
         if i in self._keys_values:
             return self._keys_values[i]
-        made = cross_attn.keys_values(self.rows_BSE)
+        made: list[Keys] = [(*cross_attn.keys_values(self.rows_BSE), self.key_bias_BS)]
+        if self.image_BSE is not None:
+            made.append((*cross_attn.image_keys_values(self.image_BSE), None))
         if keep:
             self._keys_values[i] = made
         return made
+
+    def join(self, x_BCTHW: Tensor) -> Tensor:
+        """Return the latent with the prompt's extra channels after its own. Raises ValueError for another size."""
+        extra = self.extra_BCTHW
+        if extra is None:
+            return x_BCTHW
+        if extra.shape[2:] != x_BCTHW.shape[2:]:
+            raise ValueError(
+                f"The latent is {tuple(x_BCTHW.shape[2:])} (frames, height / 8, width / 8), the picture was encoded "
+                f"for {tuple(extra.shape[2:])}: encode it for the size that is sampled."
+            )
+        return torch.cat((x_BCTHW, extra.expand(x_BCTHW.shape[0], -1, -1, -1, -1)), dim=1)
 
 
 class WanTransformer(nn.Module):
@@ -68,23 +94,36 @@ class WanTransformer(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
-    def prompt(self, text_BSE: Tensor, run: Run, key_bias_BS: Tensor | None = None) -> Prompt:
+    def prompt(
+        self,
+        text_BSE: Tensor,
+        run: Run,
+        key_bias_BS: Tensor | None = None,
+        image_BSC: Tensor | None = None,
+        extra_BCTHW: Tensor | None = None,
+    ) -> Prompt:
         """Embed text encoder rows [B, S, text_dim]; fewer than `text_len` rows are filled up with zeros.
 
         The zero rows are keys like any other: the model was trained to attend them, so they are never masked.
         With `key_bias_BS` the rows are taken as they are, each key's logit raised by its bias: one zero row with bias
-        ln(n) stands for n of them.
+        ln(n) stands for n of them. Models of pictures also take `image_BSC`, image encoder rows, and `extra_BCTHW`,
+        channels that join the latent's. Raises ValueError for too many text rows.
         """
+        config = self.config
+        assert (image_BSC is not None) == bool(config.image_dim) and (extra_BCTHW is not None) == bool(config.extra_dim)
         if text_BSE.shape[1] > self.config.text_len:
             raise ValueError(
                 f"Wan takes at most {self.config.text_len} text rows, got {text_BSE.shape[1]}: truncate the prompt"
             )
         if key_bias_BS is None:
             text_BSE = F.pad(text_BSE, (0, 0, 0, self.config.text_len - text_BSE.shape[1]))
-        return Prompt(self.text_embedding(text_BSE.to(run.dtype)), key_bias_BS)
+        image_BSE = None if image_BSC is None else self.img_emb(image_BSC, run.dtype)
+        return Prompt(self.text_embedding(text_BSE.to(run.dtype)), key_bias_BS, image_BSE, extra_BCTHW)
 
     def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, prompt: Prompt, run: Run) -> Tensor:
         """Return the velocity [B, out_dim, T, H, W] in float32 for timesteps in [0, 1000]."""
@@ -105,11 +144,11 @@ class WanTransformer(nn.Module):
 
         def call(i: int, block: Block, streams: list[Tensor]) -> list[Tensor]:
             return [
-                block(x, shared, prompt.keys_values(i, block.cross_attn, keep), prompt.key_bias_BS)
+                block(x, shared, prompt.keys_values(i, block.cross_attn, keep))
                 for x, prompt in zip(streams, prompts, strict=True)
             ]
 
-        streams = [self.patch_embedding(x_BCTHW, run.dtype) for _ in prompts]
+        streams = [self.patch_embedding(prompt.join(x_BCTHW), run.dtype) for prompt in prompts]
         streams = run_blocks(self.blocks, streams, call, run=run)
         return [self.head(x, time_B1E, grid, shared.chunks) for x in streams]
 
@@ -144,6 +183,25 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches.to(dtype), self.weight.flatten(1).to(dtype), self.bias.to(dtype)).float()
 
 
+class ImageEmbedding(nn.Module):
+    """Turn rows of the image encoder into tokens that blocks attend to; rows of two pictures have positions."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        width, dim = config.image_dim, config.dim
+        self.proj = nn.Sequential(
+            LayerNorm(width, IMAGE_EPS), Linear(width, width), nn.GELU(), Linear(width, dim), LayerNorm(dim, IMAGE_EPS)
+        )
+        positions = torch.empty(1, config.image_positions, width) if config.image_positions else None
+        self.emb_pos = None if positions is None else nn.Parameter(positions)
+
+    def forward(self, rows_BSC: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return tokens [B, S, E] in `dtype`, in which the products are computed."""
+        norm_in, widen, activation, narrow, norm_out = self.proj
+        rows = rows_BSC.float() if self.emb_pos is None else rows_BSC.float() + self.emb_pos.float()
+        return norm_out(narrow(activation(widen(norm_in(rows).to(dtype))))).to(dtype)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; the first and last are modulated by time.
 
@@ -161,8 +219,8 @@ class Block(nn.Module):
             Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(self, x: Tensor, shared: Shared, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None) -> Tensor:
-        dtype, modulation = keys_values[0].dtype, self.modulation.float() + shared.time_B6E
+    def forward(self, x: Tensor, shared: Shared, prompt: Sequence[Keys]) -> Tensor:
+        dtype, modulation = prompt[0][0].dtype, self.modulation.float() + shared.time_B6E
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.split(1, dim=1)
         gathered = self.self_attn(x, lambda part: modulate(part, shift_sa, scale_sa, self.eps).to(dtype), shared, dtype)
         project, attend = self.self_attn.o.at(dtype), self.cross_attn.at(dtype)
@@ -170,7 +228,7 @@ class Block(nn.Module):
         for rows in shared.chunks:
             x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
             # The cross-attention is neither modulated nor gated.
-            x = add_to_rows(x, rows, attend(self.norm3(x[:, rows]).to(dtype), keys_values, key_bias))
+            x = add_to_rows(x, rows, attend(self.norm3(x[:, rows]).to(dtype), prompt))
             x = add_to_rows(x, rows, feed(modulate(x[:, rows], shift_ff, scale_ff, self.eps).to(dtype)), gate_ff)
         return x
 
@@ -202,27 +260,39 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from the tokens to the prompt, without positions."""
+    """Attention from the tokens to the prompt, without positions; to its picture, if any, apart from its text."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
         self.heads = config.num_heads
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
+        if config.image_dim:
+            self.k_img, self.v_img = (Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def keys_values(self, rows_BSE: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.norm_k(self.k(rows_BSE)).to(rows_BSE.dtype), self.v(rows_BSE)
-        return rearrange(k, "b s (n d) -> b s n d", n=self.heads), rearrange(v, "b s (n d) -> b s n d", n=self.heads)
+        return self._split(self.norm_k(self.k(rows_BSE)).to(rows_BSE.dtype)), self._split(self.v(rows_BSE))
 
-    def at(self, dtype: torch.dtype) -> Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None], Tensor]:
-        """Return the attention as a function of tokens [B, L, E], keys and values, and a bias of the keys."""
+    def image_keys_values(self, rows_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(self.norm_k_img(self.k_img(rows_BSE)).to(rows_BSE.dtype)), self._split(self.v_img(rows_BSE))
+
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor, Sequence[Keys]], Tensor]:
+        """Return the attention as a function of tokens [B, L, E] and what they attend to, the results being added."""
         to_q, project = self.q.at(dtype), self.o.at(dtype)
 
-        def attend(x_BLE: Tensor, keys_values: tuple[Tensor, Tensor], key_bias: Tensor | None) -> Tensor:
-            q = rearrange(self.norm_q(to_q(x_BLE)).to(dtype), "b l (n d) -> b l n d", n=self.heads)
-            return project(attention(q, *keys_values, key_bias).flatten(2))
+        def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
+            q = self._split(self.norm_q(to_q(x_BLE)).to(dtype))
+            text, *pictures = prompt
+            gathered = attention(q, *text)
+            for picture in pictures:  # a softmax of its own
+                gathered = gathered + attention(q, *picture)
+            return project(gathered.flatten(2))
 
         return attend
+
+    def _split(self, rows_BSE: Tensor) -> Tensor:
+        return rearrange(rows_BSE, "b s (n d) -> b s n d", n=self.heads)
 
 
 class Head(nn.Module):

@@ -4,7 +4,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from wanqwen.bench.models import FORMATS, QWEN_IMAGE, WAN, WAN_1_3B, WAN_14B, Case, load
+import torch
+from wanqwen.bench.models import FORMATS, QWEN_IMAGE, WAN, WAN_1_3B, WAN_14B, WAN_I2V, Case, load
 from wanqwen.bench.plan_peaks import measured_peak
 from wanqwen.core import planning
 from wanqwen.core.memory.placement import Machine
@@ -43,18 +44,41 @@ def random_case(rng: random.Random) -> Case:
 @pytest.mark.parametrize("number", range(30))
 def test_the_predicted_peak_is_the_measured_one_or_at_most_five_percent_more(number: int) -> None:
     rng = random.Random(number)
-    case, solver = random_case(rng), rng.choice(list(SOLVERS))
+    check_peak(random_case(rng), rng)
+
+
+@pytest.mark.parametrize("positions", [0, 514])
+@pytest.mark.parametrize("size", [(1280, 720, 81), (832, 480, 1)])
+def test_the_peak_of_models_of_pictures_is_predicted_as_well(size: tuple[int, int, int], positions: int) -> None:
+    config = replace(WAN_I2V, num_layers=3, image_positions=positions)
+    check_peak(Case(family=WAN, config=config, size=size, rows=(300, 20)), random.Random(1), interleave=True)
+
+
+def check_peak(case: Case, rng: random.Random, interleave: bool | None = None) -> None:
+    """Plan a case on a card that holds a part of it, at random, and run it."""
+    solver = rng.choice(list(SOLVERS))
     loaded, scene = load(case), case.scene(SOLVERS[solver].kept_latents)
     whole = sum(layout.nbytes for layout in loaded.layouts())
     most = whole + planning.working_bytes(loaded, scene, interleaved=True) + GIB
     blocks = [layout.nbytes for layout in loaded.layouts()[:-1]]
     least = most - sum(blocks) + 2 * max(blocks)
     machine = Machine(vram=rng.randint(least, most), ram=64 * GIB, total_ram=64 * GIB)
-    options = MemoryOptions(source="disk", interleave=rng.choice([None, True, False]))
+    options = MemoryOptions(source="disk", interleave=interleave or rng.choice([None, True, False]))
     plan, _ = plan_for(loaded, scene, rng.choice(list(CARDS.values())), machine, options)
     assert not plan.notices
     found = measured_peak(loaded, scene, plan, solver)
     assert found <= plan.peak <= 1.05 * found, (case, plan, found)
+
+
+def test_pictures_tell_scenes_apart() -> None:
+    scene = Case(family=WAN, config=replace(WAN_I2V, num_layers=2), size=(64, 64, 5), rows=(8, 8)).scene()
+    first, second = scene.conditionings
+    assert torch.equal(first.image, second.image) and first.extra.shape == (1, 20, 2, 8, 8)
+    same_text = replace(second, text=first.text)
+    others = [same_text, replace(same_text, image=first.image + 1), replace(same_text, extra=first.extra + 1)]
+    others.append(replace(second, image=first.image[:, :9]))
+    keys = {scene.key} | {replace(scene, conditionings=(first, other)).key for other in others}
+    assert len(keys) == 5
 
 
 def test_work_and_time_of_a_block_are_those_of_the_report() -> None:

@@ -15,6 +15,7 @@ from .golden import Golden, need, read
 from .schedules import SOLVERS
 
 TOLERANCE = {"fp32": 1e-3}
+TEXTS = "t2v"  # the case whose texts the others take
 OUR_SOLVERS = SOLVERS | {"euler": "euler"}
 
 
@@ -32,12 +33,14 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
     """Run the loop of an output and return its latents, before each step and at the end, beside the reference."""
     _, case, solver = key.split("/", 2)
     inputs, config = golden.inputs(case), golden.config
-    noise, text, empty = need(inputs, "noise", "context", "context_null")
-    if unknown := inputs.keys() - {"noise", "context", "context_null"}:
-        raise ValueError(f"a text-to-video loop takes no {', '.join(sorted(unknown))}")
+    (noise,) = need(inputs, "noise")
+    text, empty = need({**golden.inputs(TEXTS), **inputs}, "context", "context_null")
+    if unknown := inputs.keys() - {"noise", "context", "context_null", "clip_fea", "y"}:
+        raise ValueError(f"a loop takes no {', '.join(sorted(unknown))}")
     if solver not in OUR_SOLVERS:
         raise ValueError(f"unknown solver {solver}; known: {', '.join(OUR_SOLVERS)}")
-    positive, negative = (Conditioning(text=rows[None]) for rows in (text, empty))
+    image, extra = wan_dit.pictures_of(inputs)
+    positive, negative = (Conditioning(text=rows[None], image=image, extra=extra) for rows in (text, empty))
     request = SampleRequest(
         latent=torch.zeros_like(noise[None]),
         positive=positive,
@@ -46,7 +49,7 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
         guidance=(config["guide_scale"],),
         solver=OUR_SOLVERS[solver],
     )
-    net = wan_dit.model(_weights_file(golden, noise.shape[0]), torch.float32)
+    net = wan_dit.model(_weights_file(golden, noise.shape[0] + (0 if extra is None else extra.shape[1])), torch.float32)
     denoise = denoiser(net, Run(), [positive, negative], torch.device("cpu"))
     rows = [noise]
     sample(
@@ -61,10 +64,10 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def _weights_file(golden: Golden, channels: int) -> Golden:
-    """Return the one of the named files whose model takes latents of this many channels and nothing beside them."""
+    """Return the one of the named files whose model takes this many channels."""
     names = [name.strip() for name in golden.config["weights_file"].split(",")]
     for name in names:
         path = golden.path.parent / name
         if path.exists() and wan_dit.recognise(other := read(path)) and other.config["in_dim"] == channels:
             return other
-    raise ValueError(f"none of {names} beside {golden.path.name} is a text-to-video model of {channels} channels")
+    raise ValueError(f"none of {names} beside {golden.path.name} is a Wan model of {channels} channels")

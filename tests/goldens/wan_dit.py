@@ -1,4 +1,4 @@
-"""Goldens of the Wan diffusion transformer, text to video."""
+"""Goldens of the Wan diffusion transformer: text to video, and with pictures."""
 # B batch, C channels, T H W latent grid, S text rows, E width
 
 import re
@@ -16,14 +16,14 @@ from .golden import Golden, need, numbered
 
 # Forward passes in float32; each sample of a case on its own, or all in one batch where they have one size.
 TOLERANCE = {"single": 2e-5, "batch": 2e-5, "bf16": 2e-2}
+Pictures = tuple[Tensor | None, Tensor | None]
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len", "eps")
-OTHER_TASKS = ("img_emb.", "vace_")
 
 
 def recognise(golden: Golden) -> bool:
-    """Say whether a file holds a text-to-video transformer."""
+    """Say whether a file holds a transformer that takes text, or text and pictures."""
     names = golden.weights
-    return "blocks.0.self_attn.q.weight" in names and not any(name.startswith(OTHER_TASKS) for name in names)
+    return "blocks.0.self_attn.q.weight" in names and not any(name.startswith("vace_") for name in names)
 
 
 def ways(golden: Golden, key: str) -> tuple[str, ...]:
@@ -42,16 +42,17 @@ def run(golden: Golden, key: str, way: str) -> list[tuple[Tensor, Tensor]]:
     reference = golden.tensors[key]
     if section == "mid":
         return [(_inner(golden, case, name, reference), reference)]
-    samples = _samples(golden, case)
+    samples, pictures = _samples(golden, case), pictures_of(golden.inputs(case))
     dtype = torch.bfloat16 if way == "bf16" else torch.float32
     net = model(golden, dtype)
     if name == "out":
-        outs = _as_batch(net, samples) if way == "batch" else torch.cat([_one(net, *s, dtype) for s in samples])
+        whole = way == "batch"
+        outs = _as_batch(net, samples) if whole else torch.cat([_one(net, *s, pictures, dtype) for s in samples])
         return [(outs.reshape(reference.shape) if outs.shape[0] == 1 else outs, reference)]
     index = re.fullmatch(r"out(\d+)", name)
     if index is None or int(index[1]) >= len(samples):
         raise ValueError(f"no sample of this case gives {key}")
-    return [(_one(net, *samples[int(index[1])], dtype)[0], reference)]
+    return [(_one(net, *samples[int(index[1])], pictures, dtype)[0], reference)]
 
 
 @lru_cache(maxsize=2)
@@ -62,6 +63,10 @@ def model(golden: Golden, dtype: torch.dtype) -> WanTransformer:
         if not config.get(always, True):
             raise ValueError(f"{golden.path.name} has {always} off, which no Wan 2.1 has")
     sizes = {name: config[name] for name in SIZES if name in config}
+    if "img_emb.proj.0.weight" in golden.weights:
+        sizes["image_dim"] = config["img_emb_in_dim"]
+    if "img_emb.emb_pos" in golden.weights:
+        sizes["image_positions"] = golden.weights["img_emb.emb_pos"].shape[1]
     net = WanTransformer(WanConfig(**sizes, patch_size=tuple(config.get("patch_size", (1, 2, 2)))))
     net.load_state_dict(
         {name: w if keep_float32(name) else w.to(dtype) for name, w in golden.weights.items()}, assign=True
@@ -83,13 +88,21 @@ def _samples(golden: Golden, case: str) -> list[tuple[Tensor, Tensor, Tensor]]:
     return list(zip(xs, times.expand(count).split(1), texts, strict=True))
 
 
+def pictures_of(inputs: dict[str, Tensor]) -> Pictures:
+    """Return the image rows of all samples of a case, those of several pictures in one row, and the extra channels."""
+    if not {"clip_fea", "y"} & inputs.keys():
+        return None, None
+    image, extra = need(inputs, "clip_fea", "y")
+    return image.reshape(1, -1, image.shape[-1]), _with_batch(extra, dims=5)
+
+
 def _with_batch(tensor: Tensor, dims: int) -> Tensor:
     return tensor if tensor.dim() == dims else tensor[None]
 
 
-def _one(net: WanTransformer, x: Tensor, t: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
+def _one(net: WanTransformer, x: Tensor, t: Tensor, text: Tensor, pictures: Pictures, dtype: torch.dtype) -> Tensor:
     run = Run(dtype=dtype)
-    return net(x[None], t, net.prompt(text[None], run), run)
+    return net(x[None], t, net.prompt(text[None], run, None, *pictures), run)
 
 
 def _as_batch(net: WanTransformer, samples: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -112,7 +125,7 @@ def _inner(golden: Golden, case: str, name: str, reference: Tensor) -> Tensor:
     # A copy: the next block works in place.
     handle = module.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
     try:
-        _one(net, *sample, torch.float32)
+        _one(net, *sample, pictures_of(golden.inputs(case)), torch.float32)
     finally:
         handle.remove()
     if name == "patch_embedding":  # tokens [1, L, E] -> the convolution's [1, E, t, h, w]

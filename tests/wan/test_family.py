@@ -1,12 +1,14 @@
 """What core asks of the family: velocities of several conditionings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wanqwen.core.blocks import Run
 from wanqwen.core.memory.trace import peak_bytes
-from wanqwen.core.types import Conditioning
+from wanqwen.core.types import Conditioning, Identity, SampleRequest
 from wanqwen.wan.config import WanConfig
-from wanqwen.wan.family import denoiser, keep_float32
+from wanqwen.wan.family import check, denoiser, keep_float32, planned, prepare
 from wanqwen.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
@@ -14,9 +16,12 @@ META = torch.device("meta")
 CONFIG = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2, freq_dim=32, text_dim=40)
 
 
-def made(dtype: torch.dtype = torch.float32) -> WanTransformer:
+PICTURE = replace(CONFIG, in_dim=36, image_dim=24)
+
+
+def made(dtype: torch.dtype = torch.float32, config: WanConfig = CONFIG) -> WanTransformer:
     torch.manual_seed(0)
-    model = WanTransformer(CONFIG).requires_grad_(False)
+    model = WanTransformer(config).requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = 0.3 * torch.randn_like(parameter).to(torch.float32 if keep_float32(name) else dtype)
     return model
@@ -86,3 +91,83 @@ def test_the_memory_of_both_ways_is_traced_without_a_device() -> None:
     one, both, together = step((0,)), step((0,), (1,)), step((0, 1))
     assert one <= 6 * unit and one <= both < one + unit / 10
     assert both + 1.9 * unit < together < both + 2.1 * unit
+
+
+# Pictures
+
+
+def pictured(*rows: int) -> list[Conditioning]:
+    """Return texts of so many rows, all with one picture."""
+    image, extra = torch.randn(1, 257, 24), torch.randn(1, 20, 3, 4, 6)
+    return [replace(text, image=image, extra=extra) for text in conditionings(*rows)]
+
+
+@pytest.mark.parametrize("part", ["text", "image", "extra"])
+def test_every_part_of_a_prompt_with_a_picture_counts_and_is_shared_where_equal(part: str) -> None:
+    model, x, t = made(config=PICTURE), torch.randn(2, 16, 3, 4, 6), torch.tensor([400.0, 90.0])
+    first, twin, other = pictured(7, 7, 7)
+    other = replace(other, **{part: torch.randn_like(getattr(other, part))})
+    with torch.inference_mode():
+        denoise = denoiser(model, Run(), [first, twin, other], CPU)
+        of_first, of_twin, of_other = denoise(x, t, (0, 1, 2))
+    assert torch.equal(of_first, of_twin)
+    assert (of_first - of_other).abs().max() > 1e-3 * of_first.abs().max()
+
+
+def test_passes_with_a_picture_taken_together_have_the_bits_of_each_alone() -> None:
+    model, x, t = made(torch.bfloat16, PICTURE), torch.randn(1, 16, 3, 4, 6), torch.tensor([400.0])
+    with torch.inference_mode():
+        denoise = denoiser(model, Run(dtype=torch.bfloat16), pictured(7, 4), CPU)
+        for v, k in zip(denoise(x, t, (1, 0)), (1, 0), strict=True):
+            assert torch.equal(v, denoise(x, t, (k,))[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "said"),
+    [
+        (PICTURE, {"image": None}, r"takes image rows of shape \(257, 24\) and 20 .* has no image rows and 20"),
+        (PICTURE, {"extra": None}, r"has image rows of shape \(257, 24\) and no channels"),
+        (PICTURE, {"image": torch.zeros(1, 514, 24)}, r"has image rows of shape \(514, 24\)"),
+        (replace(PICTURE, image_positions=514), {}, r"takes image rows of shape \(514, 24\)"),
+        (CONFIG, {}, "takes no image rows and no channels"),
+    ],
+)
+def test_a_picture_that_lacks_or_that_nobody_wants_is_an_error(config: WanConfig, change: dict, said: str) -> None:
+    (conditioning,) = pictured(7)
+    with pytest.raises(ValueError, match=said):
+        denoiser(made(config=config), Run(), [replace(conditioning, **change)], CPU)
+
+
+def test_a_picture_of_another_size_than_the_latent_is_an_error() -> None:
+    denoise = denoiser(made(config=PICTURE), Run(), pictured(7), CPU)
+    with pytest.raises(ValueError, match=r"latent is \(3, 4, 8\) .* encoded for \(3, 4, 6\)"):
+        denoise(torch.randn(1, 16, 3, 4, 8), torch.tensor([400.0]), (0,))
+
+
+@pytest.mark.parametrize("config", [CONFIG, PICTURE, replace(PICTURE, image_positions=514), replace(CONFIG, in_dim=36)])
+def test_a_planned_prompt_has_what_the_model_takes(config: WanConfig) -> None:
+    prompt = planned(config, (1, 16, 3, 4, 6), *conditionings(7))
+    denoise = denoiser(made(config=config), Run(), [prompt], CPU)
+    assert denoise(torch.randn(1, 16, 3, 4, 6), torch.tensor([400.0]), (0,))[0].shape == (1, 16, 3, 4, 6)
+
+
+def identity(variant: str, config: WanConfig) -> Identity:
+    return Identity(
+        family="wan21", role="diffusion_model", variant=variant, weight_format="fp32", spelling="official",
+        config=config, names={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "config"), [("i2v-custom", PICTURE), ("custom", replace(CONFIG, in_dim=36))])
+def test_models_of_pictures_are_planned_and_not_sampled(variant: str, config: WanConfig) -> None:
+    found = identity(variant, config)
+    check(found, to_plan=True)
+    with pytest.raises(ValueError, match="Choose a T2V file"):
+        check(found)
+    with pytest.raises(ValueError, match="Choose a T2V file"):
+        prepare(found, SampleRequest(latent=torch.zeros(1, 16, 1, 4, 4), positive=conditionings(3)[0]))
+
+
+def test_vace_is_not_even_planned() -> None:
+    with pytest.raises(ValueError, match=r"vace-14B.*Choose a T2V file"):
+        check(identity("vace-14B", CONFIG), to_plan=True)

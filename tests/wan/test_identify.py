@@ -1,12 +1,15 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from wanqwen.core.types import TensorInfo
+from wanqwen.core.weights.assemble import prepare
 from wanqwen.core.weights.keymap import Renamer
 from wanqwen.families import identify
 from wanqwen.tests.manifests import checkpoint, fake, on_meta, shapes
 from wanqwen.wan.config import VAEConfig, WanConfig
+from wanqwen.wan.family import keep_float32
 from wanqwen.wan.identify import identify as identify_wan
 from wanqwen.wan.keymap import TEXT_ENCODER_SPELLINGS
 from wanqwen.wan.transformer import WanTransformer
@@ -43,7 +46,7 @@ UMT5 = {
     "wan21_diffusers_umt5_xxl": ("umt5-xxl", "bf16", "huggingface"),
     "wan21_kijai_umt5_xxl_enc_bf16": ("umt5-xxl", "bf16", "official"),
 }
-OTHERS = {
+PICTURES = {
     "wan21_official_i2v_14B_480P_and_720P": ("i2v-14B", "fp32", "official"),
     "wan21_comfy_i2v_480p_14B_fp8_scaled": ("i2v-14B", "fp8_scaled", "official"),
     "wan21_kijai_i2v_14B_fp8_e4m3fn": ("i2v-14B", "fp8_e4m3fn", "official"),
@@ -52,6 +55,8 @@ OTHERS = {
     "wan21_official_flf2v_14B_720P": ("flf2v-14B", "fp32", "official"),
     "wan21_comfy_flf2v_720p_14B_fp16": ("flf2v-14B", "fp16", "official"),
     "wan21_diffusers_flf2v_14B": ("flf2v-14B", "fp32", "diffusers"),
+}
+OTHERS = {
     "wan21_official_vace_1.3B": ("vace-1.3B", "mixed", "official"),
     "wan21_official_vace_14B": ("vace-14B", "mixed", "official"),
     "wan21_diffusers_vace_1.3B": ("vace-1.3B", "mixed", "diffusers"),
@@ -60,6 +65,7 @@ OTHERS = {
     "wan21_comfy_clip_vision_h": ("clip-vit-h", "fp16", "huggingface"),
     "wan21_kijai_clip_visual_fp16_INFERRED": ("clip-vit-h", "fp16", "official"),
 }
+ALL = T2V | VAE | UMT5 | PICTURES | OTHERS
 PARAMETERS = {  # counted, section 2 of the specification
     "t2v-1.3B": 1_418_996_800,
     "t2v-14B": 14_288_491_584,
@@ -71,11 +77,11 @@ PARAMETERS = {  # counted, section 2 of the specification
 }
 
 
-@pytest.mark.parametrize("name", T2V | VAE | UMT5 | OTHERS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_manifest_is_recognised_with_every_key_accounted_for(name):
     found = checkpoint(name)
     identity = identify(found)
-    assert (identity.variant, identity.weight_format, identity.spelling) == (T2V | VAE | UMT5 | OTHERS)[name]
+    assert (identity.variant, identity.weight_format, identity.spelling) == ALL[name]
     assert identity.missing == identity.unexpected == ()
     assert len(identity.names) + len(identity.ignored) == len(found.tensors)
     assert set(identity.names.values()).isdisjoint(identity.ignored)
@@ -84,13 +90,34 @@ def test_every_manifest_is_recognised_with_every_key_accounted_for(name):
         assert total == PARAMETERS[identity.variant]
 
 
-@pytest.mark.parametrize("name", T2V)
+@pytest.mark.parametrize("name", T2V | PICTURES)
 def test_transformer_equals_the_manifest_key_by_key_and_shape_by_shape(name):
     found = checkpoint(name)
     identity = identify(found)
     assert identity.role == "diffusion_model"
-    assert identity.config == (SMALL if "1.3B" in name else LARGE)
+    if name in PICTURES:
+        wanted = replace(LARGE, in_dim=36, image_dim=1280, image_positions=514 if "flf2v" in name else 0)
+    else:
+        wanted = SMALL if "1.3B" in name else LARGE
+    assert identity.config == wanted
     assert on_meta(lambda: WanTransformer(identity.config)) == shapes(found, identity)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_tensor_of_a_model_of_pictures_has_a_place(name):
+    found = checkpoint(name)
+    identity = identify(found)
+    weights = prepare(
+        lambda: WanTransformer(identity.config),
+        identity.names,
+        found,
+        float32=keep_float32,
+        dtype=torch.bfloat16,
+        ignored=identity.ignored,
+    )
+    kept = {n for n, p in weights.module.named_parameters() if p.dtype == torch.float32 and n.startswith("img_emb.")}
+    norms = {f"img_emb.proj.{i}.{leaf}" for i in (0, 4) for leaf in ("weight", "bias")}
+    assert kept == norms | ({"img_emb.emb_pos"} if identity.config.image_positions else set())
 
 
 @pytest.mark.parametrize("name", VAE)

@@ -184,6 +184,6 @@ def test_a_block_of_the_14b_takes_six_units_for_a_clip(size: tuple[int, int]) ->
         shared = Shared(time_B6E=torch.empty(1, 6, config.dim, device=META), rope=model.rope(grid, META),
                         chunks=row_chunks(num_tokens))  # fmt: skip
         keys_values = [torch.empty(1, 512, 40, 128, dtype=torch.bfloat16, device=META) for _ in range(2)]
-        model.blocks[0](torch.empty(1, num_tokens, config.dim, device=META), shared, keys_values, None)
+        model.blocks[0](torch.empty(1, num_tokens, config.dim, device=META), shared, [(*keys_values, None)])
 
     assert 5 * unit < traced_bytes(step, META) <= 6 * unit
