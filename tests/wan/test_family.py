@@ -111,7 +111,8 @@ def test_every_part_of_a_prompt_with_a_picture_counts_and_is_shared_where_equal(
         denoise = denoiser(model, Run(), [first, twin, other], CPU)
         of_first, of_twin, of_other = denoise(x, t, (0, 1, 2))
     assert torch.equal(of_first, of_twin)
-    assert (of_first - of_other).abs().max() > 1e-3 * of_first.abs().max()
+    # By mistake shared, it would have the same bits; rounding alone differs by less than this.
+    assert (of_first - of_other).abs().max() > 1e-5 * of_first.abs().max()
 
 
 def test_passes_with_a_picture_taken_together_have_the_bits_of_each_alone() -> None:
