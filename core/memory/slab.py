@@ -151,24 +151,6 @@ def release_idle(but: Loaded) -> None:
             loaded.keep_only(())
 
 
-class InMemory:
-    """The `Weights` of a module that has its tensors already."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
-        """Write the tensors of these names."""
-        state = self.module.state_dict(keep_vars=True)
-        for name, target in out.items():
-            go_on()
-            target.copy_(state[name])
-
-    def materialise(self) -> nn.Module:
-        """Return the module as it is."""
-        return self.module
-
-
 def tensors(module: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[Slot]:
     """Yield where all parameters and buffers are registered, but for those inside the modules `but`."""
     return (slot for _, slot in _named(module, "", but))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from wanqwen.core import host
 from wanqwen.core.memory.placement import HEADROOM
-from wanqwen.core.memory.slab import InMemory, Loaded
+from wanqwen.core.memory.slab import Loaded
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.ops import formats
@@ -27,6 +27,7 @@ from wanqwen.core.types import Checkpoint, Identity, TensorInfo
 from wanqwen.core.weights.reader import open_checkpoint
 
 from .memory.conftest import cuda_runtime  # noqa: F401 - a fixture
+from .memory.toy import InMemory
 from .stand_in import StandIn, limits, nothing_is_left, rest, stand_in
 
 CPU = torch.device("cpu")

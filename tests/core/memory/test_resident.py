@@ -9,13 +9,13 @@ from wanqwen.core.memory.block_swap import BlockSwap
 from wanqwen.core.memory.link import SynchronousLink
 from wanqwen.core.memory.placement import Job, Machine, make_plan
 from wanqwen.core.memory.resident import placed, resident
-from wanqwen.core.memory.slab import InMemory, Loaded
+from wanqwen.core.memory.slab import Loaded
 from wanqwen.core.memory.supply import Source, Supply
 from wanqwen.core.types import MemoryOptions
 
 from .conftest import Runtime
 from .late_link import LateLink
-from .toy import from_file, in_memory, inputs
+from .toy import InMemory, from_file, in_memory, inputs
 
 
 def test_weights_go_to_the_device_and_are_the_same_tensors_after() -> None:

@@ -1,13 +1,13 @@
 """A small model with weights of every kind that a slab must carry, in memory and in a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from wanqwen.core.blocks import Run, run_blocks
-from wanqwen.core.memory.slab import InMemory, Loaded
+from wanqwen.core.memory.slab import Loaded
 from wanqwen.core.ops.linear import Linear
 from wanqwen.core.weights.assemble import prepare
 from wanqwen.core.weights.reader import open_checkpoint
@@ -34,6 +34,24 @@ class Model(nn.Module):
         super().__init__()
         self.head = Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+
+
+class InMemory:
+    """The `Weights` of a module that has its tensors already."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
+        """Write the tensors of these names."""
+        state = self.module.state_dict(keep_vars=True)
+        for name, target in out.items():
+            go_on()
+            target.copy_(state[name])
+
+    def materialise(self) -> nn.Module:
+        """Return the module as it is."""
+        return self.module
 
 
 def write(path: Path) -> Path:
