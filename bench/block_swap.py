@@ -179,11 +179,9 @@ def _measure(loaded: Loaded, scene: Scene, options: MemoryOptions, vram: float |
         machine = replace(machine, link=link)
         ThrottledLink.speed = link
         resident.link_to = ThrottledLink
-    told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:
         found, job = plan_for(loaded, scene, planning.card_of(device), machine, options, at_least)
-        told.append(found)
         sys.stdout.write(f"        {where(found, len(job.blocks))}; predicted {found.peak / GB:.2f} GB\n")
         return found
 

@@ -56,6 +56,11 @@ class Scene:
     kept_latents: int = 0
 
     @property
+    def operations(self) -> list[tuple[int, int]]:
+        """Floating point operations of each pass through one block: in matrix products, and in attention."""
+        return [self.family.block_operations(self.config, self.latent_shape, c) for c in self.conditionings]
+
+    @property
     def key(self) -> object:
         """What tells this scene from others of the same model."""
         parts = [(c.text, c.image, c.extra) for c in self.conditionings]
@@ -98,7 +103,7 @@ def job_of(loaded: Loaded, scene: Scene, card: Card | None) -> Job:
 
 def visit_seconds(scene: Scene, card: Card) -> float:
     """Return how long one pass through one block computes on a card, on the average over the passes."""
-    costs = [scene.family.block_operations(scene.config, scene.latent_shape, c) for c in scene.conditionings]
+    costs = scene.operations
     return sum(products / card.gemm + attention / card.attention for products, attention in costs) / len(costs)
 
 
@@ -170,8 +175,8 @@ class _EnoughError(Exception):
 def _traced(module: nn.Module, scene: Scene, depth: int) -> Traced:
     """Return what the longest pass takes of a model of so many blocks, and what the others hold meanwhile."""
     family, twin = scene.family, _shallow_twin(module, scene, depth)
-    costs = [family.block_operations(scene.config, scene.latent_shape, c) for c in scene.conditionings]
-    longest = max(range(len(costs)), key=lambda k: sum(costs[k]))
+    every = tuple(range(len(scene.conditionings)))
+    longest = max(every, key=lambda k: sum(scene.operations[k]))
     x = torch.empty(scene.latent_shape, device=META)
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
@@ -180,7 +185,7 @@ def _traced(module: nn.Module, scene: Scene, depth: int) -> Traced:
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [walk]})
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         with contextlib.suppress(_EnoughError):
-            denoise(x, timestep_B, tuple(range(len(costs))))
+            denoise(x, timestep_B, every)
         together, walk.stops = walk.at_first, False
         counted.peak = counted.live
         denoise(x, timestep_B, (longest,))

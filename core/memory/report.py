@@ -1,5 +1,7 @@
 """A plan in words, for people."""
 
+from collections import Counter
+
 from .placement import GB, Plan
 from .supply import Source
 
@@ -26,8 +28,8 @@ def where(plan: Plan, num_blocks: int) -> str:
     line = f"{num_blocks - away} of {num_blocks} blocks stay on the device"
     if not away:
         return line
-    counts = {source: sum(where is source for where in plan.sources.values()) for source in PLACES}
-    places = [f"{count} from {PLACES[source]}" for source, count in counts.items() if count]
+    counts = Counter(plan.sources.values())
+    places = [f"{counts[source]} from {place}" for source, place in PLACES.items() if counts[source]]
     line += f", {away} stream through {plan.num_slots} slots: {', '.join(places)}"
     return line + "; both guidance passes go through each block together" * plan.interleaved
 

@@ -95,7 +95,10 @@ class Residency:
         """
         while not self._take(self.planner(at_least)):
             if self._is_exhausted:
-                raise torch.OutOfMemoryError(f"{self.device} is out of memory, even with all blocks streaming")
+                raise torch.OutOfMemoryError(
+                    f"{self.device} is out of memory, even with all blocks streaming: make the picture smaller, take "
+                    "fewer frames or a smaller batch, or close what else uses the card."
+                )
             at_least = self._more
             log.warning("%s has not the memory of the plan: at least %d blocks will stream", self.device, at_least)
 

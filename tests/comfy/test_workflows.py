@@ -167,14 +167,17 @@ SWAP = {
 
 def test_block_swap_between_loader_and_sampler_changes_nothing(server, tiny):
     """On a CPU nothing streams, which the node says."""
-    tiny["20"] = {"class_type": "PreviewAny", "inputs": {"source": [SIZE, 0]}}
-    assert server.run(tiny).end == "execution_success"
+    tiny["20"] = {"class_type": "SaveImage", "inputs": {"images": [DECODE, 0], "filename_prefix": "swap"}}
+    without = server.run(tiny)
+    assert without.end == "execution_success", without.error
     inputs = SWAP | {"model": [MODEL, 0], "latent": [SIZE, 0]}
     tiny["21"] = {"class_type": "WanQwenBlockSwap", "inputs": inputs}
     tiny[SAMPLER]["inputs"]["model"] = ["21", 0]
     job = server.run(tiny)
     assert job.end == "execution_success", job.error
     assert {"21", SAMPLER, SAVE} <= job.executed
+    pairs = zip(server.files(without, "20"), server.files(job, "20"), strict=True)
+    assert all(pixels(before) == pixels(after) for before, after in pairs)
     [said] = server.get(f"/history/{job.prompt_id}")[job.prompt_id]["outputs"]["21"]["text"]
     assert said == "This machine computes on its cpu: the weights stay in RAM, nothing has to stream."
     tiny["21"]["inputs"]["source"] = "tape"
