@@ -113,10 +113,13 @@ def with_preset(handle: ModelHandle, request: SampleRequest, name: str) -> tuple
 def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest, list[str]]:
     """Return the request as it will be run, and what was corrected or has no effect, in words.
 
-    Raises ValueError for a request that the model can't run.
+    Raises ValueError, with the name of the model's file, for a request that the model can't run.
     """
     _check_latent(request.latent, handle.family.latent_format)
-    return handle.family.prepare(handle.identity, request)
+    try:
+        return handle.family.prepare(handle.identity, request)
+    except ValueError as error:
+        raise ValueError(f"{handle.checkpoint.path.name}: {error}") from error
 
 
 def generate(

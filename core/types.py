@@ -110,18 +110,33 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
+    """Pictures that guide a run from beside (VACE): channels [1, X, T, h, w] as the model takes them.
+
+    Their hints are added `strength` times. The first `lead` latent frames are reference pictures: they come before the
+    clip, are sampled with it, and are no part of it.
+    """
+
+    context: Tensor
+    strength: float = 1.0
+    lead: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conditioning:
     """What steers a run, without its strength.
 
     `text` holds text encoder rows [1, S, E], valid rows only, never padded. `references` are raw latents
     [1, C, 1, h, w] of the pictures that an edit refers to, in order, each of its own size. `image` holds image encoder
-    rows [1, N, E]; `extra` channels [1, X, T, h, w], as the model takes them, that join the noisy latent's.
+    rows [1, N, E]; `extra` channels [1, X, T, h, w], as the model takes them, that join the noisy latent's. `controls`
+    guide from beside.
     """
 
     text: Tensor
     references: tuple[Tensor, ...] = ()
     image: Tensor | None = None
     extra: Tensor | None = None
+    controls: tuple[Control, ...] = ()
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning, check_options, check_rows, valid_rows
 from ..core.types import Conditioning
-from .config import TEXT_LEN
+from .config import TEXT_LEN, WanConfig
 
 log = logging.getLogger(__name__)
 
 
-def from_comfy(conditioning: ComfyConditioning, text_dim: int) -> list[Conditioning]:
+def from_comfy(conditioning: ComfyConditioning, config: WanConfig) -> list[Conditioning]:
     """Return one `Conditioning` per prompt, each row of a batch being one; text [1, S, text_dim] float32 on the CPU.
 
     ComfyUI's Wan text nodes fill up to 512 rows with zeros (and don't cut longer prompts); zero rows are dropped here,
     since the transformer adds its own. Attention has no order among text rows, so this changes nothing, also for
-    zeros in between as "ConditioningConcat" leaves them. Raises ValueError for rows of another width than `text_dim`
+    zeros in between as "ConditioningConcat" leaves them. Raises ValueError for rows of another width than the model's
     (4096 for umt5-xxl) and for options that we do not carry out.
     """
-    check_rows(conditioning, text_dim, "umT5 for Wan 2.1: `Wan Text Encode`, or a CLIP Loader of type wan")
+    check_rows(conditioning, config.text_dim, "umT5 for Wan 2.1: `Wan Text Encode`, or a CLIP Loader of type wan")
     prompts = []
     for rows_BSE, options in conditioning:
         check_options(options)
