@@ -55,24 +55,33 @@ def pad_to_grid(picture_HWC: Tensor, step: int) -> Tensor:
     return padded[0].movedim(0, -1)
 
 
-def latent_mask(mask: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
-    """Return a mask of pixels [B or 1, ..., H, W] for latents [B, C, T, h, w], as [B or 1, 1, 1, h, w] in 0..1.
+def latent_mask(mask: Tensor, latent_shape: tuple[int, ...], temporal_factor: int = 1) -> Tensor:
+    """Return a mask of pixels [..., H, W] for latents [B, C, T, h, w], as [B or 1, 1, T or 1, h, w] in 0..1.
 
-    A latent position takes the largest value among its pixels: what is masked at all is made anew. Raises ValueError
-    for another number of masks than 1 or one per latent, and for values outside 0..1.
+    One mask is for all, B are one for each latent, as many as a clip has frames one for each frame; [B or 1, 1, T, H,
+    W] are of latent frames already. A latent position takes the largest value among its pixels: what is masked at all
+    is made anew. Raises ValueError for another number of masks, and for values outside 0..1.
     """
-    planes = mask.float().reshape(-1, 1, *mask.shape[-2:])
-    batch, _, _, height, width = latent_shape
-    if len(planes) not in (1, batch):
+    batch, _, frames, height, width = latent_shape
+    planes, pixel_frames = mask.float().reshape(-1, *mask.shape[-2:]), temporal_factor * (frames - 1) + 1
+    if mask.dim() == 5 and mask.shape[0] in (1, batch) and mask.shape[1] == 1 and mask.shape[2] == frames:
+        planes_BTHW = mask[:, 0].float()
+    elif len(planes) in (1, batch):
+        planes_BTHW = planes[:, None]
+    elif len(planes) == pixel_frames:
+        first = planes[:1].expand(temporal_factor - 1, -1, -1)  # the first latent frame holds one frame alone
+        planes_BTHW = torch.cat((first, planes)).unflatten(0, (frames, temporal_factor)).amax(dim=1)[None]
+    else:
         raise ValueError(
-            f"The noise mask holds {len(planes)} masks for {batch} latent(s): give one for all, or one for each."
+            f"The noise mask holds {len(planes)} masks for {batch} latent(s) of {pixel_frames} frame(s): give one for "
+            "all, one for each latent, or one for each frame."
         )
     if not (planes.min() >= 0 and planes.max() <= 1):
         raise ValueError(
             f"The noise mask goes from {planes.min().item():g} to {planes.max().item():g}: 0 (kept) to 1 (made anew) "
             "is expected."
         )
-    return F.adaptive_max_pool2d(planes, (height, width))[:, :, None]
+    return F.adaptive_max_pool2d(planes_BTHW, (height, width))[:, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

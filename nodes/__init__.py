@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .clips import ContinueClip, JoinClips
 from .decode import InpaintLatent, VAEDecode, VAEEncode
 from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
 from .options import BlockSwap
@@ -26,6 +27,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     EmptyQwenImageLatent,
     InpaintLatent,
     BlockSwap,
+    ContinueClip,
+    JoinClips,
 )
 
 

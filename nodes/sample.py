@@ -16,7 +16,7 @@ from ..core.sampling.sample import SampleError
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, ModelHandle, SampleRequest
 from ..families import FAMILIES
-from .types import CATEGORY, WanModel, check_choice, tell, verdict
+from .types import CATEGORY, WanModel, check_choice, clip_of, tell, verdict
 
 NOISE_DEVICES = ("cpu", "gpu")
 TO_THE_END = 10000  # as in ComfyUI's advanced sampler
@@ -79,7 +79,7 @@ class Sampler(io.ComfyNode):
         preset: str = NO_PRESET,
     ) -> io.NodeOutput:
         samples = clip_of(latent)
-        mask = latent.get("noise_mask")
+        mask, temporal_factor = latent.get("noise_mask"), model.family.latent_format.temporal_factor
         request = SampleRequest(
             latent=samples,
             positive=_prompt("positive", positive, model),
@@ -95,7 +95,7 @@ class Sampler(io.ComfyNode):
             end_step=None if end_step == TO_THE_END else end_step,
             add_noise=add_noise,
             noise_device=noise_device,
-            mask=None if mask is None else latent_mask(mask, tuple(samples.shape)),
+            mask=None if mask is None else latent_mask(mask, tuple(samples.shape), temporal_factor),
         )
         lines = []
         if preset != NO_PRESET:
@@ -132,12 +132,6 @@ def _keep(samples: torch.Tensor) -> Path:
     path = next(p for i in itertools.count(1) if not (p := folder / f"wanqwen_stopped_{i:05}.latent").exists())
     save_file({"latent_tensor": samples.contiguous(), "latent_format_version_0": torch.tensor([])}, path)
     return path
-
-
-def clip_of(latent: dict[str, Any]) -> torch.Tensor:
-    """Return the latents [B, C, T, h, w] of a LATENT; a picture [B, C, h, w] becomes one frame."""
-    samples = latent["samples"]
-    return samples[:, :, None] if samples.dim() == 4 else samples
 
 
 def guidance_values(constant: float, schedule: str) -> tuple[float, ...]:

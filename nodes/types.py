@@ -108,6 +108,12 @@ def check_choice(name: str, value: str | None, choices: Iterable[str]) -> str | 
     return f"{name} is {value!r}: choose one of {', '.join(choices)}."
 
 
+def clip_of(latent: dict[str, Any]) -> Tensor:
+    """Return the latents [B, C, T, h, w] of a LATENT; a picture [B, C, h, w] becomes one frame."""
+    samples = latent["samples"]
+    return samples[:, :, None] if samples.dim() == 4 else samples
+
+
 def check_is_for_video(vae: Any) -> None:
     """Raise ValueError for a VAE of ComfyUI's that is not of the kind that Wan and Qwen-Image have."""
     if vae.latent_dim != 3:

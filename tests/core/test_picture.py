@@ -48,6 +48,16 @@ def test_a_latent_position_is_made_anew_if_any_of_its_pixels_is():
     assert found[0, 0, 0, 1, 2] == 0.25 and found.sum() == 0.25
 
 
+def test_frames_may_have_masks_of_their_own():
+    frames = torch.zeros(9, 16, 16)
+    frames[0, 3, 3], frames[6, 12, 12] = 1, 0.5
+    found = latent_mask(frames, (1, 16, 3, 2, 2), temporal_factor=4)
+    assert found.shape == (1, 1, 3, 2, 2)
+    assert found[0, 0].flatten(1).tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0.5]]
+    latent_frames = torch.rand(1, 1, 3, 2, 2)
+    assert torch.equal(latent_mask(latent_frames, (4, 16, 3, 2, 2), temporal_factor=4), latent_frames)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [(torch.zeros(3, 8, 8), "3 masks for 2 latent"), (torch.full((8, 8), 2.0), "goes from 2 to 2: 0 .kept. to 1")],

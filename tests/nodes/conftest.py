@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wanqwen.core.types import ModelHandle
 
 from . import comfy_double, tiny
 
@@ -31,3 +32,23 @@ def nodes(models: Path, monkeypatch: pytest.MonkeyPatch):
     comfy_double.forget_nodes()
     yield importlib.import_module("wanqwen.nodes")
     comfy_double.forget_nodes()
+
+
+@pytest.fixture
+def model(nodes) -> ModelHandle:
+    return nodes.LoadWanModel.execute("tiny.safetensors", "auto").values[0]
+
+
+@pytest.fixture
+def vae(nodes):
+    return nodes.LoadWanVAE.execute("tiny.safetensors", "auto").values[0]
+
+
+@pytest.fixture
+def text_encoder(nodes):
+    return nodes.LoadWanTextEncoder.execute("tiny.safetensors", "cpu", 0.0, "auto").values[0]
+
+
+@pytest.fixture
+def prompts(nodes, text_encoder):
+    return nodes.WanTextEncode.execute(text_encoder, "a red star moving right", "").values

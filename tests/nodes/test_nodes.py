@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
-from wanqwen.core.types import Conditioning, ModelHandle
+from wanqwen.core.types import Conditioning
 
 SIZE = {"width": 32, "height": 32, "frames": 5, "batch_size": 1}
 SETTINGS = {"seed": 1, "steps": 2, "guidance": 2.0, "shift": 3.0, "solver": "euler", "denoise": 1.0}
@@ -14,26 +14,6 @@ SETTINGS = {"seed": 1, "steps": 2, "guidance": 2.0, "shift": 3.0, "solver": "eul
 def value(output):
     [only] = output.values
     return only
-
-
-@pytest.fixture
-def model(nodes) -> ModelHandle:
-    return value(nodes.LoadWanModel.execute("tiny.safetensors", "auto"))
-
-
-@pytest.fixture
-def vae(nodes):
-    return value(nodes.LoadWanVAE.execute("tiny.safetensors", "auto"))
-
-
-@pytest.fixture
-def text_encoder(nodes):
-    return value(nodes.LoadWanTextEncoder.execute("tiny.safetensors", "cpu", 0.0, "auto"))
-
-
-@pytest.fixture
-def prompts(nodes, text_encoder):
-    return nodes.WanTextEncode.execute(text_encoder, "a red star moving right", "").values
 
 
 def sampled(nodes, model, prompts, latent, **options):

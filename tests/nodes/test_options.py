@@ -20,11 +20,6 @@ AUTO = {
 }
 
 
-@pytest.fixture
-def model(nodes):
-    return nodes.LoadWanModel.execute("tiny.safetensors", "auto").values[0]
-
-
 def test_nothing_is_fixed_by_default(nodes, model) -> None:
     out = nodes.BlockSwap.execute(model, **AUTO)
     assert out.values[0].memory == MemoryOptions() == model.memory
