@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .decode import InpaintLatent, VAEDecode, VAEEncode
 from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
 from .options import BlockSwap
+from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
@@ -26,6 +27,10 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     EmptyQwenImageLatent,
     InpaintLatent,
     BlockSwap,
+    WanImageSize,
+    WanImageToVideo,
+    WanFirstLastFrameToVideo,
+    WanVideoToVideo,
 )
 
 

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def to_comfy(conditioning: Sequence[Conditioning], text_len: int = TEXT_LEN) -> 
         rows[:, :num_rows] = prompt.text
         filled.append([rows, {"pooled_output": None}])
     return filled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Seen:
+    """Rows of the image encoder [1, N, E], under the name by which ComfyUI's nodes and models know them."""
+
+    penultimate_hidden_states: Tensor
+
+    def options(self) -> dict[str, Any]:
+        """Return what ComfyUI's own Wan nodes write into a CONDITIONING."""
+        return {"clip_vision_output": self}
 
 
 def with_options(conditioning: ComfyConditioning, options: Mapping[str, Any]) -> ComfyConditioning:

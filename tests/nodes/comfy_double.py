@@ -6,7 +6,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-SOCKETS = ("Combo", "Int", "Float", "String", "Boolean", "Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask")
+SOCKETS = (
+    *("Combo", "Int", "Float", "String", "Boolean", "Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask"),
+    *("ClipVision", "ClipVisionOutput"),
+)
 
 
 @dataclass
