@@ -25,7 +25,8 @@ from .memory.slab import Layout, Loaded
 from .memory.supply import Source
 from .ops import formats
 from .types import Checkpoint, Conditioning, Identity, MemoryOptions
-from .weights.assemble import Recipe, Share, prepare
+from .weights.assemble import Recipe, prepare
+from .weights.keymap import Share
 from .weights.reader import read_tensors
 
 log = logging.getLogger(__name__)

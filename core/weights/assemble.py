@@ -13,22 +13,12 @@ from .. import host
 from ..ops import formats
 from ..ops.linear import Linear
 from ..types import Checkpoint
+from .keymap import Share
 from .ranges import Range, read_ranges
 from .reader import read_tensors
 
 SHOWN = 8  # names per list in an error
 SCALE = "weight_scale"  # the buffer of a `Linear` whose weight stays in fp8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """Which rows of a file's tensor are a parameter: part `index` of `count` equal parts.
-
-    The tensor may have more dimensions than the parameter, all of them 1 and before the others.
-    """
-
-    index: int = 0
-    count: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

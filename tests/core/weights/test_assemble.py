@@ -9,8 +9,8 @@ from wanqwen.core import host
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
-from wanqwen.core.weights.assemble import Share, assemble, prepare
-from wanqwen.core.weights.keymap import Renamer
+from wanqwen.core.weights.assemble import assemble, prepare
+from wanqwen.core.weights.keymap import Renamer, Share
 from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.families import identify
 from wanqwen.wan.config import VAEConfig, WanConfig
