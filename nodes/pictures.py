@@ -8,8 +8,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
-from ..wan.conditioning import Seen, with_options
+from ..wan.conditioning import with_options
 from ..wan.config import SIZE_STEP
+from ..wan.image_encoder import ImageRows
 from ..wan.pictures import AREAS, COVER, FITS, Known, fitted_video, known_ends, seen_ends, size_for
 from ..wan.vae import LATENT_FORMAT
 from .types import CATEGORY, check_choice, check_is_rgb, dropped_alpha, prompt_outputs, tell, verdict
@@ -305,34 +306,33 @@ def _made(size: tuple[int, int, int], given: str) -> str:
     return "{} x {}, {} frames, {}".format(*size, given)
 
 
-def _seen(clip_vision: Any, output: Any, first: Tensor | None, last: Tensor | None) -> Seen | None:
+def _seen(clip_vision: Any, output: Any, first: Tensor | None, last: Tensor | None) -> ImageRows | None:
     """Return what the image encoder sees, from whichever of both inputs is connected."""
     if clip_vision is not None and output is not None:
         raise ValueError("clip_vision and clip_vision_output are both connected: disconnect one of them.")
     if output is not None:
         count = sum(pictures is not None for pictures in (first, last))
         # ComfyUI's Wan takes the first entry of a batch alone.
-        rows = output.penultimate_hidden_states[:count].flatten(0, 1)[None]
-        return Seen(penultimate_hidden_states=rows)
+        return ImageRows(output.penultimate_hidden_states[:count].flatten(0, 1)[None])
     if clip_vision is None:
         return None
 
     def see(picture: Tensor) -> Tensor:
         return clip_vision.encode_image(picture, crop=False).penultimate_hidden_states
 
-    return Seen(penultimate_hidden_states=seen_ends(see, first, last))
+    return ImageRows(seen_ends(see, first, last))
 
 
 def _prepared(
     node_id: str | None,
     prompts: tuple[ComfyConditioning, ComfyConditioning | None],
     known: Known,
-    seen: Seen | None,
+    seen: ImageRows | None,
     batch_size: int,
     lines: list[str],
 ) -> io.NodeOutput:
     """Return both prompts with the pictures, and an empty latent of the clip's size."""
-    options: Mapping[str, Any] = known.options() | (seen.options() if seen else {})
+    options: Mapping[str, Any] = known.options() | ({"clip_vision_output": seen} if seen else {})
     positive, negative = (None if prompt is None else with_options(prompt, options) for prompt in prompts)
     samples = torch.zeros(batch_size, LATENT_FORMAT.channels, *known.latents.shape[2:])
     return io.NodeOutput(

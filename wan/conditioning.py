@@ -3,7 +3,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning, check_options, check_rows, valid_rows
 from ..core.types import Conditioning
-from .config import IMAGE_ROWS, LATENT_CHANNELS, TEXT_LEN, WanConfig
+from .config import LATENT_CHANNELS, TEXT_LEN, WanConfig
 from .pictures import Known
 
 log = logging.getLogger(__name__)
@@ -53,17 +52,6 @@ def to_comfy(conditioning: Sequence[Conditioning], text_len: int = TEXT_LEN) -> 
         rows[:, :num_rows] = prompt.text
         filled.append([rows, {"pooled_output": None}])
     return filled
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Seen:
-    """Rows of the image encoder [1, N, E], under the name by which ComfyUI's nodes and models know them."""
-
-    penultimate_hidden_states: Tensor
-
-    def options(self) -> dict[str, Any]:
-        """Return what ComfyUI's own Wan nodes write into a CONDITIONING."""
-        return {"clip_vision_output": self}
 
 
 def with_options(conditioning: ComfyConditioning, options: Mapping[str, Any]) -> ComfyConditioning:
@@ -110,7 +98,7 @@ def _image_rows(options: Mapping[str, Any], config: WanConfig, count: int) -> Te
     rows_BNE = rows_BNE.to("cpu", torch.float32)
     if len(rows_BNE) in (1, count):
         return rows_BNE
-    pictures = max(1, config.image_rows // IMAGE_ROWS)
+    pictures = config.image_positions // rows_BNE.shape[1] or 1
     if len(rows_BNE) > pictures:
         log.warning("clip_vision_output holds %d pictures, this model takes the first %d.", *(len(rows_BNE), pictures))
     return rows_BNE[:pictures].flatten(0, 1)[None]
