@@ -4,8 +4,16 @@ from comfy_api.latest import ComfyExtension, io
 
 from .clips import ContinueClip, JoinClips
 from .decode import InpaintLatent, VAEDecode, VAEEncode
-from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .load import (
+    LoadQwenImageModel,
+    LoadQwenImageTextEncoder,
+    LoadWanImageEncoder,
+    LoadWanModel,
+    LoadWanTextEncoder,
+    LoadWanVAE,
+)
 from .options import BlockSwap
+from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
@@ -29,6 +37,11 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     BlockSwap,
     ContinueClip,
     JoinClips,
+    LoadWanImageEncoder,
+    WanImageSize,
+    WanImageToVideo,
+    WanFirstLastFrameToVideo,
+    WanVideoToVideo,
 )
 
 

@@ -1,10 +1,12 @@
 """Hyperparameters of the published Wan 2.1 models, and the numbers their checkpoints do not carry."""
 
 from dataclasses import dataclass
+from math import isqrt
 
 HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its number of heads
 TEXT_LEN = 512  # umT5 rows the transformer was trained with, zero-padded and attended without a mask
 LATENT_CHANNELS = 16
+SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
 IMAGE_ROWS = 257  # of the image encoder for each picture: a class token and 16 x 16 patches
 
 # The official negative prompt of T2V and VACE; source: wan/configs/shared_config.py of the official repository.
@@ -14,6 +16,9 @@ NEGATIVE_PROMPT = (
     "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
     "倒着走"
 )
+# What comes before it, for no shaking camera and no cuts; source: wan/configs of the same repository.
+I2V_NEGATIVE_PREFIX = "镜头晃动，"
+FLF2V_NEGATIVE_PREFIX = "镜头切换，" + I2V_NEGATIVE_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +59,13 @@ class WanConfig:
         """Channels that the model takes beside the noisy latent's."""
         return self.in_dim - self.out_dim
 
+    @property
+    def negative_prompt(self) -> str:
+        """The official negative prompt of the model's kind."""
+        if self.image_positions:
+            return FLF2V_NEGATIVE_PREFIX + NEGATIVE_PROMPT
+        return (I2V_NEGATIVE_PREFIX if self.extra_dim else "") + NEGATIVE_PROMPT
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAEConfig:
@@ -90,8 +102,25 @@ class ImageEncoderConfig:
     dim: int = 1280
     dim_ffn: int = 5120
     num_layers: int = 32
+    num_heads: int = 16
     patch_size: int = 14
     num_positions: int = IMAGE_ROWS
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"an image encoder of width {self.dim} does not split into {self.num_heads} heads")
+        if self.num_layers < 2:
+            raise ValueError(f"an image encoder of {self.num_layers} blocks has none before the last one")
+        if isqrt(self.num_positions - 1) ** 2 != self.num_positions - 1:
+            raise ValueError(
+                f"an image encoder has a position for its class and one for each patch of a square, not "
+                f"{self.num_positions}"
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of what it looks at."""
+        return self.patch_size * isqrt(self.num_positions - 1)
 
 
 # The published sizes: (task, in_dim, dim, ffn_dim, num_layers) -> variant. The 480P and 720P files of I2V are alike in
@@ -103,5 +132,13 @@ VARIANTS = {
     ("flf2v", 36, 5120, 13824, 40): "flf2v-14B",
     ("vace", 16, 1536, 8960, 30): "vace-1.3B",
     ("vace", 16, 5120, 13824, 40): "vace-14B",
+}
+# The CLIP towers that people have, by their width: variant, number of heads. Wan was trained with the first.
+IMAGE_ENCODER_VARIANTS = {
+    1280: ("clip-vit-h", 16),
+    768: ("clip-vit-b", 12),
+    1024: ("clip-vit-l", 16),
+    1408: ("clip-vit-g", 16),
+    1664: ("clip-vit-bigg", 16),
 }
 VAE_VARIANTS = {3: "vae", 4: "vae-rgba"}  # by channels of a pixel
