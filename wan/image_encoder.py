@@ -218,7 +218,7 @@ class _Tower(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig):
         super().__init__()
-        model = build(replace(config, num_layers=config.num_layers - 1))
+        model = build(config, config.num_layers - 1)
         tower = getattr(model, "vision_model", model)  # some versions of transformers have it inside, some outright
         self.embeddings, self.pre_layrnorm, self.encoder = tower.embeddings, tower.pre_layrnorm, tower.encoder
         # No checkpoint carries it, so that it must be real where the parameters are not.
@@ -228,15 +228,15 @@ class _Tower(nn.Module):
         return self.encoder(inputs_embeds=self.pre_layrnorm(self.embeddings(pixels_BCHW))).last_hidden_state
 
 
-def build(config: ImageEncoderConfig) -> nn.Module:
-    """Return transformers' `CLIPVisionModel` of this size, with its own random weights, in float32."""
+def build(config: ImageEncoderConfig, num_layers: int | None = None) -> nn.Module:
+    """Return transformers' `CLIPVisionModel` of this size, or of fewer blocks, with random weights, in float32."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     return CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=config.dim,
             intermediate_size=config.dim_ffn,
-            num_hidden_layers=config.num_layers,
+            num_hidden_layers=config.num_layers if num_layers is None else num_layers,
             num_attention_heads=config.num_heads,
             patch_size=config.patch_size,
             image_size=config.image_size,
