@@ -7,7 +7,7 @@ read.
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -89,7 +89,7 @@ class ImageEncoder:
         fresh = {key: pixels for key, pixels in zip(keys, shown, strict=True) if rows[key] is None}
         if fresh:
             log.info("Opening the image encoder %s as %s", self.checkpoint.path, dtype)
-            part = load(self.config, self.checkpoint, self.identity, dtype)
+            part = self._load(dtype)
             with torch.no_grad(), part.on(self.placement, lambda: working_bytes(self.config, dtype)) as run:
                 for key, pixels in fresh.items():
                     rows[key] = _finite(run(pixels.to(self.placement.device)).float().cpu(), dtype)
@@ -114,6 +114,9 @@ class ImageEncoder:
     def footprint(self) -> Footprint:
         """Return what a picture takes on the device; no weight is read for it."""
         return needed(self.config, self.dtype_on(self.placement.device))
+
+    def _load(self, dtype: torch.dtype) -> Part:
+        return load(self.config, self.checkpoint, self.identity.names, dtype=dtype, ignored=self.identity.ignored)
 
     def _key(self, pixels_1CHW: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
         content = hashlib.sha256(pixels_1CHW.numpy().tobytes()).hexdigest()
@@ -215,7 +218,7 @@ class _Tower(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig):
         super().__init__()
-        model = build(replace(config, num_layers=config.num_layers - 1))
+        model = build(config, config.num_layers - 1)
         tower = getattr(model, "vision_model", model)  # some versions of transformers have it inside, some outright
         self.embeddings, self.pre_layrnorm, self.encoder = tower.embeddings, tower.pre_layrnorm, tower.encoder
         # No checkpoint carries it, so that it must be real where the parameters are not.
@@ -225,15 +228,15 @@ class _Tower(nn.Module):
         return self.encoder(inputs_embeds=self.pre_layrnorm(self.embeddings(pixels_BCHW))).last_hidden_state
 
 
-def build(config: ImageEncoderConfig) -> nn.Module:
-    """Return transformers' `CLIPVisionModel` of this size, with its own random weights, in float32."""
+def build(config: ImageEncoderConfig, num_layers: int | None = None) -> nn.Module:
+    """Return transformers' `CLIPVisionModel` of this size, or of fewer blocks, with random weights, in float32."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     return CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=config.dim,
             intermediate_size=config.dim_ffn,
-            num_hidden_layers=config.num_layers,
+            num_hidden_layers=config.num_layers if num_layers is None else num_layers,
             num_attention_heads=config.num_heads,
             patch_size=config.patch_size,
             image_size=config.image_size,
@@ -249,15 +252,23 @@ def design(config: ImageEncoderConfig) -> Design:
     return Design(name="image encoder", build=lambda: _Tower(config), blocks=BLOCKS)
 
 
-def load(config: ImageEncoderConfig, checkpoint: Checkpoint, identity: Identity, dtype: torch.dtype) -> Part:
+def load(
+    config: ImageEncoderConfig,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    ignored: Collection[str] = (),
+) -> Part:
     """Return the encoder of a checkpoint in `dtype`, without its last block. No weight is read.
 
-    Raises ValueError for missing, unexpected or misshapen weights.
+    `names` maps the names of either spelling to the file's. Raises ValueError for missing, unexpected or misshapen
+    weights.
     """
-    names, shares = _places(identity.names)
+    places, shares = _places(names)
     last = f"{BLOCKS}.{config.num_layers - 1}."
-    used = {name: file for name, file in names.items() if not name.startswith(last)}
-    ignored = {*identity.ignored, *names.values()} - set(used.values())
+    used = {name: file for name, file in places.items() if not name.startswith(last)}
+    ignored = {*ignored, *names.values()} - set(used.values())
     return design(config).open(checkpoint, used, dtype=dtype, ignored=ignored, shares=shares)
 
 

@@ -69,6 +69,7 @@ def write_files(base: Path) -> None:
     checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
     vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
     encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
+    checkpoints.write_image_encoder(models / "clip_vision" / "tiny.safetensors")
     for variant in ("t2i", "edit", "edit-2509", "edit-2511"):
         checkpoints.write_qwen_model(models / "diffusion_models" / f"qwen_{variant}.safetensors", variant)
     checkpoints.write_model(models / "diffusion_models" / "tiny_i2v.safetensors", I2V)
