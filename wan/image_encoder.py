@@ -129,15 +129,16 @@ class VisionModel(Protocol):
     def encode_image(self, image: Tensor, crop: bool) -> Any: ...
 
 
-def encode_with(clip_vision: VisionModel, images_BHWC: Tensor, width: int, crop: bool = False) -> Tensor:
-    """Return the rows [1, B*P, width] of pictures, by an image encoder of ours or of ComfyUI's; see `rows_of`."""
-    return rows_of(clip_vision.encode_image(checked(images_BHWC), crop=crop), width)
+def encode_with(clip_vision: VisionModel, images_BHWC: Tensor) -> Tensor:
+    """Return the rows [1, B*P, E] of pictures, one after the other, by an image encoder of ours or of ComfyUI's."""
+    return rows_of(clip_vision.encode_image(checked(images_BHWC), crop=False)).flatten(0, 1)[None]
 
 
-def rows_of(output: Any, width: int) -> Tensor:
-    """Return the rows [1, B*P, width] of a CLIP_VISION_OUTPUT, float32 on the CPU, one picture after the other.
+def rows_of(output: Any) -> Tensor:
+    """Return the rows [B, P, E] of a CLIP_VISION_OUTPUT, float32 on the CPU.
 
-    `width` is what the model takes (1280 for the published ones). Raises ValueError for an output of another encoder.
+    Raises ValueError for something else, and for NaN or infinite values. Whether a model takes rows of that width is
+    seen where they meet it.
     """
     rows = getattr(output, "penultimate_hidden_states", None)
     if not isinstance(rows, Tensor) or rows.dim() != 3:
@@ -146,18 +147,12 @@ def rows_of(output: Any, width: int) -> Tensor:
             f"The CLIP vision output holds no rows of a picture [pictures, rows, width], but {found}: make it with "
             "CLIP Vision Encode and the image encoder of Wan (Load Wan Image Encoder, clip_vision_h.safetensors)."
         )
-    if rows.shape[-1] != width:
-        raise ValueError(
-            f"The CLIP vision output has rows of width {rows.shape[-1]}, this Wan model takes {width}: encode the "
-            "picture with the image encoder that belongs to the model, which for the published ones is CLIP ViT-H "
-            "(clip_vision_h.safetensors) and gives 257 rows of 1280."
-        )
     rows = rows.to("cpu", torch.float32)
     if not torch.isfinite(rows).all():
         raise ValueError(
             "The CLIP vision output holds NaN or infinite values: load the image encoder in fp32, or its file again."
         )
-    return rows.reshape(1, -1, width)
+    return rows
 
 
 def checked(images_BHWC: Tensor) -> Tensor:

@@ -433,7 +433,7 @@ def test_what_is_no_picture_is_refused_unread(path, monkeypatch, images, said):
     with pytest.raises(ValueError, match=said):
         encoder.encode(images)
     with pytest.raises(ValueError, match=said):
-        encode_with(encoder, images, CONFIG.dim)
+        encode_with(encoder, images)
     assert read == []
 
 
@@ -570,20 +570,15 @@ def test_stock_nodes_get_rows_and_a_clear_word_on_what_there_is_not(path):
             output[name]
 
 
-def test_rows_of_several_pictures_follow_one_another():
-    rows = pictures(2, 5, 8)
-    found = rows_of(SimpleNamespace(penultimate_hidden_states=rows.half()), 8)
-    assert found.shape == (1, 10, 8) and found.dtype == torch.float32
-    assert torch.equal(found[0, 5:], rows.half()[1].float())
+def test_rows_in_half_precision_are_taken():
+    rows = pictures(2, 5, 8).half()
+    found = rows_of(SimpleNamespace(penultimate_hidden_states=rows))
+    assert found.dtype == torch.float32 and torch.equal(found, rows.float())
 
 
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        (
-            SimpleNamespace(penultimate_hidden_states=torch.ones(1, 257, 1024)),
-            "of width 1024, this Wan model takes 1280",
-        ),
         (
             SimpleNamespace(penultimate_hidden_states=torch.ones(257, 1280)),
             r"no rows of a picture .* but \(257, 1280\)",
@@ -595,11 +590,10 @@ def test_rows_of_several_pictures_follow_one_another():
 )
 def test_an_output_that_is_not_of_this_encoder_is_refused(output, said):
     with pytest.raises(ValueError, match=said):
-        rows_of(output, 1280)
+        rows_of(output)
 
 
-@pytest.mark.parametrize("crop", [False, True])
-def test_ours_and_comfyui_s_encoders_are_called_alike(path, crop):
+def test_ours_and_comfyui_s_encoders_are_called_alike(path):
     encoder, images, calls = make(path), pictures(2, 30, 40, 3), []
 
     class Stock:
@@ -607,11 +601,10 @@ def test_ours_and_comfyui_s_encoders_are_called_alike(path, crop):
             calls.append((tuple(image.shape), crop))
             return encoder.encode_image(image, crop)
 
-    ours, theirs = (encode_with(one, images, CONFIG.dim, crop) for one in (encoder, Stock()))
+    ours, theirs = (encode_with(one, images) for one in (encoder, Stock()))
     assert ours.shape == (1, 2 * CONFIG.num_positions, CONFIG.dim) and torch.equal(ours, theirs)
-    assert calls == [((2, 30, 40, 3), crop)]
-    with pytest.raises(ValueError, match="rows of width 48, this Wan model takes 1280"):
-        encode_with(encoder, images, 1280)
+    assert torch.equal(ours[0, CONFIG.num_positions :], encoder.encode(images[1:])[0])
+    assert calls == [((2, 30, 40, 3), False)]
 
 
 def test_a_checkpoint_of_another_kind_is_no_image_encoder(path) -> None:
