@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from wanqwen.media import write_mp4
 from wanqwen.tests.nodes import tiny as checkpoints
 
 from .convert import MODEL, SAMPLER, SIZE, TEXT_ENCODER, TINY, VAE, read_workflow, to_prompt
@@ -61,7 +62,7 @@ def tiny(demo: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_files(base: Path) -> None:
-    """Write good models and bad ones, pictures, and a latent of NaN."""
+    """Write good models and bad ones, pictures, and a video, and a latent of NaN."""
     for folder in ("input", "output", "models/unet"):
         (base / folder).mkdir(parents=True)
     models = base / "models"
@@ -69,14 +70,19 @@ def write_files(base: Path) -> None:
     checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
     vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
     encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
+    two = replace(I2V, image_positions=2 * checkpoints.IMAGE.num_positions)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_flf2v.safetensors", two)
     checkpoints.write_image_encoder(models / "clip_vision" / "tiny.safetensors")
     for variant in ("t2i", "edit", "edit-2509", "edit-2511"):
         checkpoints.write_qwen_model(models / "diffusion_models" / f"qwen_{variant}.safetensors", variant)
     checkpoints.write_model(models / "diffusion_models" / "tiny_i2v.safetensors", I2V)
+    two = replace(I2V, image_positions=2 * checkpoints.IMAGE.num_positions)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_flf2v.safetensors", two)
     checkpoints.write_image_encoder(models / "clip_vision" / TINY)
     checkpoints.write_qwen_vae(models / "vae" / "qwen.safetensors")
     checkpoints.write_qwen_text_encoder(models / "text_encoders" / "qwen.safetensors")
     painted_picture().save(base / "input" / "example.png")  # the name in our workflows
+    write_mp4(base / "input" / "input.mp4", torch.rand(7, 48, 64, 3), 16)
     painted_picture().convert("RGB").crop((0, 0, 32, 32)).save(base / "input" / "square.png")
 
     bad = good.parent

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .convert import DECODE, MODEL, PROMPT, SAMPLER, SIZE, VAE
+from .convert import DECODE, MODEL, PROMPT, SAMPLER, SIZE, VAE, of_type, read_workflow, to_prompt
 from .test_qwen_image import pixels
+from .test_workflows import clip_facts
 
 IMAGE, EYE, PICTURE, SAVE = "20", "21", "22", "23"
 ENCODE, IMAGE_SIZE, KEEP = "24", "25", "26"
@@ -76,6 +77,36 @@ def latent(server, prompt: dict) -> torch.Tensor:
     assert job.end == "execution_success", job.error
     [file] = server.files(job, KEEP)
     return load_file(file)["latent_tensor"]
+
+
+WORKFLOWS = {
+    "wan21_image_to_video": ("tiny_i2v.safetensors", (5, 48, 48, 16)),
+    "wan21_first_last_frame": ("tiny_flf2v.safetensors", (5, 48, 48, 16)),
+    "wan21_video_to_video": ("tiny.safetensors", (5, 48, 64, 16)),
+}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_from_pictures_run(server, object_info, name):
+    """With random checkpoints, few steps and small clips."""
+    prompt, (model, made) = to_prompt(read_workflow(name), object_info), WORKFLOWS[name]
+    for node in prompt.values():
+        inputs, kind = node["inputs"], node["class_type"]
+        if kind.startswith("WanQwenLoad"):
+            inputs["file"] = model if kind == "WanQwenLoadWanModel" else "tiny.safetensors"
+        elif kind == "WanQwenSampler":
+            inputs["steps"] = 2
+        elif kind == "WanQwenWanImageSize":
+            inputs |= {"area": "custom", "megapixels": 0.003}
+        elif kind.startswith("WanQwenWan") and "frames" in inputs:
+            inputs["frames"] = 5
+        if kind == "WanQwenWanVideoToVideo":
+            inputs |= {"width": 0, "height": 0}
+    job = server.run(prompt)
+    assert job.end == "execution_success", job.error
+    [save] = of_type(prompt, "SaveVideo")
+    [file] = server.files(job, save)
+    assert clip_facts(file) == made
 
 
 def test_our_sampler_takes_comfyui_s_own_image_to_video(server, from_picture):
