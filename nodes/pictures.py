@@ -1,6 +1,7 @@
 """Wan from pictures: what image to video, first and last frame, and video to video start from."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning
 from ..wan.conditioning import with_options
 from ..wan.config import SIZE_STEP
-from ..wan.image_encoder import ImageRows
+from ..wan.image_encoder import ImageRows, encode_with, rows_of
 from ..wan.pictures import AREAS, COVER, FITS, Known, fitted_video, known_ends, seen_ends, size_for
 from ..wan.vae import LATENT_FORMAT
 from .types import CATEGORY, check_choice, check_is_rgb, dropped_alpha, prompt_outputs, tell, verdict
@@ -313,14 +314,10 @@ def _seen(clip_vision: Any, output: Any, first: Tensor | None, last: Tensor | No
     if output is not None:
         count = sum(pictures is not None for pictures in (first, last))
         # ComfyUI's Wan takes the first entry of a batch alone.
-        return ImageRows(output.penultimate_hidden_states[:count].flatten(0, 1)[None])
+        return ImageRows(rows_of(output)[:count].flatten(0, 1)[None])
     if clip_vision is None:
         return None
-
-    def see(picture: Tensor) -> Tensor:
-        return clip_vision.encode_image(picture, crop=False).penultimate_hidden_states
-
-    return ImageRows(seen_ends(see, first, last))
+    return ImageRows(seen_ends(partial(encode_with, clip_vision), first, last))
 
 
 def _prepared(

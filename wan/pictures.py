@@ -179,4 +179,4 @@ def _fitted(pictures_FHWC: Tensor, width: int, height: int, fit: str) -> str:
     if (lost := 1 - shapes[0] / shapes[1]) < NEGLIGIBLE:
         return ""
     what = f"{lost:.0%} of it is cut off" if fit == COVER else f"it is stretched by {1 / (1 - lost) - 1:.0%}"
-    return f"{given_width} x {given_height} became {width} x {height}: {what}. Wan Size from Image gives what fits."
+    return f"{given_width} x {given_height} became {width} x {height}: {what}."

@@ -50,7 +50,7 @@ def _check_known(config: WanConfig, extra_BCTHW: Tensor | None, latent_shape: tu
     if not config.extra_dim:
         raise ValueError(
             f"{who} has an encoded picture, which a model of this kind does not take: choose a file of image to video, "
-            f"such as {I2V_FILES}, or remove {PICTURE_NODES} before the sampler."
+            f"such as {I2V_FILES}, or remove the node before the sampler that adds it ({PICTURE_NODES})."
         )
     if extra_BCTHW.shape[1] != config.extra_dim:
         raise ValueError(
