@@ -1,6 +1,7 @@
 """Qwen-Image as core sees it: its latent space, how to build it, how prompts and reference pictures drive it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -110,7 +111,8 @@ FAMILY = Family(
     name=NAME,
     latent_format=LATENT_FORMAT,
     build=QwenImageTransformer,
-    blocks="transformer_blocks",
+    blocks=lambda model: model.transformer_blocks,
+    shallow=lambda config, depth: replace(config, num_layers=min(depth, config.num_layers)),
     float32=keep_float32,
     schedule=schedule,
     denoiser=denoiser,

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning, check_options, check_rows, valid_rows
 from ..core.types import Conditioning
 from .config import TEXT_LEN, WanConfig
+from .controls import OPTIONS as CONTROL_OPTIONS
+from .controls import controls_of
 
 log = logging.getLogger(__name__)
 
@@ -19,15 +22,17 @@ def from_comfy(conditioning: ComfyConditioning, config: WanConfig) -> list[Condi
 
     ComfyUI's Wan text nodes fill up to 512 rows with zeros (and don't cut longer prompts); zero rows are dropped here,
     since the transformer adds its own. Attention has no order among text rows, so this changes nothing, also for
-    zeros in between as "ConditioningConcat" leaves them. Raises ValueError for rows of another width than the model's
-    (4096 for umt5-xxl) and for options that we do not carry out.
+    zeros in between as "ConditioningConcat" leaves them. Controls of VACE come along. Raises ValueError for rows of
+    another width than the model's (4096 for umt5-xxl) and for options that we do not carry out.
     """
     check_rows(conditioning, config.text_dim, "umT5 for Wan 2.1: `Wan Text Encode`, or a CLIP Loader of type wan")
     prompts = []
     for rows_BSE, options in conditioning:
-        check_options(options)
+        check_options(options, carried_out=CONTROL_OPTIONS)
+        controls = controls_of(options)
         mask_BS = rows_BSE.ne(0).any(-1) & valid_rows(rows_BSE, options.get("attention_mask"))
-        prompts += [_prompt(rows[valid]) for rows, valid in zip(rows_BSE, mask_BS, strict=True)]
+        texts = [_prompt(rows[valid]) for rows, valid in zip(rows_BSE, mask_BS, strict=True)]
+        prompts += [replace(text, controls=controls) for text in texts]
     return prompts
 
 

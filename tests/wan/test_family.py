@@ -59,7 +59,7 @@ def test_passes_taken_together_have_the_bits_of_each_alone(dtype: torch.dtype) -
 
 def test_passes_taken_together_visit_each_block_once() -> None:
     order, x, t = Order(), torch.randn(1, 16, 1, 4, 6), torch.tensor([400.0])
-    denoise = denoiser(made(), Run(hooks={"blocks": (order,)}), conditionings(7, 4), CPU)
+    denoise = denoiser(made(), Run(hooks=(order,)), conditionings(7, 4), CPU)
     denoise(x, t, (0, 1))
     assert order.visits == [0, 1]
 
@@ -167,8 +167,3 @@ def test_models_of_pictures_are_planned_and_not_sampled(variant: str, config: Wa
         check(found)
     with pytest.raises(ValueError, match="Choose a T2V file"):
         prepare(found, SampleRequest(latent=torch.zeros(1, 16, 1, 4, 4), positive=conditionings(3)[0]))
-
-
-def test_vace_is_not_even_planned() -> None:
-    with pytest.raises(ValueError, match=r"vace-14B.*Choose a T2V file"):
-        check(identity("vace-14B", CONFIG), to_plan=True)
