@@ -405,7 +405,7 @@ def _plan(options: argparse.Namespace) -> int:
     from .loading import load_model
     from .plans import Question, facts, render
 
-    model = load_model(options.model, _dtype(options.precision), variant=options.variant, to_plan=True)
+    model = load_model(options.model, _dtype(options.precision), variant=options.variant)
     width, height, frames = _size(options.size or _defaults(model).size, model)
     question = Question(
         width=width,

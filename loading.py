@@ -43,20 +43,17 @@ def load_model(
     dtype: torch.dtype | None = None,
     family: str | None = None,
     variant: str | None = None,
-    *,
-    to_plan: bool = False,
 ) -> ModelHandle:
     """Open a diffusion model; its weights are read on the first run. Raises ValueError for any other file.
 
     `family`, if given, is the only one that will do. `variant` is a user's word for what the file does not tell:
-    which of Qwen-Image's models it holds. `to_plan` also opens models whose runs can be planned but not sampled.
+    which of Qwen-Image's models it holds.
     """
     checkpoint, identity = _opened(path, "diffusion_model", family)
     known = family_of(identity.family)
     try:
         if variant is not None:
             identity = with_variant(identity, variant)
-        known.check(identity, to_plan)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path.name}: {error}") from error
     if dtype is not None and dtype not in known.dtypes:

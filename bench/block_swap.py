@@ -188,7 +188,7 @@ def _measure(loaded: Loaded, scene: Scene, options: MemoryOptions, vram: float |
     started = time.perf_counter()
     try:
         with _capped(vram), torch.inference_mode(), placed(loaded, device, plan) as residency:
-            run = Run(dtype=scene.dtype, hooks={scene.family.blocks: [residency]})
+            run = Run(dtype=scene.dtype, hooks=(residency,))
             step = _stepper(loaded, scene, run, residency.plan.interleaved, device)
             return _timed(step, started)
     finally:

@@ -19,6 +19,8 @@ META = torch.device("meta")
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 WAN_I2V = replace(WAN_14B, in_dim=36, image_dim=1280)
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+WAN_VACE_14B = replace(WAN_14B, vace_layers=tuple(range(0, 40, 5)), vace_dim=96)
+WAN_VACE_1_3B = replace(WAN_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_dim=96)
 
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -66,6 +68,8 @@ CASES = {
     "Wan-14B 832x480x81": Case(family=WAN, config=WAN_14B, size=(832, 480, 81), rows=GUIDED),
     "Wan-14B 1280x720x81": Case(family=WAN, config=WAN_14B, size=(1280, 720, 81), rows=GUIDED),
     "Wan-I2V-14B 1280x720x81": Case(family=WAN, config=WAN_I2V, size=(1280, 720, 81), rows=GUIDED),
+    "Wan-VACE-14B 1280x720x81": Case(family=WAN, config=WAN_VACE_14B, size=(1280, 720, 81), rows=GUIDED),
+    "Wan-VACE-1.3B 832x480x81": Case(family=WAN, config=WAN_VACE_1_3B, size=(832, 480, 81), rows=GUIDED),
     "Qwen-Image 1328x1328": Case(family=QWEN_IMAGE, config=QwenImageConfig(), size=(1328, 1328, 1), rows=(128, 127)),
     "Wan-1.3B 832x480x81": Case(family=WAN, config=WAN_1_3B, size=(832, 480, 81), rows=GUIDED),
     "Qwen-Image-Edit 1024x1024, 2 references": Case(
@@ -118,10 +122,10 @@ def load(case: Case, weights: type[RandomWeights] | type[NoWeights] = NoWeights)
     family = case.family
     with META:
         module = family.build(case.config)
+    inside = {id(parameter) for block in family.blocks(module) for parameter in block.parameters()}
     for name, parameter in list(module.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        is_large = parameter.dim() == 2 and family.blocks in name
-        stored = FORMATS[case.stored] if is_large else case.dtype
+        stored = FORMATS[case.stored] if parameter.dim() == 2 and id(parameter) in inside else case.dtype
         bare = parameter.to(torch.float32 if family.float32(name) else stored)
         module.get_submodule(path).register_parameter(leaf, nn.Parameter(bare, requires_grad=False))
-    return Loaded(weights(module.eval()), module.get_submodule(family.blocks))
+    return Loaded(weights(module.eval()), family.blocks(module))

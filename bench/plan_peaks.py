@@ -61,7 +61,7 @@ def measured_peak(loaded: Loaded, scene: Scene, plan: Plan, solver: str, steps: 
         clean, noise = (torch.zeros(scene.latent_shape).to(META) for _ in range(2))
         x = sampling.start_of(schedule, clean, noise)
         with placed(loaded, META, lambda at_least: plan) as residency:
-            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [residency]})
+            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=(residency,))
             guided = Guided(
                 denoise=family.denoiser(loaded.module, run, list(scene.conditionings), META),
                 has_negative=len(scene.conditionings) > 1,

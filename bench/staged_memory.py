@@ -82,7 +82,7 @@ def stream(path: Path, config: object) -> dict[str, int]:
     most: dict[str, int] = {}
     resident.computes_in_ram = lambda device: False
     with torch.inference_mode(), resident.placed(loaded, torch.device("cpu"), lambda at_least: plan) as residency:
-        run = Run(hooks={"blocks": [residency]})
+        run = Run(hooks=(residency,))
 
         def call(i: int, block: nn.Module, state: float) -> float:
             for key, value in _ram().items():

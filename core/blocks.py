@@ -1,7 +1,7 @@
 """The one loop over transformer blocks, and what lives for one sampling run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -23,37 +23,36 @@ class Run:
     """Everything that lives for one sampling run; made by `core.runtime`, never stored on a model.
 
     `dtype` is what the large matrix products compute in, `chunk_rows` how many tokens at most they take at a time (0
-    lets the number of tokens decide). `hooks` are per list of blocks, in order of arrival (swap in,
-    then unpack). `check_interrupt` raises to stop the run; it is asked before every block.
+    lets the number of tokens decide). `hooks` surround every block, in order of arrival (swap in, then unpack).
+    `check_interrupt` raises to stop the run; it is asked before every block.
     """
 
     dtype: torch.dtype = torch.float32
     chunk_rows: int = 0
-    hooks: Mapping[str, Sequence[BlockHook]] = field(default_factory=dict)
+    hooks: Sequence[BlockHook] = ()
     check_interrupt: Callable[[], None] = lambda: None
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
+    blocks: Sequence[nn.Module],
     state: State,
     call: Callable[[int, nn.Module, State], State],
     *,
     run: Run,
-    name: str = "blocks",
     inject: Mapping[int, Callable[[State], State]] | None = None,
 ) -> State:
     """Run `state = call(i, block, state)` over all blocks and return the last state.
 
-    `state` is opaque (Wan: x; Qwen-Image: (img, txt)). `inject[i]` changes the state after block i (VACE, ControlNet).
+    `state` is opaque (Wan: streams of tokens; Qwen-Image: (img, txt)). `inject[i]` changes the state after block i,
+    whose weights are still there (VACE, ControlNet).
     """
-    hooks = run.hooks.get(name, ())
     for i, block in enumerate(blocks):
         run.check_interrupt()
-        for hook in hooks:
+        for hook in run.hooks:
             hook.before(i)
         state = call(i, block, state)
         if inject and i in inject:
             state = inject[i](state)
-        for hook in reversed(hooks):
+        for hook in reversed(run.hooks):
             hook.after(i)
     return state

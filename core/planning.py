@@ -1,16 +1,16 @@
 """What a run will take of memory and time, before it begins: from shapes alone, no weight is read."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import host
-from .blocks import Run
+from .blocks import BlockHook, Run
 from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
@@ -18,7 +18,7 @@ from .memory.trace import LiveBytes
 from .types import Conditioning, Family, MemoryOptions, same
 
 META = torch.device("meta")
-SHALLOW = 2  # blocks of a model's traced twin: the last one may do less than the others
+SHALLOW = 2  # main blocks of a model's traced twin: the last one may do less than the others
 # Latents in float32 that sampling holds while the model runs: noise, what it began with and was given, x, a velocity,
 # a mask.
 STATE_LATENTS = 6
@@ -63,11 +63,17 @@ class Scene:
     @property
     def key(self) -> object:
         """What tells this scene from others of the same model."""
-        parts = [(c.text, c.image, c.extra) for c in self.conditionings]
-        shapes = [tuple(None if t is None else t.shape for t in (*part, *c.references))
-                  for part, c in zip(parts, self.conditionings, strict=True)]  # fmt: skip
-        twins = [tuple(map(same, parts[0], part)) for part in parts]
-        return self.latent_shape, tuple(shapes), tuple(twins), self.dtype, self.chunk_rows
+        prompts = self.conditionings
+        shapes = [tuple(None if t is None else t.shape for t in (*_parts(c), *c.references)) for c in prompts]
+        twins = [tuple(starmap(same, zip(_parts(prompts[0]), _parts(c), strict=False))) for c in prompts]
+        active = [tuple(control.strength != 0 for control in c.controls) for c in prompts]
+        return self.latent_shape, tuple(shapes), tuple(twins), tuple(active), self.dtype, self.chunk_rows
+
+
+def _parts(conditioning: Conditioning) -> list[Tensor | None]:
+    """Return the tensors of a prompt that guidance passes may share."""
+    contexts = (control.context for control in conditioning.controls)
+    return [conditioning.text, conditioning.image, conditioning.extra, *contexts]
 
 
 def plan_for(
@@ -139,64 +145,63 @@ def working_bytes(loaded: Loaded, scene: Scene, *, interleaved: bool) -> int:
     """Return the most bytes that a guided step takes beside the weights, what sampling itself holds included.
 
     Found by taking the longest pass through a few blocks on the meta device, where nothing is computed: the very code
-    that runs on every device. What a block leaves behind for the run, such as a prompt's keys, every block leaves, in
-    every pass. Passes that are interleaved wait for each other before each block.
+    that runs on every device. What a block leaves behind for the run, such as the prompts' keys, every block leaves.
+    Passes that are interleaved wait for each other before each block.
     """
-    depth, passes = len(loaded.blocks), len(scene.conditionings)
     if scene.key not in loaded.working:
-        loaded.working[scene.key] = _traced(loaded.module, scene, min(depth, SHALLOW))
+        loaded.working[scene.key] = _traced(loaded.module, scene)
     traced = loaded.working[scene.key]
-    left_behind = (depth * passes - min(depth, SHALLOW)) * traced.left_behind
+    left_behind = (len(loaded.blocks) - traced.visits) * traced.left_behind
     state = (STATE_LATENTS + scene.kept_latents) * torch.Size(scene.latent_shape).numel() * torch.float32.itemsize
     return traced.peak + left_behind + state + SMALL_THINGS + interleaved * traced.waiting
 
 
 class _Walk:
-    """A `BlockHook` that notes what is held before and after the first block, and can stop there."""
+    """A `BlockHook` that notes what is held before each block, and after the first one."""
 
     def __init__(self, counted: LiveBytes):
-        self.counted, self.stops, self.at_first, self.left_behind = counted, True, 0, 0
+        self.counted, self.after_first = counted, 0
+        self.held: list[int] = []
 
     def before(self, i: int) -> None:
-        if i == 0:
-            self.at_first = self.counted.live
-            if self.stops:
-                raise _EnoughError
+        self.held.append(self.counted.live)
 
     def after(self, i: int) -> None:
         if i == 0:
-            self.left_behind = max(0, self.counted.live - self.at_first)
+            self.after_first = self.counted.live
 
 
-class _EnoughError(Exception):
-    """The walk has come to its first block."""
-
-
-def _traced(module: nn.Module, scene: Scene, depth: int) -> Traced:
-    """Return what the longest pass takes of a model of so many blocks, and what the others hold meanwhile."""
-    family, twin = scene.family, _shallow_twin(module, scene, depth)
+def _traced(module: nn.Module, scene: Scene) -> Traced:
+    """Return what the longest pass takes of a model of a few blocks, and what the others hold meanwhile."""
+    family, twin = scene.family, _shallow_twin(module, scene)
     every = tuple(range(len(scene.conditionings)))
     longest = max(every, key=lambda k: sum(scene.operations[k]))
     x = torch.empty(scene.latent_shape, device=META)
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
     with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
-        walk = _Walk(counted)
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [walk]})
+        # The first walk makes what stays for the run; the others tell what comes and goes.
+        first, together, alone = (_Walk(counted) for _ in range(3))
+        hooks: list[BlockHook] = []
+        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks)
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
-        with contextlib.suppress(_EnoughError):
-            denoise(x, timestep_B, every)
-        together, walk.stops = walk.at_first, False
-        counted.peak = counted.live
-        denoise(x, timestep_B, (longest,))
-        waiting = max(0, together - walk.at_first)
-        return Traced(peak=counted.peak, left_behind=walk.left_behind, waiting=waiting)
+        for walk, which in ((first, every), (together, every), (alone, (longest,))):
+            hooks[:] = [walk]
+            counted.peak = counted.live
+            denoise(x, timestep_B, which)
+        waiting = max(both - one for both, one in zip(together.held, alone.held, strict=True))
+        return Traced(
+            peak=counted.peak,
+            left_behind=max(0, first.after_first - first.held[0]),
+            waiting=max(0, waiting),
+            visits=len(alone.held),
+        )
 
 
-def _shallow_twin(module: nn.Module, scene: Scene, depth: int) -> nn.Module:
-    """Return a model of so many blocks on the meta device, whose tensors are of the module's dtypes."""
+def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:
+    """Return a model of a few blocks on the meta device, whose tensors are of the module's dtypes."""
     with META:
-        twin = scene.family.build(replace(scene.config, num_layers=depth)).requires_grad_(False)
+        twin = scene.family.build(scene.family.shallow(scene.config, SHALLOW)).requires_grad_(False)
     stored = dict((*module.named_parameters(), *module.named_buffers()))
     for path, part in twin.named_modules():
         prefix = f"{path}." if path else ""

@@ -70,8 +70,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         if told and residency.plan is not told[0]:
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
-        hooks = {handle.family.blocks: [residency, stopwatch]}
-        gate = host.block_gate(device)
+        hooks, gate = (residency, stopwatch), host.block_gate(device)
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
         yield Opened(module=loaded.module, run=run, residency=residency, stopwatch=stopwatch)
 
@@ -88,7 +87,7 @@ def loaded_of(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
             dtype=dtype,
             ignored=handle.identity.ignored,
         )
-        return Loaded(weights, weights.module.get_submodule(handle.family.blocks))
+        return Loaded(weights, handle.family.blocks(weights.module))
 
     return handle.weights.get((dtype, handle.identity.config), load)
 
@@ -128,7 +127,7 @@ def generate(
     progress: host.Progress | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> Tensor:
-    """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request.
+    """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request; finished ones without their lead.
 
     `tell` hears in words where the weights are and what becomes of the plan. A pass through the model that runs out of
     memory is repeated with more blocks streaming.
@@ -169,6 +168,8 @@ def generate(
         except SampleError as error:
             error.latent = latent_format.denormalise(error.latent.cpu())
             raise
+        if plan.sigmas[-1] == 0:  # a sampler that goes on needs the frames before the clip
+            x = x[:, :, request.positive.lead :]
         return latent_format.denormalise(x).cpu()
 
 

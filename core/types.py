@@ -1,7 +1,7 @@
 """The frozen records that cross folders. They hold what is, never how it is done."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,6 +138,11 @@ class Conditioning:
     extra: Tensor | None = None
     controls: tuple[Control, ...] = ()
 
+    @property
+    def lead(self) -> int:
+        """How many latent frames come before the clip."""
+        return max((control.lead for control in self.controls), default=0)
+
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
     """Say whether two parts of prompts are equal, bit for bit, or both not there."""
@@ -207,25 +212,26 @@ Combine = Callable[[Tensor, Tensor, float], Tensor]  # (with the prompt, without
 class Family:
     """What core needs to know of a family to run its diffusion model; `config` is the family's own record.
 
-    `build(config)` makes the module, `blocks` is the name of its list of blocks, which `run_blocks` knows it by too.
+    `build(config)` makes the module, `blocks(module)` are its blocks in the order in which `run_blocks` visits them.
+    `shallow(config, depth)` is the config with so many main blocks, and the least of whatever accompanies them.
     `float32(name)` says which parameters stay in float32 whatever the compute dtype, `dtypes` what it may be.
     `schedule(config, latent shape)` is the published one.
     `denoiser(model, run, conditionings, device)` returns the `Denoiser` of all conditionings, which share work where
     equal; asked for one after the other or together, they get the same bits.
     `guidance_patch(config)` is None for plain classifier-free guidance; n keeps the length of every token of n x n
     latent positions as the prompt alone has it. `block_operations(config, latent shape, conditioning)` are the floating
-    point operations of one pass through one block: in matrix products, and in attention. `conditionings(config, rows)`
-    reads what ComfyUI passes between nodes.
+    point operations of one pass through one block, on the average: in matrix products, and in attention.
+    `conditionings(config, rows)` reads what ComfyUI passes between nodes.
     `planned(config, latent shape, conditioning)` adds to a prompt whatever else the model takes, with no content.
-    `check(identity, to_plan)` raises ValueError for a model that can't be run, or with `to_plan` not even planned;
-    `prepare(identity, request)` does for a request, and returns the request as it will be run with what was corrected,
-    in words.
+    `prepare(identity, request)` raises ValueError for a request that the model can't run, and returns the request as it
+    will be run with what was corrected, in words.
     """
 
     name: str
     latent_format: LatentFormat
     build: Callable[[Any], nn.Module]
-    blocks: str
+    blocks: Callable[[nn.Module], Sequence[nn.Module]]
+    shallow: Callable[[Any, int], Any]
     float32: Callable[[str], bool]
     schedule: Callable[[Any, tuple[int, ...]], Schedule]
     denoiser: Callable[..., Denoiser]
@@ -233,7 +239,6 @@ class Family:
     block_operations: Callable[[Any, tuple[int, ...], Conditioning], tuple[int, int]]
     conditionings: Callable[[Any, Any], list[Conditioning]]
     planned: Callable[[Any, tuple[int, ...], Conditioning], Conditioning]
-    check: Callable[[Identity, bool], None]
     prepare: Callable[[Identity, SampleRequest], tuple[SampleRequest, list[str]]]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     presets: Mapping[str, Preset] = field(default_factory=dict)

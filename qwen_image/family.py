@@ -1,6 +1,7 @@
 """Qwen-Image as core sees it: its latent space, how to build it, how prompts and reference pictures drive it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from ..core.blocks import Run
 from ..core.types import Conditioning, Denoiser, Family, Identity, Preset, Schedule
 from ..wan.vae import LATENT_FORMAT
 from .conditioning import from_comfy, prepare
-from .config import PATCH, VARIANTS, QwenImageConfig
+from .config import PATCH, QwenImageConfig
 from .transformer import Pass, QwenImageTransformer
 
 NAME = "qwen-image"
@@ -101,16 +102,12 @@ def check_is_qwen_image(identity: Identity) -> None:
         )
 
 
-def check(identity: Identity, to_plan: bool = False) -> None:
-    """Raise ValueError for a model of the family that can't be run; all its variants can."""
-    assert identity.variant in VARIANTS
-
-
 FAMILY = Family(
     name=NAME,
     latent_format=LATENT_FORMAT,
     build=QwenImageTransformer,
-    blocks="transformer_blocks",
+    blocks=lambda model: model.transformer_blocks,
+    shallow=lambda config, depth: replace(config, num_layers=min(depth, config.num_layers)),
     float32=keep_float32,
     schedule=schedule,
     denoiser=denoiser,
@@ -119,7 +116,6 @@ FAMILY = Family(
     block_operations=block_operations,
     conditionings=lambda config, rows: from_comfy(rows, config.text_dim),
     planned=lambda config, latent_shape, conditioning: conditioning,
-    check=check,
     prepare=prepare,
     # float16 overflows: the residual streams exceed its range, and the reference clips them.
     dtypes=(torch.bfloat16, torch.float32),

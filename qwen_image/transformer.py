@@ -171,7 +171,7 @@ class QwenImageTransformer(nn.Module):
             ]
 
         streams = [self._streams(x_BCTHW, steered) for steered in passes]
-        streams = run_blocks(self.transformer_blocks, streams, call, run=run, name="transformer_blocks")
+        streams = run_blocks(self.transformer_blocks, streams, call, run=run)
         modulation = lent.of("out", lambda: self.norm_out(time[: len(timestep_B)]))
         outs = [
             self._head(img, modulation, joint.target_chunks) for (img, _), joint in zip(streams, joints, strict=True)

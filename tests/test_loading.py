@@ -1,6 +1,5 @@
 """Files in the wrong place: one clear error each."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -88,23 +87,6 @@ def test_a_user_can_say_which_variant_a_file_holds(folder: Path) -> None:
     assert chosen.variant == "edit-2511" and chosen.config.zero_cond_t
     with pytest.raises(ValueError, match=r"qwen_model.safetensors: .*'layered' does not fit this file"):
         load_model(path, variant="layered")
-
-
-def test_a_model_that_takes_an_image_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    weight = tensors["patch_embedding.weight"]
-    tensors["patch_embedding.weight"] = torch.cat((weight, weight, weight[:, :4]), dim=1)
-    for path in ("k_img", "v_img"):
-        for i in range(tiny.MODEL.num_layers):
-            tensors[f"blocks.{i}.cross_attn.{path}.weight"] = torch.zeros(tiny.MODEL.dim, tiny.MODEL.dim)
-            tensors[f"blocks.{i}.cross_attn.{path}.bias"] = torch.zeros(tiny.MODEL.dim)
-            tensors[f"blocks.{i}.cross_attn.norm_k_img.weight"] = torch.ones(tiny.MODEL.dim)
-    for name, shape in {"0": (32,), "1": (32, 32), "3": (tiny.MODEL.dim, 32), "4": (tiny.MODEL.dim,)}.items():
-        tensors[f"img_emb.proj.{name}.weight"] = torch.zeros(shape)
-        tensors[f"img_emb.proj.{name}.bias"] = torch.zeros(shape[0])
-    save_file(tensors, tmp_path / "i2v.safetensors", {"wanqwen": json.dumps({"num_heads": tiny.MODEL.num_heads})})
-    with pytest.raises(ValueError, match=r"i2v.safetensors: this is Wan 2.1 i2v.*Choose a T2V file"):
-        load_model(tmp_path / "i2v.safetensors")
 
 
 def test_a_file_with_a_missing_key_is_refused_before_it_is_read(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ MODELS = {
     "t2v-14B fp8": "wan21_comfy_t2v_14B_fp8_scaled_INFERRED",
     "i2v-14B": "wan21_official_i2v_14B_480P_and_720P",
     "flf2v-14B": "wan21_comfy_flf2v_720p_14B_fp16",
+    "vace-1.3B": "wan21_official_vace_1.3B",
+    "vace-14B": "wan21_official_vace_14B",
     "t2i": "qwen_comfy_bf16",
 }
 VIDEO = {"width": 1280, "height": 720, "frames": 81}
@@ -32,6 +34,8 @@ SCENES = [
     ("i2v-14B", CLIP),
     ("i2v-14B", VIDEO),
     ("flf2v-14B", VIDEO),
+    ("vace-1.3B", CLIP),
+    ("vace-14B", CLIP),
     ("t2i", STILL),
     ("t2i", EDIT),
 ]
@@ -41,7 +45,7 @@ SCENES = [
 def handles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelHandle]:
     folder = tmp_path_factory.mktemp("models")
     return {
-        name: load_model(write_sparse(folder / f"{name.replace(' ', '_')}.safetensors", file), to_plan=True)
+        name: load_model(write_sparse(folder / f"{name.replace(' ', '_')}.safetensors", file))
         for name, file in MODELS.items()
     }
 
@@ -57,6 +61,14 @@ def test_every_model_runs_on_every_tier(handles: dict[str, ModelHandle], model: 
         assert plan["pinned_ram_gb"] < 32 * 1.0737 - 7.9
         assert plan["resident"] + len(plan["streaming"]) == plan["blocks"]
     assert all(more["resident"] >= less["resident"] for more, less in pairwise(found))
+
+
+def test_a_model_with_controls_says_where_its_largest_size_does_not_fit(handles: dict[str, ModelHandle]) -> None:
+    """At 720p the clip's tokens and the control's take 3.1 GB, and a block's work as much."""
+    found = [facts(handles["vace-14B"], Question(**VIDEO, vram=vram, ram=32)) for vram in (12, 8)]
+    assert [plan["blocks"] for plan in found] == [48, 48] and len(found[0]["lines"]) <= 3
+    assert "it may run out of memory" in found[1]["lines"][-1]
+    assert found[0]["step_seconds"] < 1.001 * found[0]["compute_seconds"]
 
 
 def test_wan_hides_every_transfer_and_the_picture_model_does_with_its_passes_together(

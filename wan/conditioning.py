@@ -11,6 +11,8 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning, check_options, check_rows, valid_rows
 from ..core.types import Conditioning
 from .config import LATENT_CHANNELS, TEXT_LEN, WanConfig
+from .controls import OPTIONS as CONTROL_OPTIONS
+from .controls import controls_of
 from .image_encoder import rows_of
 from .pictures import Known
 
@@ -26,18 +28,22 @@ def from_comfy(conditioning: ComfyConditioning, config: WanConfig) -> list[Condi
     ComfyUI's Wan text nodes fill up to 512 rows with zeros (and don't cut longer prompts); zero rows are dropped here,
     since the transformer adds its own. Attention has no order among text rows, so this changes nothing, also for
     zeros in between as "ConditioningConcat" leaves them. What image to video nodes add, ours and ComfyUI's, becomes
-    `image` and `extra`. Raises ValueError for rows of another width than the model's (4096 for umt5-xxl), for pictures
-    of another shape than those nodes give, and for options that we do not carry out.
+    `image` and `extra`, what VACE nodes add `controls`. Raises ValueError for rows of another width than the model's
+    (4096 for umt5-xxl), for pictures of another shape than those nodes give, and for options that we do not carry out.
     """
     check_rows(conditioning, config.text_dim, "umT5 for Wan 2.1: `Wan Text Encode`, or a CLIP Loader of type wan")
     prompts = []
     for rows_BSE, options in conditioning:
-        check_options(options, PICTURE_OPTIONS)
+        check_options(options, (*PICTURE_OPTIONS, *CONTROL_OPTIONS))
         mask_BS = rows_BSE.ne(0).any(-1) & valid_rows(rows_BSE, options.get("attention_mask"))
         texts = [_text(rows[valid]) for rows, valid in zip(rows_BSE, mask_BS, strict=True)]
         images = _for_each(len(texts), "clip_vision_output", _image_rows(options, config, len(texts)))
         extras = _for_each(len(texts), "concat_latent_image", _known(options))
-        prompts += [Conditioning(text=t, image=i, extra=e) for t, i, e in zip(texts, images, extras, strict=True)]
+        controls = controls_of(options)
+        prompts += [
+            Conditioning(text=text, image=image, extra=extra, controls=controls)
+            for text, image, extra in zip(texts, images, extras, strict=True)
+        ]
     return prompts
 
 

@@ -26,7 +26,8 @@ class WanConfig:
     """Shape of one Wan diffusion transformer. Source: wan/configs of the official repository.
 
     `image_dim` is the width of the image encoder's rows, 0 where the model takes none; `image_positions` counts those
-    rows that have a position (FLF2V), 0 where none do.
+    rows that have a position (FLF2V), 0 where none do. A VACE model has one VACE block for each of the main blocks
+    `vace_layers`, and takes controls of `vace_dim` channels.
     """
 
     dim: int
@@ -42,12 +43,20 @@ class WanConfig:
     eps: float = 1e-6
     image_dim: int = 0
     image_positions: int = 0
+    vace_layers: tuple[int, ...] = ()
+    vace_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"Wan width {self.dim} does not split into {self.num_heads} heads of even width")
         if self.image_positions and not self.image_dim:
             raise ValueError(f"Wan has {self.image_positions} positions for image rows that it does not take")
+        layers = self.vace_layers
+        if bool(layers) != bool(self.vace_dim) or list(layers) != sorted(set(layers) & set(range(self.num_layers))):
+            raise ValueError(
+                f"Wan VACE takes controls of {self.vace_dim} channels into the blocks {layers}, where channels and "
+                f"some of the {self.num_layers} blocks, in order, are expected"
+            )
 
     @property
     def image_rows(self) -> int:

@@ -15,6 +15,7 @@ from ..core.weights.identity import (
     positive,
     read_json,
     shapes,
+    whole_numbers,
 )
 from .config import (
     HEAD_WIDTH,
@@ -43,7 +44,7 @@ from .keymap import (
 )
 from .vae import WanVAE
 
-METADATA_FIELDS = {"num_heads": positive, "text_len": positive, "eps": float}
+METADATA_FIELDS = {"num_heads": positive, "text_len": positive, "eps": float, "vace_layers": whole_numbers}
 IMAGE_ENCODER_FIELDS = {"num_heads": positive}
 
 CONFIG_FILE = "config.json"
@@ -51,11 +52,12 @@ CLIP_MODEL_TYPES = ("clip_vision_model", "clip")  # of transformers' config.json
 ACTIVATION = "gelu"  # of the CLIP that Wan was trained with
 
 IMAGE_WIDTH, IMAGE_POSITIONS = "img_emb.proj.0.bias", "img_emb.emb_pos"
+CONTROL_EMBEDDING = "vace_patch_embedding.weight"
 # The name that only this task's models have, the most particular first.
 TELLING = (
     ("flf2v", IMAGE_POSITIONS),
     ("i2v", IMAGE_WIDTH),
-    ("vace", "vace_patch_embedding.weight"),
+    ("vace", CONTROL_EMBEDDING),
     ("t2v", "patch_embedding.weight"),
 )
 
@@ -130,18 +132,32 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
             f"{checkpoint.path}: a Wan model of width {dim} is not made of heads of {HEAD_WIDTH}, and the file does "
             f'not say how many it has; the safetensors metadata needs {METADATA_KEY} = {{"num_heads": N}}'
         )
+    num_layers = count(match.names, "blocks.")
+    control = {
+        "vace_layers": _spread(num_layers, count(match.names, "vace_blocks.")),
+        "vace_dim": shape(CONTROL_EMBEDDING)[1] if CONTROL_EMBEDDING in match.names else 0,
+    }
     return WanConfig(
         dim=dim,
         in_dim=in_dim,
         patch_size=tuple(patch),
         ffn_dim=shape("blocks.0.ffn.0.bias")[0],
-        num_layers=count(match.names, "blocks."),
+        num_layers=num_layers,
         freq_dim=shape("time_embedding.0.weight")[1],
         text_dim=shape("text_embedding.0.weight")[1],
         out_dim=shape("head.head.bias")[0] // (patch[0] * patch[1] * patch[2]),
-        **{"num_heads": dim // HEAD_WIDTH, **ours},
+        **{"num_heads": dim // HEAD_WIDTH, **control, **ours},
         **image,
     )
+
+
+def _spread(num_layers: int, num_chosen: int) -> tuple[int, ...]:
+    """Return which of a model's blocks have a VACE block: from the first on, as far apart as they fit evenly.
+
+    No file records it. Of the published sizes it is every second block (1.3B) and every fifth (14B).
+    """
+    step = (num_layers - 1) // max(1, num_chosen - 1)
+    return tuple(range(0, num_chosen * step, step)) if step else tuple(range(num_chosen))
 
 
 def _vae(checkpoint: Checkpoint) -> Identity | None:

@@ -75,13 +75,14 @@ class Layout:
 class Traced:
     """Bytes that a run takes beside weights.
 
-    At the `peak` of a pass, `left_behind` by each block, and of passes that go through each block together while they
-    are `waiting` for one another.
+    At the `peak` of a pass, with what so many `visits` to blocks leave behind for the run; `left_behind` by each visit
+    of all passes; and of passes that go through each block together while they are `waiting` for one another.
     """
 
     peak: int
     left_behind: int
     waiting: int
+    visits: int
 
 
 _KNOWN: "WeakSet[Loaded]" = WeakSet()

@@ -14,7 +14,7 @@ class Recorder:
 
 def test_hooks_surround_each_block_in_order() -> None:
     calls: list[str] = []
-    run = Run(hooks={"blocks": (Recorder("swap", calls), Recorder("unpack", calls))})
+    run = Run(hooks=(Recorder("swap", calls), Recorder("unpack", calls)))
 
     def call(i: int, block: int, state: int) -> int:
         calls.append(f"block {i}")
@@ -23,15 +23,6 @@ def test_hooks_surround_each_block_in_order() -> None:
     assert run_blocks([10, 20], 1, call, run=run) == 31
     around = ["swap in {}", "unpack in {}", "block {}", "unpack out {}", "swap out {}"]
     assert calls == [text.format(i) for i in (0, 1) for text in around]
-
-
-def test_other_lists_of_blocks_have_their_own_hooks() -> None:
-    calls: list[str] = []
-    run = Run(hooks={"vace_blocks": (Recorder("swap", calls),)})
-    run_blocks([1], 0, lambda i, block, state: state, run=run)
-    assert calls == []
-    run_blocks([1], 0, lambda i, block, state: state, run=run, name="vace_blocks")
-    assert calls == ["swap in 0", "swap out 0"]
 
 
 def test_inject_changes_the_state_after_its_block() -> None:

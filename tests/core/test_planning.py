@@ -1,15 +1,16 @@
 """What is planned is what is taken: whole runs on the meta device, at the widths and sizes that people use."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from wanqwen.bench.models import FORMATS, QWEN_IMAGE, WAN, WAN_1_3B, WAN_14B, WAN_I2V, Case, load
+from wanqwen.bench.models import FORMATS, QWEN_IMAGE, WAN, WAN_1_3B, WAN_14B, WAN_I2V, WAN_VACE_1_3B, Case, load
 from wanqwen.bench.plan_peaks import measured_peak
 from wanqwen.core import planning
 from wanqwen.core.memory.placement import Machine
-from wanqwen.core.planning import CARDS, card_named, plan_for, visit_seconds
+from wanqwen.core.planning import CARDS, Scene, card_named, plan_for, visit_seconds
 from wanqwen.core.sampling.solvers import SOLVERS
 from wanqwen.core.types import MemoryOptions
 from wanqwen.qwen_image.config import QwenImageConfig
@@ -54,16 +55,40 @@ def test_the_peak_of_models_of_pictures_is_predicted_as_well(size: tuple[int, in
     check_peak(Case(family=WAN, config=config, size=size, rows=(300, 20)), random.Random(1), interleave=True)
 
 
-def check_peak(case: Case, rng: random.Random, interleave: bool | None = None) -> None:
+def with_controls(scene: Scene, *strengths: float) -> Scene:
+    """Return the scene with the control of each prompt several times."""
+    prompts = [replace(c, controls=tuple(replace(c.controls[0], strength=s) for s in strengths))
+               for c in scene.conditionings]  # fmt: skip
+    return replace(scene, conditionings=tuple(prompts))
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(("size", "strengths"), [((832, 480, 81), (1.0,)), ((480, 832, 5), (1.0, 0.5, 0.0))])
+@pytest.mark.parametrize("vace_layers", [(0, 2), (1,), (0, 1, 2)])
+def test_the_peak_of_models_with_controls_is_predicted_as_well(
+    size: tuple[int, int, int], strengths: tuple[float, ...], vace_layers: tuple[int, ...], interleave: bool
+) -> None:
+    config = replace(WAN_VACE_1_3B, num_layers=3, vace_layers=vace_layers)
+    case = Case(family=WAN, config=config, size=size, rows=(300, 20))
+    check_peak(case, random.Random(1), interleave, lambda scene: with_controls(scene, *strengths))
+
+
+def check_peak(
+    case: Case,
+    rng: random.Random,
+    interleave: bool | None = None,
+    change: Callable[[Scene], Scene] = lambda scene: scene,
+) -> None:
     """Plan a case on a card that holds a part of it, at random, and run it."""
     solver = rng.choice(list(SOLVERS))
-    loaded, scene = load(case), case.scene(SOLVERS[solver].kept_latents)
+    loaded, scene = load(case), change(case.scene(SOLVERS[solver].kept_latents))
     whole = sum(layout.nbytes for layout in loaded.layouts())
     most = whole + planning.working_bytes(loaded, scene, interleaved=True) + GIB
     blocks = [layout.nbytes for layout in loaded.layouts()[:-1]]
     least = most - sum(blocks) + 2 * max(blocks)
     machine = Machine(vram=rng.randint(least, most), ram=64 * GIB, total_ram=64 * GIB)
-    options = MemoryOptions(source="disk", interleave=interleave or rng.choice([None, True, False]))
+    interleave = rng.choice([None, True, False]) if interleave is None else interleave
+    options = MemoryOptions(source="disk", interleave=interleave)
     plan, _ = plan_for(loaded, scene, rng.choice(list(CARDS.values())), machine, options)
     assert not plan.notices
     found = measured_peak(loaded, scene, plan, solver)
@@ -79,6 +104,33 @@ def test_pictures_tell_scenes_apart() -> None:
     others.append(replace(second, image=first.image[:, :9]))
     keys = {scene.key} | {replace(scene, conditionings=(first, other)).key for other in others}
     assert len(keys) == 5
+
+
+def test_controls_tell_scenes_apart() -> None:
+    config = replace(WAN_VACE_1_3B, num_layers=2, vace_layers=(0,))
+    scene = Case(family=WAN, config=config, size=(64, 64, 5), rows=(8, 8)).scene()
+    first, second = scene.conditionings
+    other = replace(second.controls[0], context=second.controls[0].context + 1)
+    scenes = [
+        scene,
+        with_controls(scene, 1.0, 1.0),
+        with_controls(scene, 1.0, 0.0),
+        replace(scene, conditionings=(first, replace(second, controls=(other,)))),
+    ]
+    assert len({each.key for each in scenes}) == len(scenes)
+    assert with_controls(scene, 0.5).key == scene.key
+
+
+def test_work_of_a_vace_model_counts_its_blocks_once_for_each_control() -> None:
+    """Of 30 blocks and 15 VACE blocks, two controls make 60 passes; a plain model has 30 of the same size."""
+    scene = Case(family=WAN, config=WAN_VACE_1_3B, size=(832, 480, 81), rows=(512,)).scene()
+    plain = WAN.block_operations(WAN_1_3B, scene.latent_shape, scene.conditionings[0])
+    for strengths, passes in (((1.0,), 45), ((1.0, 0.3), 60), ((1.0, 0.0), 45), ((0.0,), 30)):
+        [(products, attention)] = with_controls(scene, *strengths).operations
+        assert 45 * attention == pytest.approx(passes * plain[1])
+        assert 45 * products == pytest.approx(passes * plain[0], rel=0.03) and (passes > 30) == (
+            45 * products > passes * plain[0] + 45
+        )
 
 
 def test_work_and_time_of_a_block_are_those_of_the_report() -> None:

@@ -12,6 +12,7 @@ NAMES = (
     "wan_dit_t2v_tiny",
     "wan_dit_i2v_tiny",
     "wan_dit_flf2v_tiny",
+    "wan_dit_vace_tiny",
     "wan_cfg_loop_tiny",
     "wan_vae_tiny",
     "umt5_encoder_tiny",

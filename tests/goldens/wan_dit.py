@@ -67,6 +67,8 @@ def model(golden: Golden, dtype: torch.dtype) -> WanTransformer:
         sizes["image_dim"] = config["img_emb_in_dim"]
     if "img_emb.emb_pos" in golden.weights:
         sizes["image_positions"] = golden.weights["img_emb.emb_pos"].shape[1]
+    if "vace_patch_embedding.weight" in golden.weights:
+        sizes |= {"vace_layers": tuple(config["vace_layers"]), "vace_dim": config["vace_in_dim"]}
     net = WanTransformer(WanConfig(**sizes, patch_size=tuple(config.get("patch_size", (1, 2, 2)))))
     net.load_state_dict(
         {name: w if keep_float32(name) else w.to(dtype) for name, w in golden.weights.items()}, assign=True

@@ -285,7 +285,7 @@ def test_weights_of_a_block_are_used_in_its_turn_only(model: QwenImageTransforme
     for i in range(SIZES["num_layers"]):
         Lend().after(i)
     x, timestep, text = inputs()
-    run, lent = Run(hooks={"transformer_blocks": (Lend(),)}), swapped.modulations()
+    run, lent = Run(hooks=(Lend(),)), swapped.modulations()
     expected = model(x, timestep, model.prompt(text, Run()), Run())
     for _ in range(2):
         assert torch.equal(swapped(x, timestep, swapped.prompt(text, run), run, (), lent), expected)

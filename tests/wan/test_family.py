@@ -8,7 +8,7 @@ from wanqwen.core.blocks import Run
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.types import Conditioning, Identity
 from wanqwen.wan.config import WanConfig
-from wanqwen.wan.family import check, denoiser, keep_float32, planned, schedule
+from wanqwen.wan.family import denoiser, keep_float32, planned, schedule
 from wanqwen.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_passes_taken_together_have_the_bits_of_each_alone(dtype: torch.dtype) -
 
 def test_passes_taken_together_visit_each_block_once() -> None:
     order, x, t = Order(), torch.randn(1, 16, 1, 4, 6), torch.tensor([400.0])
-    denoise = denoiser(made(), Run(hooks={"blocks": (order,)}), conditionings(7, 4), CPU)
+    denoise = denoiser(made(), Run(hooks=(order,)), conditionings(7, 4), CPU)
     denoise(x, t, (0, 1))
     assert order.visits == [0, 1]
 
@@ -163,8 +163,3 @@ def identity(variant: str, config: WanConfig) -> Identity:
         family="wan21", role="diffusion_model", variant=variant, weight_format="fp32", spelling="official",
         config=config, names={},
     )  # fmt: skip
-
-
-def test_vace_is_not_even_planned() -> None:
-    with pytest.raises(ValueError, match=r"vace-14B.*Choose such a file"):
-        check(identity("vace-14B", CONFIG), to_plan=True)

@@ -59,16 +59,20 @@ PICTURES = {
     "wan21_comfy_flf2v_720p_14B_fp16": ("flf2v-14B", "fp16", "official"),
     "wan21_diffusers_flf2v_14B": ("flf2v-14B", "fp32", "diffusers"),
 }
-OTHERS = {
+VACE = {
     "wan21_official_vace_1.3B": ("vace-1.3B", "mixed", "official"),
     "wan21_official_vace_14B": ("vace-14B", "mixed", "official"),
     "wan21_diffusers_vace_1.3B": ("vace-1.3B", "mixed", "diffusers"),
     "wan21_diffusers_vace_14B": ("vace-14B", "mixed", "diffusers"),
+    "wan21_comfy_vace_1.3B_fp16_INFERRED": ("vace-1.3B", "fp16", "official"),
+    "wan21_comfy_vace_14B_fp16_INFERRED": ("vace-14B", "fp16", "official"),
+}
+OTHERS = {
     "wan21_official_clip_xlm_roberta_vit_h_14": ("clip-vit-h", "fp32", "official"),
     "wan21_comfy_clip_vision_h": ("clip-vit-h", "fp16", "huggingface, prefix vision_model."),
     "wan21_kijai_clip_visual_fp16_INFERRED": ("clip-vit-h", "fp16", "official"),
 }
-ALL = T2V | VAE | UMT5 | PICTURES | OTHERS
+ALL = T2V | VAE | UMT5 | PICTURES | VACE | OTHERS
 PARAMETERS = {  # counted, section 2 of the specification
     "t2v-1.3B": 1_418_996_800,
     "t2v-14B": 14_288_491_584,
@@ -93,7 +97,7 @@ def test_every_manifest_is_recognised_with_every_key_accounted_for(name):
         assert total == PARAMETERS[identity.variant]
 
 
-@pytest.mark.parametrize("name", T2V | PICTURES)
+@pytest.mark.parametrize("name", T2V | PICTURES | VACE)
 def test_transformer_equals_the_manifest_key_by_key_and_shape_by_shape(name):
     found = checkpoint(name)
     identity = identify(found)
@@ -101,13 +105,15 @@ def test_transformer_equals_the_manifest_key_by_key_and_shape_by_shape(name):
     if name in PICTURES:
         wanted = replace(LARGE, in_dim=36, image_dim=1280, image_positions=514 if "flf2v" in name else 0)
     else:
-        wanted = SMALL if "1.3B" in name else LARGE
+        wanted, step = (SMALL, 2) if "1.3B" in name else (LARGE, 5)
+    if name in VACE:
+        wanted = replace(wanted, vace_layers=tuple(range(0, wanted.num_layers, step)), vace_dim=96)
     assert identity.config == wanted
     assert on_meta(lambda: WanTransformer(identity.config)) == shapes(found, identity)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_every_tensor_of_a_model_of_pictures_has_a_place(name):
+@pytest.mark.parametrize("name", PICTURES | VACE)
+def test_every_tensor_of_a_model_of_pictures_or_controls_has_a_place(name):
     found = checkpoint(name)
     identity = identify(found)
     weights = prepare(
@@ -118,9 +124,13 @@ def test_every_tensor_of_a_model_of_pictures_has_a_place(name):
         dtype=torch.bfloat16,
         ignored=identity.ignored,
     )
-    kept = {n for n, p in weights.module.named_parameters() if p.dtype == torch.float32 and n.startswith("img_emb.")}
+    kept = {n for n, p in weights.module.named_parameters() if p.dtype == torch.float32}
     norms = {f"img_emb.proj.{i}.{leaf}" for i in (0, 4) for leaf in ("weight", "bias")}
-    assert kept == norms | ({"img_emb.emb_pos"} if identity.config.image_positions else set())
+    wanted = norms | ({"img_emb.emb_pos"} if identity.config.image_positions else set())
+    assert {n for n in kept if n.startswith("img_emb.")} == (wanted if name in PICTURES else set())
+    embedding = {f"vace_patch_embedding.{leaf}" for leaf in ("weight", "bias")} if name in VACE else set()
+    of_blocks = {n for n in kept if n.startswith("vace_")} - embedding
+    assert embedding <= kept and all("norm" in n or n.endswith("modulation") for n in of_blocks)
 
 
 @pytest.mark.parametrize("name", VAE)
@@ -237,7 +247,17 @@ def test_wan22_image_model_is_not_taken_for_t2v_14B():
 def test_custom_size_of_another_task_says_the_task():
     found = checkpoint("wan21_official_vace_1.3B")
     tensors = {n: info for n, info in found.tensors.items() if not n.startswith(("blocks.29.", "vace_blocks.14."))}
-    assert identify(fake(tensors)).variant == "vace-custom"
+    identity = identify(fake(tensors))
+    assert (identity.variant, identity.config.vace_layers) == ("vace-custom", tuple(range(0, 28, 2)))
+
+
+def test_a_file_may_say_which_blocks_have_vace_blocks():
+    found, layers = checkpoint("wan21_official_vace_1.3B"), [*range(14), 29]
+    told = replace(found, metadata={"wanqwen": json.dumps({"vace_layers": layers})})
+    assert identify(told).config.vace_layers == tuple(layers)
+    told = replace(found, metadata={"wanqwen": json.dumps({"vace_layers": [1, 0]})})
+    with pytest.raises(ValueError, match=r"into the blocks \(1, 0\), where .* some of the 30 blocks, in order"):
+        identify(told)
 
 
 def test_missing_and_unexpected_are_listed():

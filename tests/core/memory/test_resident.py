@@ -88,7 +88,7 @@ def test_what_is_injected_between_blocks_meets_streamed_blocks_alike(path: Path)
     x, inject = inputs(1)[0], {1: lambda state: state * 2, 4: lambda state: state + 1}
 
     def forward(loaded: Loaded, hooks: list[object]) -> torch.Tensor:
-        run = Run(hooks={"blocks": hooks})
+        run = Run(hooks=hooks)
         return run_blocks(loaded.blocks, x, lambda i, block, state: block(state), run=run, inject=inject)
 
     wanted, loaded = forward(in_memory(path), []), from_file(path)

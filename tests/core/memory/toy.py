@@ -92,7 +92,7 @@ KINDS: dict[str, Callable[[Path], Loaded]] = {"file": from_file, "memory": in_me
 
 def forward(blocks: nn.ModuleList, x: Tensor, hooks: list) -> Tensor:
     """Run the blocks."""
-    return run_blocks(blocks, x, lambda i, block, state: block(state), run=Run(hooks={"blocks": hooks}))
+    return run_blocks(blocks, x, lambda i, block, state: block(state), run=Run(hooks=hooks))
 
 
 def inputs(count: int = 4) -> Tensor:

@@ -1,0 +1,252 @@
+"""Controls of VACE: from video, mask and reference pictures to what the model takes, through ComfyUI's conditioning.
+
+Source: `WanVace` and `VaceVideoProcessor` of the official repository.
+"""
+# F pixel frames, H W pixels, C channels, T latent frames, h w latent positions, R reference pictures
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..core.conditioning import ComfyConditioning
+from ..core.types import Conditioning, Control, Identity, SampleRequest
+from .config import LATENT_CHANNELS
+from .vae import LATENT_FORMAT
+
+GREY, WHITE = 0.5, 1.0  # of what is to be made anew, and around reference pictures
+ANEW = 0.5  # the mask's value above which a pixel is made anew
+CELL = LATENT_FORMAT.spatial_factor
+FRAME_CHANNELS, MASK_CHANNELS = 2 * LATENT_CHANNELS, CELL**2
+
+# Options of ComfyUI's conditioning: lists with one entry for each control. The last one is our own.
+FRAMES, MASK, STRENGTH, LEAD = OPTIONS = ("vace_frames", "vace_mask", "vace_strength", "wanqwen_vace_lead")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What a control is made from.
+
+    `video` [F, H, W, 3] in [0, 1] is kept where `mask` [F or 1, H, W] is 0, and guides what is made anew where it is 1,
+    which is everywhere without one. `references` are pictures [H, W, 3] of what the clip should show.
+    """
+
+    video: Tensor | None = None
+    mask: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A control as ComfyUI passes it on: raw latents [1, 32, R + T, h, w], the mask [1, 64, R + T, h, w], and R.
+
+    The latents are those of what is kept, then those of what guides. `notices` say what was made to fit.
+    """
+
+    frames: Tensor
+    mask: Tensor
+    lead: int
+    notices: tuple[str, ...] = ()
+
+
+def encode(source: Source, vae: Any, width: int, height: int, num_frames: int) -> Encoded:
+    """Encode a control for a clip whose sizes the VAE takes: multiples of 16 pixels, 4n + 1 frames."""
+    clip_FHWC, mask_FHW, notices = lay_out(source, width, height, num_frames)
+    anew = mask_FHW[..., None] > ANEW
+    kept, guiding = clip_FHWC.masked_fill(anew, GREY), clip_FHWC.masked_fill(~anew, GREY)
+    latents = [_latents(vae, kept)]
+    latents.append(latents[0] if torch.equal(kept, guiding) else _latents(vae, guiding))
+    parts = [torch.cat(latents, dim=1)]
+    for picture in reversed(source.references):
+        latent = _latents(vae, on_canvas(picture, width, height)[None])
+        nothing = LATENT_FORMAT.denormalise(torch.zeros_like(latent))
+        parts.insert(0, torch.cat((latent, nothing), dim=1))
+    lead = len(source.references)
+    mask = F.pad(mask_channels(mask_FHW), (0, 0, 0, 0, lead, 0))
+    return Encoded(frames=torch.cat(parts, dim=2), mask=mask, lead=lead, notices=tuple(notices))
+
+
+def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the clip [F, H, W, 3] and its mask [F, H, W] at the size that is made, and what was changed, in words.
+
+    Frames that the video lacks are grey and made anew. Pictures cover the size, their borders being cut off evenly.
+    """
+    clip = torch.full((num_frames, height, width, 3), GREY)
+    mask = torch.ones(num_frames, height, width)
+    if source.video is None:
+        return clip, mask, ["The mask has no effect without control_video."] if source.mask is not None else []
+    notices = []
+    given, (rows, columns) = len(source.video), source.video.shape[1:3]
+    if (columns, rows) != (width, height):
+        notices.append(f"control_video of {columns} x {rows} was made to cover {width} x {height}.")
+    if given > num_frames:
+        notices.append(f"control_video has {given} frames: the last {given - num_frames} are left out.")
+    elif given < num_frames:
+        notices.append(f"control_video has {given} frames: the other {num_frames - given} are made anew.")
+    given = min(given, num_frames)
+    for i, frame in enumerate(source.video[:given]):
+        clip[i] = covering(frame[..., :3], width, height)
+    if source.mask is not None:
+        masks = source.mask.reshape(-1, *source.mask.shape[-2:], 1)
+        masks = masks.expand(given, -1, -1, -1) if len(masks) == 1 else masks[:given]
+        if len(masks) < given:
+            notices.append(f"The mask has {len(masks)} frames: those of control_video after them are made anew.")
+        for i, frame in enumerate(masks):
+            mask[i] = covering(frame, width, height)[..., 0]
+    return clip, mask, notices
+
+
+def covering(picture_HWC: Tensor, width: int, height: int) -> Tensor:
+    """Return a picture in [0, 1], of any channels, resized to cover the size, its middle cut out."""
+    rows, columns = picture_HWC.shape[:2]
+    if (columns, rows) == (width, height):
+        return picture_HWC
+    scale = max(width / columns, height / rows)
+    planes, size = picture_HWC.movedim(-1, 0)[None].float(), (round(scale * rows), round(scale * columns))
+    planes = F.interpolate(planes, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return planes[0, :, top : top + height, left : left + width].movedim(0, -1)
+
+
+def on_canvas(picture_HWC: Tensor, width: int, height: int) -> Tensor:
+    """Return a picture as large as fits the size, in the middle of a white canvas."""
+    rows, columns = picture_HWC.shape[:2]
+    picture = picture_HWC[..., :3].float()
+    if (columns, rows) == (width, height):
+        return picture
+    scale = min(height / rows, width / columns)
+    size = (max(1, int(rows * scale)), max(1, int(columns * scale)))
+    resized = F.interpolate(picture.movedim(-1, 0)[None], size, mode="bilinear", align_corners=False)
+    canvas = torch.full((height, width, 3), WHITE)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    canvas[top : top + size[0], left : left + size[1]] = resized[0].movedim(0, -1)
+    return canvas
+
+
+def mask_channels(mask_FHW: Tensor) -> Tensor:
+    """Return a mask as the model takes it, [1, 64, T, h, w]: a channel for each pixel of a latent position, by rows.
+
+    Of the frames that one latent frame stands for, the nearest to its middle counts.
+    """
+    cells = rearrange(mask_FHW, "f (h dy) (w dx) -> 1 (dy dx) f h w", dy=CELL, dx=CELL)
+    frames = LATENT_FORMAT.shape(1, len(mask_FHW), 1, 1)[2]
+    return F.interpolate(cells, (frames, *cells.shape[-2:]), mode="nearest-exact")
+
+
+def _latents(vae: Any, pixels_FHWC: Tensor) -> Tensor:
+    return vae.encode(pixels_FHWC).to("cpu", torch.float32)
+
+
+# ComfyUI's conditioning
+
+
+def with_control(conditioning: ComfyConditioning, encoded: Encoded, strength: float) -> ComfyConditioning:
+    """Return prompts with one more control after those that they have already."""
+    added = {FRAMES: encoded.frames, MASK: encoded.mask, STRENGTH: strength, LEAD: encoded.lead}
+    changed = []
+    for rows, options in conditioning:
+        # ComfyUI's own node does not say how many of its frames are references.
+        before = len(options.get(FRAMES, ()))
+        leads = [*options.get(LEAD, ()), *[0] * before][:before]
+        lists = {name: [*(leads if name == LEAD else options.get(name, ())), value] for name, value in added.items()}
+        changed.append([rows, {**options, **lists}])
+    return changed
+
+
+def controls_of(options: dict[str, Any]) -> tuple[Control, ...]:
+    """Return the controls among a prompt's options. Raises ValueError for latents of another model."""
+    frames = options.get(FRAMES) or ()
+    masks = options.get(MASK) or [torch.ones(1, MASK_CHANNELS, *f.shape[2:]) for f in frames]
+    strengths, leads = options.get(STRENGTH) or [1.0] * len(frames), [*(options.get(LEAD) or ()), *[0] * len(frames)]
+    if len(masks) != len(frames) or len(strengths) != len(frames):
+        raise ValueError(
+            f"The conditioning has {len(frames)} control videos of VACE, {len(masks)} masks and {len(strengths)} "
+            "strengths, where one each is expected: make them with the node Wan VACE."
+        )
+    return tuple(map(_control, frames, masks, strengths, leads))
+
+
+def _control(frames: Tensor, mask: Tensor, strength: float, lead: int) -> Control:
+    wanted = {"latents": (frames, FRAME_CHANNELS), "mask": (mask, MASK_CHANNELS)}
+    for what, (tensor, channels) in wanted.items():
+        if tensor.dim() != 5 or tensor.shape[:2] != (1, channels) or tensor.shape[2:] != frames.shape[2:]:
+            raise ValueError(
+                f"The {what} of a VACE control are {list(tensor.shape)}, [1, {channels}, frames, height / 8, width / 8]"
+                " is expected: make it with the node Wan VACE, and the VAE of Wan 2.1."
+            )
+    parts = [LATENT_FORMAT.normalise(part) for part in frames.cpu().split(LATENT_CHANNELS, dim=1)]
+    return Control(context=torch.cat((*parts, mask.to("cpu", torch.float32)), dim=1), strength=strength, lead=lead)
+
+
+# A request with controls
+
+
+def controlled(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, list[str]]:
+    """Return the request with all controls, the latent and its mask beginning with as many reference frames.
+
+    Both prompts have controls then. Raises ValueError for controls that the model does not take or that it lacks, and
+    for sizes that differ.
+    """
+    prompts, notices = [p for p in (request.positive, request.negative) if p is not None], []
+    if not identity.config.vace_dim:
+        if any(prompt.controls for prompt in prompts):
+            raise ValueError(
+                f"Wan 2.1 {identity.variant} takes no control, and the conditioning has one of VACE (video, mask or "
+                "references): load a VACE model (wan2.1_vace_1.3B or wan2.1_vace_14B), or leave out the node Wan VACE."
+            )
+        return request, notices
+    if not request.positive.controls:
+        raise ValueError(
+            f"Wan 2.1 {identity.variant} takes at least one control, and the positive conditioning has none: put the "
+            "node Wan VACE between the prompts and the sampler. Without video and pictures it makes all from text."
+        )
+    if request.negative is not None and not request.negative.controls:
+        notices.append("The negative prompt has no control of VACE: those of the positive one are used for both.")
+        prompts[1] = replace(request.negative, controls=request.positive.controls)
+    lead = max(prompt.lead for prompt in prompts)
+    request = _with_lead(_check_sizes(request, prompts), prompts, lead)
+    prompts = [replace(prompt, controls=tuple(_led(c, lead) for c in prompt.controls)) for prompt in prompts]
+    return replace(request, positive=prompts[0], negative=prompts[1] if len(prompts) > 1 else None), notices
+
+
+def _led(control: Control, lead: int) -> Control:
+    """Return a control with so many reference frames, empty ones before its own: all zeros, as the model takes them."""
+    return replace(control, context=F.pad(control.context, (0, 0, 0, 0, lead - control.lead, 0)), lead=lead)
+
+
+def _check_sizes(request: SampleRequest, prompts: Sequence[Conditioning]) -> SampleRequest:
+    frames, *place = request.latent.shape[2:]
+    for control in (control for prompt in prompts for control in prompt.controls):
+        made, *wanted = control.context.shape[2:]
+        lead = max(prompt.lead for prompt in prompts)
+        if place != wanted or frames not in (made - control.lead, made - control.lead + lead):
+            raise ValueError(
+                f"The latent has {frames} frames of {place[1]} x {place[0]} positions, a control of VACE "
+                f"{made - control.lead} (and {lead} of reference images) of {wanted[1]} x {wanted[0]}: connect the "
+                "latent that the node Wan VACE gives, and make all controls for one size and length."
+            )
+    return request
+
+
+def _with_lead(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> SampleRequest:
+    """Return the request with reference frames before the clip, also in its mask, which leaves them free."""
+    controls = [control for prompt in prompts for control in prompt.controls]
+    length = controls[0].context.shape[2] - controls[0].lead
+    latent, mask = request.latent, request.mask
+    if lead and latent.shape[2] == length:
+        if not request.add_noise:
+            raise ValueError(
+                f"The latent is noisy already (add_noise is off), and lacks the {lead} frame(s) of the reference "
+                "images before the clip: sample it on from a sampler that stopped before its end."
+            )
+        context = next(control.context for control in controls if control.lead == lead)
+        references = LATENT_FORMAT.denormalise(context[:, :LATENT_CHANNELS, :lead])
+        latent = torch.cat((references.expand(latent.shape[0], -1, -1, -1, -1).to(latent), latent), dim=2)
+    if lead and mask is not None and mask.shape[2] != latent.shape[2]:
+        mask = mask.expand(-1, -1, length, -1, -1)
+        mask = torch.cat((torch.ones_like(mask[:, :, :1]).expand(-1, -1, lead, -1, -1), mask), dim=2)
+    return replace(request, latent=latent, mask=mask)
