@@ -168,6 +168,13 @@ def test_sizes_that_wan_cannot_make_are_corrected_aloud(nodes, vae, prompts):
     ]
 
 
+def test_the_image_encoder_of_our_loader_serves(nodes, vae, prompts):
+    encoder = nodes.LoadWanImageEncoder.execute("tiny.safetensors", "auto").values[0]
+    first = picture(0, 1, 90, 200)
+    positive, *_ = nodes.WanImageToVideo.execute(vae=vae, image=first, clip_vision=encoder, **prompts, **CLIP).values
+    assert torch.equal(read(positive).image, encoder.encode(first, "official"))
+
+
 # Wan First-Last Frame to Video
 
 
@@ -261,6 +268,14 @@ def test_without_guidance_no_negative_is_needed(nodes, vae, prompts, model_of):
     alone = sampled(nodes, model_of(I2V, "i2v"), nodes.WanImageToVideo.execute(**given).values, guidance=7.0)
     both = nodes.WanImageToVideo.execute(negative=prompts["negative"], **given).values
     assert torch.equal(alone, sampled(nodes, model_of(I2V, "i2v"), both, guidance=1.0))
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(nodes, prompts, model_of, monkeypatch):
+    from wanqwen.core import runtime
+
+    monkeypatch.setattr(runtime, "opened", None)
+    with pytest.raises(ValueError, match="no encoded picture"):
+        sampled(nodes, model_of(I2V, "i2v"), (*prompts.values(), {"samples": torch.zeros(1, 16, 3, 4, 6)}))
 
 
 def test_model_and_node_that_do_not_belong_together_say_what_would(nodes, vae, prompts, model_of):
