@@ -8,6 +8,7 @@ from .options import BlockSwap
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
+from .vace import WanVACE
 from .wan import EmptyWanLatent
 
 NODES: tuple[type[io.ComfyNode], ...] = (
@@ -26,6 +27,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     EmptyQwenImageLatent,
     InpaintLatent,
     BlockSwap,
+    WanVACE,
 )
 
 
