@@ -10,7 +10,7 @@ from ..core.conditioning import ComfyConditioning
 from ..wan.controls import Source, encode, with_control
 from ..wan.family import LATENT_FORMAT, SIZE_STEP
 from .types import CATEGORY, check_is_rgb, dropped_alpha, tell
-from .wan import FRAMES_STEP, fit
+from .wan import FRAMES_STEP, fitted
 
 
 class WanVACE(io.ComfyNode):
@@ -94,7 +94,7 @@ class WanVACE(io.ComfyNode):
         reference_images: Tensor | None = None,
     ) -> io.NodeOutput:
         check_is_rgb(vae)
-        (width, height, frames), notices = fit(width, height, frames)
+        (width, height, frames), notices = fitted(width, height, frames)
         references = () if reference_images is None else tuple(reference_images)
         encoded = encode(Source(video=control_video, mask=mask, references=references), vae, width, height, frames)
         for images in (control_video, reference_images):

@@ -46,24 +46,24 @@ class EmptyWanLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
-        (width, height, frames), notices = fit(width, height, frames)
+        (width, height, frames), notices = fitted(width, height, frames)
         latent = {"samples": torch.zeros(LATENT_FORMAT.shape(batch_size, frames, height, width))}
         made = f"{width} x {height}, {frames} frames"
         return io.NodeOutput(latent, ui=tell(cls.hidden.unique_id, [made, *notices]))
 
 
-def fit(width: int, height: int, frames: int) -> tuple[tuple[int, int, int], list[str]]:
-    """Return the nearest sizes that Wan can make, and what was changed, in words and in the log."""
-    asked = (width, height, frames)
-    fitted = fit_clip(*asked)
+def fitted(width: int, height: int, frames: int) -> tuple[tuple[int, int, int], list[str]]:
+    """Return the nearest width, height and frames that Wan can make, and what was changed, which the log says too."""
+    names, asked = ("width", "height", "frames"), (width, height, frames)
+    made = fit_clip(*asked)
     notices = [
-        f"{name} {wanted} changed to {made}: {rule}."
-        for (name, rule), wanted, made in zip(RULES.items(), asked, fitted, strict=True)
-        if wanted != made
+        f"{name} {wanted} changed to {found}: {RULES[name]}."
+        for name, wanted, found in zip(names, asked, made, strict=True)
+        if wanted != found
     ]
     for notice in notices:
         log.warning(notice)
-    return fitted, notices
+    return made, notices
 
 
 RULES = {

@@ -118,8 +118,8 @@ def fit_clip(width: int, height: int, frames: int) -> tuple[int, int, int]:
 
 
 def schedule(config: WanConfig, latent_shape: tuple[int, ...]) -> Schedule:
-    """Return the published schedule: shift 5 at every size (generate.py); the README advises 8 to 12 for the 1.3B."""
-    return Schedule(shift=5.0)
+    """Return the published schedule (generate.py): shift 5, VACE 16; the README advises 8 to 12 for the 1.3B."""
+    return Schedule(shift=16.0 if config.vace_dim else 5.0)
 
 
 def check(identity: Identity, to_plan: bool = False) -> None:

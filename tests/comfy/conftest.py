@@ -66,6 +66,7 @@ def write_files(base: Path) -> None:
     models = base / "models"
     good = checkpoints.write_model(models / "diffusion_models" / "tiny.safetensors")
     checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_vace.safetensors", checkpoints.VACE)
     vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
     encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
     for variant in ("t2i", "edit", "edit-2509", "edit-2511"):

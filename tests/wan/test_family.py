@@ -8,7 +8,7 @@ from wanqwen.core.blocks import Run
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.types import Conditioning, Identity, SampleRequest
 from wanqwen.wan.config import WanConfig
-from wanqwen.wan.family import check, denoiser, keep_float32, planned, prepare
+from wanqwen.wan.family import check, denoiser, keep_float32, planned, prepare, schedule
 from wanqwen.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
@@ -17,6 +17,7 @@ CONFIG = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2, freq_dim=32, 
 
 
 PICTURE = replace(CONFIG, in_dim=36, image_dim=24)
+VACE = replace(CONFIG, vace_layers=(0,), vace_dim=96)
 
 
 def made(dtype: torch.dtype = torch.float32, config: WanConfig = CONFIG) -> WanTransformer:
@@ -145,7 +146,9 @@ def test_a_picture_of_another_size_than_the_latent_is_an_error() -> None:
         denoise(torch.randn(1, 16, 3, 4, 8), torch.tensor([400.0]), (0,))
 
 
-@pytest.mark.parametrize("config", [CONFIG, PICTURE, replace(PICTURE, image_positions=514), replace(CONFIG, in_dim=36)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, PICTURE, replace(PICTURE, image_positions=514), replace(CONFIG, in_dim=36), VACE]
+)
 def test_a_planned_prompt_has_what_the_model_takes(config: WanConfig) -> None:
     prompt = planned(config, (1, 16, 3, 4, 6), *conditionings(7))
     denoise = denoiser(made(config=config), Run(), [prompt], CPU)
@@ -167,3 +170,18 @@ def test_models_of_pictures_are_planned_and_not_sampled(variant: str, config: Wa
         check(found)
     with pytest.raises(ValueError, match="Choose a T2V file"):
         prepare(found, SampleRequest(latent=torch.zeros(1, 16, 1, 4, 4), positive=conditionings(3)[0]))
+
+
+def test_vace_is_sampled_with_the_shift_that_it_was_published_with() -> None:
+    shifts = [schedule(config, (1, 16, 21, 60, 104)).shift for config in (CONFIG, VACE)]
+    assert shifts == [5.0, 16.0]
+
+
+def test_models_with_controls_are_planned_and_sampled() -> None:
+    found = identity("vace-custom", VACE)
+    check(found, to_plan=True)
+    check(found)
+    asked = SampleRequest(
+        latent=torch.zeros(1, 16, 3, 4, 6), positive=planned(VACE, (1, 16, 3, 4, 6), *conditionings(3))
+    )
+    assert prepare(found, asked)[1] == []
