@@ -17,6 +17,7 @@ from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, W
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
+from .vace import WanVACE
 from .wan import EmptyWanLatent
 
 NODES: tuple[type[io.ComfyNode], ...] = (
@@ -42,6 +43,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanImageToVideo,
     WanFirstLastFrameToVideo,
     WanVideoToVideo,
+    WanVACE,
 )
 
 

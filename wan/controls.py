@@ -60,14 +60,10 @@ def encode(source: Source, vae: Any, width: int, height: int, num_frames: int) -
     kept, guiding = clip_FHWC.masked_fill(anew, GREY), clip_FHWC.masked_fill(~anew, GREY)
     latents = [_latents(vae, kept)]
     latents.append(latents[0] if torch.equal(kept, guiding) else _latents(vae, guiding))
-    parts = [torch.cat(latents, dim=1)]
-    for picture in reversed(source.references):
-        latent = _latents(vae, on_canvas(picture, width, height)[None])
-        nothing = LATENT_FORMAT.denormalise(torch.zeros_like(latent))
-        parts.insert(0, torch.cat((latent, nothing), dim=1))
-    lead = len(source.references)
-    mask = F.pad(mask_channels(mask_FHW), (0, 0, 0, 0, lead, 0))
-    return Encoded(frames=torch.cat(parts, dim=2), mask=mask, lead=lead, notices=tuple(notices))
+    references = [_reference(vae, on_canvas(picture, width, height)) for picture in source.references]
+    frames = torch.cat((*references, torch.cat(latents, dim=1)), dim=2)
+    mask = F.pad(mask_channels(mask_FHW), (0, 0, 0, 0, len(references), 0))
+    return Encoded(frames=frames, mask=mask, lead=len(references), notices=tuple(notices))
 
 
 def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -135,6 +131,12 @@ def mask_channels(mask_FHW: Tensor) -> Tensor:
     cells = rearrange(mask_FHW, "f (h dy) (w dx) -> 1 (dy dx) f h w", dy=CELL, dx=CELL)
     frames = LATENT_FORMAT.shape(1, len(mask_FHW), 1, 1)[2]
     return F.interpolate(cells, (frames, *cells.shape[-2:]), mode="nearest-exact")
+
+
+def _reference(vae: Any, picture_HWC: Tensor) -> Tensor:
+    """Return a picture's latent, and as the latent of what guides the one that the model takes for zeros."""
+    latent = _latents(vae, picture_HWC[None])
+    return torch.cat((latent, LATENT_FORMAT.denormalise(torch.zeros_like(latent))), dim=1)
 
 
 def _latents(vae: Any, pixels_FHWC: Tensor) -> Tensor:
@@ -208,7 +210,8 @@ def controlled(identity: Identity, request: SampleRequest) -> tuple[SampleReques
         notices.append("The negative prompt has no control of VACE: those of the positive one are used for both.")
         prompts[1] = replace(request.negative, controls=request.positive.controls)
     lead = max(prompt.lead for prompt in prompts)
-    request = _with_lead(_check_sizes(request, prompts), prompts, lead)
+    _check_sizes(request, prompts, lead)
+    request = _with_lead(request, prompts, lead)
     prompts = [replace(prompt, controls=tuple(_led(c, lead) for c in prompt.controls)) for prompt in prompts]
     return replace(request, positive=prompts[0], negative=prompts[1] if len(prompts) > 1 else None), notices
 
@@ -218,18 +221,16 @@ def _led(control: Control, lead: int) -> Control:
     return replace(control, context=F.pad(control.context, (0, 0, 0, 0, lead - control.lead, 0)), lead=lead)
 
 
-def _check_sizes(request: SampleRequest, prompts: Sequence[Conditioning]) -> SampleRequest:
+def _check_sizes(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> None:
     frames, *place = request.latent.shape[2:]
     for control in (control for prompt in prompts for control in prompt.controls):
         made, *wanted = control.context.shape[2:]
-        lead = max(prompt.lead for prompt in prompts)
         if place != wanted or frames not in (made - control.lead, made - control.lead + lead):
             raise ValueError(
                 f"The latent has {frames} frames of {place[1]} x {place[0]} positions, a control of VACE "
                 f"{made - control.lead} (and {lead} of reference images) of {wanted[1]} x {wanted[0]}: connect the "
                 "latent that the node Wan VACE gives, and make all controls for one size and length."
             )
-    return request
 
 
 def _with_lead(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> SampleRequest:

@@ -154,7 +154,9 @@ class WanTransformer(nn.Module):
             if not prompt.controls:
                 return stream
             if block is self.vace_blocks[0]:
-                stream = replace(stream, controls=self._begun(x_BCTHW, prompt, shared, run.dtype))
+                x = prompt.join(x_BCTHW)
+                begun = tuple(self._begun(control, x, shared, run.dtype) for control in prompt.controls)
+                stream = replace(stream, controls=begun)
             return block.go_on(stream, shared, prompt.keys_values(i, block.cross_attn, keep))
 
         def hints(block: VaceBlock, streams: list[Stream]) -> list[Stream]:
@@ -166,22 +168,19 @@ class WanTransformer(nn.Module):
         streams = run_blocks(visits, streams, call, run=run, inject=inject)
         return [self.head(stream.x, time_B1E, grid, shared.chunks) for stream in streams]
 
-    def _begun(self, x_BCTHW: Tensor, prompt: Prompt, shared: Shared, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return the first tokens of a prompt's controls. Raises ValueError for controls of another size.
+    def _begun(self, control: Control, x_BCTHW: Tensor, shared: Shared, dtype: torch.dtype) -> Tensor:
+        """Return a control's first tokens. Raises ValueError for a control of another size.
 
         The clip's tokens are embedded anew, as the blocks have changed them: nothing is kept for this.
         """
-        begun = []
-        for control in prompt.controls:
-            if control.context.shape[2:] != x_BCTHW.shape[2:]:
-                raise ValueError(
-                    f"The latent is {tuple(x_BCTHW.shape[2:])} (frames, height / 8, width / 8), a control was encoded "
-                    f"for {tuple(control.context.shape[2:])}: encode it for the size that is sampled."
-                )
-            x_BLE = self.patch_embedding(prompt.join(x_BCTHW), dtype)
-            context_BLE = self.vace_patch_embedding(control.context, dtype)
-            begun.append(self.vace_blocks[0].begin(x_BLE, context_BLE, shared, dtype))
-        return tuple(begun)
+        if control.context.shape[2:] != x_BCTHW.shape[2:]:
+            raise ValueError(
+                f"The latent is {tuple(x_BCTHW.shape[2:])} (frames, height / 8, width / 8), a control was encoded "
+                f"for {tuple(control.context.shape[2:])}: encode it for the size that is sampled."
+            )
+        x_BLE = self.patch_embedding(x_BCTHW, dtype)
+        context_BLE = self.vace_patch_embedding(control.context, dtype)
+        return self.vace_blocks[0].begin(x_BLE, context_BLE, shared, dtype)
 
     def rope(self, grid: tuple[int, int, int], device: torch.device) -> Rope:
         """Return the rotation tables of a token grid; the head width is split 44 + 42 + 42 over t, y, x (of 128)."""

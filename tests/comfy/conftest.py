@@ -68,6 +68,7 @@ def write_files(base: Path) -> None:
     models = base / "models"
     good = checkpoints.write_model(models / "diffusion_models" / "tiny.safetensors")
     checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_vace.safetensors", checkpoints.VACE)
     vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
     encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
     two = replace(I2V, image_positions=2 * checkpoints.IMAGE.num_positions)

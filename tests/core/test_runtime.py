@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from wanqwen.core import host, runtime
 from wanqwen.core.sampling.sample import SampleError
-from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
+from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
 from wanqwen.loading import load_model
 from wanqwen.wan.transformer import WanTransformer
 
@@ -74,6 +74,46 @@ def test_equal_prompts_share_their_keys_and_values(
     assert len(prompts) == 2
     runtime.generate(handle, replace(request_, negative=replace(request_.positive)), Steps())
     assert len(prompts) == 3
+
+
+@pytest.fixture
+def led(tmp_path: Path, request_: SampleRequest) -> tuple[ModelHandle, SampleRequest]:
+    """A VACE model, and a request for two frames with two reference frames before them."""
+    context = torch.randn(1, tiny.VACE.vace_dim, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+    positive = replace(request_.positive, controls=(Control(context=context, lead=2),))
+    asked = replace(request_, positive=positive, latent=torch.zeros(1, 16, 4, 4, 6), solver="euler")
+    return load_model(tiny.write_model(tmp_path / "vace.safetensors", tiny.VACE)), asked
+
+
+def test_finished_latents_have_no_lead_and_unfinished_ones_keep_it(led: tuple[ModelHandle, SampleRequest]) -> None:
+    handle, asked = led
+    whole = runtime.generate(handle, asked, Steps())
+    assert whole.shape == (1, 16, 2, 4, 6)
+    first = runtime.generate(handle, replace(asked, end_step=2), Steps())
+    assert first.shape == (1, 16, 4, 4, 6)
+    second = runtime.generate(handle, replace(asked, latent=first, start_step=2, add_noise=False), Steps())
+    assert second.shape == whole.shape and (second - whole).abs().max() < 1e-5 * whole.abs().max()
+    # Of a latent without the lead the noise is the same, as it is drawn for the whole.
+    alone = runtime.generate(handle, replace(asked, latent=asked.latent[:, :, 2:]), Steps())
+    assert torch.equal(alone, whole)
+
+
+def test_a_clip_is_changed_in_part_with_references_beside_it(led: tuple[ModelHandle, SampleRequest]) -> None:
+    handle, asked = led
+    clip, mask = torch.randn(1, 16, 2, 4, 6), torch.zeros(1, 1, 1, 4, 6)
+    mask[..., 3:] = 1
+    out = runtime.generate(handle, replace(asked, latent=clip, mask=mask), Steps())
+    assert out.shape == clip.shape and torch.allclose(out[..., :3], clip[..., :3], atol=1e-5)
+    assert (out[..., 3:] - clip[..., 3:]).abs().max() > 0.1
+    near = runtime.generate(handle, replace(asked, latent=clip, denoise=0.1, shift=1.0, steps=8), Steps())
+    far = runtime.generate(handle, replace(asked, latent=clip, denoise=0.9, shift=1.0, steps=8), Steps())
+    assert near.shape == clip.shape and (near - clip).abs().mean() < (far - clip).abs().mean() / 2
+
+
+def test_a_model_with_controls_is_not_run_without(led: tuple[ModelHandle, SampleRequest]) -> None:
+    handle, asked = led
+    with pytest.raises(ValueError, match=r"^vace\.safetensors: Wan 2\.1 vace-custom takes at least one control"):
+        runtime.generate(handle, replace(asked, positive=replace(asked.positive, controls=())))
 
 
 def test_two_halves_equal_the_whole(handle: ModelHandle, request_: SampleRequest) -> None:
@@ -146,5 +186,5 @@ def test_latents_that_cannot_run_are_refused_before_loading(
 
 def test_text_of_another_encoder_is_refused(handle: ModelHandle, request_: SampleRequest) -> None:
     clip_l = Conditioning(text=torch.zeros(1, 77, 768))
-    with pytest.raises(ValueError, match=r"width 32 .* has 768"):
+    with pytest.raises(ValueError, match=r"tiny.safetensors: .* positive input has text rows of width 768, where 32"):
         runtime.generate(handle, replace(request_, positive=clip_l), Steps())

@@ -15,6 +15,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of models: one tiny file of each kind and family."""
     root = tmp_path_factory.mktemp("models")
     tiny.write_model(root / "diffusion_models" / "tiny.safetensors")
+    tiny.write_model(root / "diffusion_models" / "vace.safetensors", tiny.VACE)
     tiny.write_vae(root / "vae" / "tiny.safetensors")
     tiny.write_text_encoder(root / "text_encoders" / "tiny.safetensors")
     tiny.write_image_encoder(root / "clip_vision" / "tiny.safetensors")

@@ -24,6 +24,7 @@ from wanqwen.wan.vae import WanVAE
 TEXT = TextEncoderConfig(vocab_size=48, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=2)
 MODEL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=TEXT.dim, freq_dim=32)
 IMAGE = ImageEncoderConfig(dim=24, dim_ffn=40, num_heads=2, num_layers=3, patch_size=4, num_positions=26)
+VACE = replace(MODEL, vace_layers=(0, 1), vace_dim=96)
 VAE = VAEConfig(dim=8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 # Pictures are 56 x 56 pixels to this encoder, four rows each. Its width is another than that of Wan's above.
 VL = VLConfig(

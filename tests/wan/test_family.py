@@ -6,9 +6,9 @@ import pytest
 import torch
 from wanqwen.core.blocks import Run
 from wanqwen.core.memory.trace import peak_bytes
-from wanqwen.core.types import Conditioning, Identity
+from wanqwen.core.types import Conditioning, Identity, SampleRequest
 from wanqwen.wan.config import WanConfig
-from wanqwen.wan.family import denoiser, keep_float32, planned, schedule
+from wanqwen.wan.family import denoiser, keep_float32, planned, prepare, schedule
 from wanqwen.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
@@ -18,6 +18,7 @@ CONFIG = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2, freq_dim=32, 
 
 PICTURE = replace(CONFIG, in_dim=36, image_dim=24)
 TWO_PICTURES = replace(PICTURE, image_positions=514)
+VACE = replace(CONFIG, vace_layers=(0,), vace_dim=96)
 
 
 def made(dtype: torch.dtype = torch.float32, config: WanConfig = CONFIG) -> WanTransformer:
@@ -124,7 +125,7 @@ def test_passes_with_a_picture_taken_together_have_the_bits_of_each_alone() -> N
             assert torch.equal(v, denoise(x, t, (k,))[0])
 
 
-@pytest.mark.parametrize("config", [CONFIG, PICTURE, TWO_PICTURES, replace(CONFIG, in_dim=36)])
+@pytest.mark.parametrize("config", [CONFIG, PICTURE, TWO_PICTURES, replace(CONFIG, in_dim=36), VACE])
 def test_a_planned_prompt_has_what_the_model_takes(config: WanConfig) -> None:
     prompt = planned(config, (1, 16, 3, 4, 6), *conditionings(7))
     denoise = denoiser(made(config=config), Run(), [prompt], CPU)
@@ -171,3 +172,9 @@ def identity(variant: str, config: WanConfig) -> Identity:
         family="wan21", role="diffusion_model", variant=variant, weight_format="fp32", spelling="official",
         config=config, names={},
     )  # fmt: skip
+
+
+def test_a_model_of_controls_is_sampled_with_a_planned_one() -> None:
+    shape = (1, 16, 3, 4, 6)
+    asked = SampleRequest(latent=torch.zeros(shape), positive=planned(VACE, shape, *conditionings(3)))
+    assert prepare(identity("vace-custom", VACE), asked)[1] == []

@@ -1,6 +1,7 @@
 """Whole runs of both families with blocks that stream: the very bits of a resident run, also after a run that broke."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,23 +11,31 @@ from wanqwen.core.memory import slab
 from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.sampling.sample import SampleError
-from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
+from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
 from wanqwen.loading import DEMO_FOLDER, load_model
 
+from ...nodes import tiny
 from .late_link import LateLink
 
 pytestmark = pytest.mark.usefixtures("cuda_runtime")
 
-FILES = {"wan_dit": 96, "qwen_dit": 128}  # the latter partly in scaled fp8 -> width of its text rows
+VACE = "vace"  # two blocks, two VACE blocks, guided by two controls
+FILES = {"wan_dit": 96, "qwen_dit": 128, VACE: tiny.TEXT.dim}  # the second partly in scaled fp8 -> width of text rows
 
 
 @pytest.fixture(params=FILES)
-def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ModelHandle, SampleRequest]:
     generator, width = torch.Generator().manual_seed(0), FILES[request.param]
     positive, negative = (Conditioning(text=torch.randn(1, n, width, generator=generator)) for n in (7, 4))
     latent = torch.zeros(1, 16, 1, 8, 8)
+    path = DEMO_FOLDER / f"{request.param}.safetensors"
+    if request.param == VACE:
+        contexts = [torch.randn(1, tiny.VACE.vace_dim, 1, 8, 8, generator=generator) for _ in range(2)]
+        controls = tuple(Control(context=c, strength=s) for c, s in zip(contexts, (1.0, 0.6), strict=True))
+        positive, negative = replace(positive, controls=controls), replace(negative, controls=controls[:1])
+        path = tiny.write_model(tmp_path / "vace.safetensors", tiny.VACE)
     asked = SampleRequest(latent=latent, positive=positive, negative=negative, steps=3, guidance=(3.0,), seed=5)
-    return load_model(DEMO_FOLDER / f"{request.param}.safetensors"), asked
+    return load_model(path), asked
 
 
 def with_at_least(plan: Plan, at_least: int) -> Plan:

@@ -1,0 +1,153 @@
+"""The node Wan VACE, and samplers after it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from wanqwen.core import runtime
+from wanqwen.wan.controls import Source, encode
+
+SIZE = {"width": 48, "height": 32, "frames": 5, "batch_size": 1, "strength": 1.0}
+SETTINGS = {"seed": 1, "steps": 2, "guidance": 2.0, "shift": 3.0, "solver": "euler", "denoise": 1.0}
+
+
+def value(output):
+    [only] = output.values
+    return only
+
+
+@pytest.fixture
+def model(nodes):
+    return value(nodes.LoadWanModel.execute("vace.safetensors", "auto"))
+
+
+@pytest.fixture
+def vae(nodes):
+    return value(nodes.LoadWanVAE.execute("tiny.safetensors", "auto"))
+
+
+@pytest.fixture
+def prompts(nodes):
+    text_encoder = value(nodes.LoadWanTextEncoder.execute("tiny.safetensors", "cpu", 0.0, "auto"))
+    return nodes.WanTextEncode.execute(text_encoder, "a red star moving right", "").values
+
+
+def guided(nodes, prompts, vae, **options):
+    return nodes.WanVACE.execute(*prompts, vae, **(SIZE | options))
+
+
+def sampled(nodes, model, positive, negative, latent, **options):
+    return value(nodes.Sampler.execute(model, positive, latent, **(SETTINGS | {"negative": negative} | options)))
+
+
+def test_from_video_mask_and_references_to_frames(nodes, model, vae, prompts):
+    video, mask = torch.rand(5, 32, 48, 3), torch.rand(1, 32, 48)
+    output = guided(nodes, prompts, vae, control_video=video, mask=mask, reference_images=torch.rand(2, 40, 40, 3))
+    positive, negative, latent, trim = output.values
+    assert latent["samples"].shape == (1, 16, 4, 4, 6) and trim == 2 and not latent["samples"].any()
+    assert output.ui == {"text": ["48 x 32, 5 frames, 2 reference image(s)"]}
+    made = sampled(nodes, model, positive, negative, latent)
+    assert made["samples"].shape == (1, 16, 2, 4, 6), "the reference frames are left out of what is finished"
+    assert value(nodes.VAEDecode.execute(made, vae, "auto", 256, 64)).shape == (5, 32, 48, 3)
+    half = sampled(nodes, model, positive, negative, latent, end_step=1)
+    assert half["samples"].shape == (1, 16, 4, 4, 6)
+    whole = sampled(nodes, model, positive, negative, half, start_step=1, add_noise=False)
+    assert torch.allclose(whole["samples"], made["samples"], atol=1e-4)
+
+
+def test_it_writes_what_comfyui_s_own_node_does(nodes, vae, prompts):
+    positive, negative, *_ = guided(nodes, prompts, vae, control_video=torch.rand(5, 32, 48, 3), strength=0.7).values
+    for before, after in ((prompts[0], positive), (prompts[1], negative)):
+        [[rows, options]], [[given, others]] = after, before
+        assert rows is given and "vace_frames" not in others
+        assert options["vace_frames"][0].shape == (1, 32, 2, 4, 6) and options["vace_mask"][0].shape == (1, 64, 2, 4, 6)
+        assert options["vace_strength"] == [0.7] and options["wanqwen_vace_lead"] == [0]
+
+
+def test_every_input_counts(nodes, model, vae, prompts):
+    given = {
+        "control_video": torch.rand(5, 32, 48, 3),
+        "mask": (torch.rand(1, 32, 48) > 0.5).float(),
+        "reference_images": torch.rand(1, 32, 48, 3),
+        "strength": 1.0,
+    }
+    others = {name: 1 - value for name, value in given.items()} | {"strength": 0.3}
+
+    def made(**inputs):
+        return sampled(nodes, model, *guided(nodes, prompts, vae, **inputs).values[:3])["samples"]
+
+    wanted = made(**given)
+    assert torch.equal(made(**given), wanted)
+    for name, other in others.items():
+        assert not torch.equal(made(**(given | {name: other})), wanted), name
+
+
+def test_nodes_in_a_row_guide_together(nodes, model, vae, prompts):
+    first = guided(nodes, prompts, vae, control_video=torch.rand(5, 32, 48, 3))
+    both = guided(nodes, first.values[:2], vae, reference_images=torch.rand(1, 32, 48, 3), strength=0.5)
+    assert [len(options["vace_frames"]) for [[_, options]] in both.values[:2]] == [2, 2]
+    made = sampled(nodes, model, *both.values[:3])["samples"]
+    assert made.shape == (1, 16, 2, 4, 6)
+    # A latent of the clip alone, from any node of its size, does as well.
+    assert torch.equal(sampled(nodes, model, *both.values[:2], first.values[2])["samples"], made)
+
+
+def test_what_was_made_to_fit_is_said(nodes, vae, prompts, caplog):
+    output = guided(nodes, prompts, vae, width=50, frames=6, control_video=torch.rand(3, 64, 64, 4))
+    assert output.values[2]["samples"].shape == (1, 16, 2, 4, 6)
+    assert output.ui["text"] == [
+        "48 x 32, 5 frames, 0 reference image(s)",
+        "width 50 changed to 48: Wan needs a multiple of 16.",
+        "frames 6 changed to 5: Wan makes 4n + 1 frames.",
+        "The image's alpha channel was dropped.",
+        "control_video of 64 x 64 was made to cover 48 x 32.",
+        "control_video has 3 frames: the other 2 are made anew.",
+    ]
+
+
+def test_another_model_is_refused_by_name(nodes, vae, prompts):
+    plain = value(nodes.LoadWanModel.execute("tiny.safetensors", "auto"))
+    with pytest.raises(ValueError, match=r"^tiny\.safetensors: .* takes no control, .* load a VACE model"):
+        sampled(nodes, plain, *guided(nodes, prompts, vae).values[:3])
+
+
+def test_a_vace_model_asks_for_the_node(nodes, model, prompts):
+    latent = value(nodes.EmptyWanLatent.execute(48, 32, 5, 1))
+    with pytest.raises(ValueError, match=r"^vace\.safetensors: .* takes at least one control, .* the node Wan VACE"):
+        sampled(nodes, model, *prompts, latent)
+
+
+def test_a_clip_of_another_size_than_the_control_is_an_error(nodes, model, vae, prompts):
+    latent = value(nodes.EmptyWanLatent.execute(64, 32, 5, 1))
+    with pytest.raises(ValueError, match=r"2 frames of 8 x 4 positions, a control of VACE 2 .* of 6 x 4: connect the"):
+        sampled(nodes, model, *guided(nodes, prompts, vae).values[:2], latent)
+
+
+def test_a_vae_of_pictures_with_alpha_is_refused(nodes, prompts):
+    class Layers:
+        latent_dim, output_channels = 3, 4
+
+    with pytest.raises(ValueError, match="pictures of 4 channels"):
+        guided(nodes, prompts, Layers())
+
+
+def test_the_vae_of_comfyui_serves_as_well(nodes, vae, prompts):
+    class Stock:
+        latent_dim, output_channels = 3, 3
+
+        def encode(self, pixels):
+            return vae.encode(pixels).half()
+
+    video = torch.rand(5, 32, 48, 3)
+    ours, theirs = (encode(Source(video=video), each, 48, 32, 5).frames for each in (vae, Stock()))
+    assert theirs.dtype == torch.float32 and torch.allclose(ours, theirs, atol=1e-2)
+
+
+def test_frames_before_the_clip_stay_until_the_end(nodes, model, vae, prompts, monkeypatch):
+    """The sampler draws noise for all of them, and the model sees all of them."""
+    seen, original = [], runtime.draw_noise
+    monkeypatch.setattr(runtime, "draw_noise", lambda shape, *a: seen.append(shape) or original(shape, *a))
+    output = guided(nodes, prompts, vae, reference_images=torch.rand(3, 32, 48, 3), batch_size=2)
+    assert output.values[2]["samples"].shape == (2, 16, 5, 4, 6)
+    made = sampled(nodes, replace(model), *output.values[:3])
+    assert set(seen) == {(2, 16, 5, 4, 6)} and made["samples"].shape == (2, 16, 2, 4, 6)
