@@ -188,7 +188,7 @@ def _inputs() -> list[io.Input]:
         io.Float.Input(
             "shift", default=AUTO_SHIFT, min=AUTO_SHIFT, max=100.0, step=0.1,
             tooltip="More shift spends more of the steps on layout and motion, less on detail. 0 takes the schedule "
-            "that the model was published with (Wan: 5, image to video at 832 x 480 3, first and last frame 16; "
+            "that the model was published with (Wan: 5, image to video at 480p 3, first and last frame and VACE 16; "
             "Qwen-Image: by the size of the picture). Text to video at 480p: 3; with the 1.3B model: 8 to 12.",
         ),
         io.Combo.Input(

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning
 from ..core.types import Conditioning, Control, Identity, SampleRequest
 from .config import LATENT_CHANNELS
+from .pictures import GREY, cover
 from .vae import LATENT_FORMAT
 
-GREY, WHITE = 0.5, 1.0  # of what is to be made anew, and around reference pictures
+WHITE = 1.0  # around reference pictures
 ANEW = 0.5  # the mask's value above which a pixel is made anew
 CELL = LATENT_FORMAT.spatial_factor
 FRAME_CHANNELS, MASK_CHANNELS = 2 * LATENT_CHANNELS, CELL**2
@@ -85,27 +86,15 @@ def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[T
         notices.append(f"control_video has {given} frames: the other {num_frames - given} are made anew.")
     given = min(given, num_frames)
     for i, frame in enumerate(source.video[:given]):
-        clip[i] = covering(frame[..., :3], width, height)
+        clip[i] = cover(frame[None, ..., :3], width, height)[0]
     if source.mask is not None:
         masks = source.mask.reshape(-1, *source.mask.shape[-2:], 1)
         masks = masks.expand(given, -1, -1, -1) if len(masks) == 1 else masks[:given]
         if len(masks) < given:
             notices.append(f"The mask has {len(masks)} frames: those of control_video after them are made anew.")
         for i, frame in enumerate(masks):
-            mask[i] = covering(frame, width, height)[..., 0]
+            mask[i] = cover(frame[None], width, height)[0, ..., 0]
     return clip, mask, notices
-
-
-def covering(picture_HWC: Tensor, width: int, height: int) -> Tensor:
-    """Return a picture in [0, 1], of any channels, resized to cover the size, its middle cut out."""
-    rows, columns = picture_HWC.shape[:2]
-    if (columns, rows) == (width, height):
-        return picture_HWC
-    scale = max(width / columns, height / rows)
-    planes, size = picture_HWC.movedim(-1, 0)[None].float(), (round(scale * rows), round(scale * columns))
-    planes = F.interpolate(planes, size, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return planes[0, :, top : top + height, left : left + width].movedim(0, -1)
 
 
 def on_canvas(picture_HWC: Tensor, width: int, height: int) -> Tensor:

@@ -16,7 +16,9 @@ from .transformer import Prompt, WanTransformer
 from .vae import LATENT_FORMAT
 
 NAME = "wan21"
-SMALLER_SIDES = [60, 104]  # latent positions of 480 x 832 pixels, for which image to video has a shift of its own
+# Latent positions of a frame half way between the two areas that I2V was published for: 480 x 832 and 720 x 1280 pixels.
+# The official code decides by the area asked for, whatever the shape of the picture makes of it.
+BETWEEN_AREAS = math.sqrt(60 * 104 * 90 * 160)
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
 FLOAT32_PARTS = (
@@ -97,8 +99,8 @@ def schedule(config: WanConfig, latent_shape: tuple[int, ...]) -> Schedule:
     """
     if config.image_positions or config.vace_dim:
         return Schedule(shift=16.0)
-    at_480p = sorted(latent_shape[3:]) == SMALLER_SIDES
-    return Schedule(shift=3.0 if config.extra_dim and at_480p else 5.0)
+    is_small = math.prod(latent_shape[3:]) < BETWEEN_AREAS
+    return Schedule(shift=3.0 if config.extra_dim and is_small else 5.0)
 
 
 def prepare(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, list[str]]:

@@ -14,7 +14,6 @@ from wanqwen.wan.controls import (
     Source,
     controlled,
     controls_of,
-    covering,
     encode,
     lay_out,
     mask_channels,
@@ -119,10 +118,6 @@ def test_videos_and_masks_of_another_size_cover_the_one_that_is_made() -> None:
     assert notices == ["control_video of 96 x 128 was made to cover 48 x 32."]
     assert torch.equal(clip[..., 0], mask) and clip.min() == 0 and clip.max() == 1
     assert clip[0, : HEIGHT // 2 - 2].max() < 0.01 and clip[0, HEIGHT // 2 + 2 :].min() > 0.99
-    picture = torch.rand(50, 70, 3)
-    resized = F.interpolate(picture.movedim(-1, 0)[None], (34, 48), mode="bicubic", antialias=True).clamp(0, 1)
-    assert torch.equal(covering(picture, 48, 32), resized[0, :, 1:33].movedim(0, -1))
-    assert covering(picture, 70, 50) is picture
 
 
 def test_reference_images_lie_whole_on_a_white_canvas_and_come_first() -> None:

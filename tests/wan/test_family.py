@@ -139,11 +139,14 @@ def test_a_planned_prompt_has_what_the_model_takes(config: WanConfig) -> None:
         (CONFIG, (90, 160), 5.0),
         (PICTURE, (60, 104), 3.0),
         (PICTURE, (104, 60), 3.0),
-        (PICTURE, (58, 104), 5.0),
+        (PICTURE, (58, 104), 3.0),
+        (PICTURE, (78, 78), 3.0),
+        (PICTURE, (120, 120), 5.0),
         (PICTURE, (90, 160), 5.0),
         (replace(CONFIG, in_dim=36), (60, 104), 3.0),  # of Wan 2.2, which has no image encoder
         (TWO_PICTURES, (90, 160), 16.0),
         (TWO_PICTURES, (60, 104), 16.0),
+        (VACE, (60, 104), 16.0),
     ],
 )
 def test_the_schedule_is_the_published_one_of_each_kind_and_size(config, size, shift) -> None:
