@@ -16,8 +16,8 @@ from .transformer import Prompt, WanTransformer
 from .vae import LATENT_FORMAT
 
 NAME = "wan21"
-# Latent positions of a frame half way between the two areas that I2V was published for: 480 x 832 and 720 x 1280 pixels.
-# The official code decides by the area asked for, whatever the shape of the picture makes of it.
+# Latent positions of a frame half way between the two areas that I2V was published for, 480 x 832 and 720 x 1280
+# pixels. The official code decides by the area asked for, whatever the shape of the picture makes of it.
 BETWEEN_AREAS = math.sqrt(60 * 104 * 90 * 160)
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
