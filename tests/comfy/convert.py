@@ -40,7 +40,7 @@ def _linked(node: dict[str, Any], sources: dict[int, list[Any]]) -> dict[str, An
 
 
 def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-    values = iter(node.get("widgets_values", []))
+    values, num_buttons = iter(node.get("widgets_values", [])), 0
     found = {}
     for kind in ("required", "optional"):
         for name, (socket, *rest) in info["input"].get(kind, {}).items():
@@ -51,8 +51,10 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
                 found[name] = next(values)
             except StopIteration:
                 raise ValueError(f"{node['type']} {node['id']}: no value for {name}") from None
-            if options.keys() & {"control_after_generate", "image_upload", "video_upload"}:
-                next(values)  # what becomes of the seed after a run, or the upload button: for the editor alone
-    if left := list(values):
+            if "control_after_generate" in options:
+                next(values)  # what becomes of the seed after a run: for the editor alone
+            num_buttons += bool(options.keys() & {"image_upload", "video_upload"})  # after all other values
+    left = list(values)[num_buttons:]
+    if left:
         raise ValueError(f"{node['type']} {node['id']}: {left} belong to no widget")
     return found
