@@ -199,33 +199,39 @@ def controlled(identity: Identity, request: SampleRequest) -> tuple[SampleReques
         notices.append("The negative prompt has no control of VACE: those of the positive one are used for both.")
         prompts[1] = replace(request.negative, controls=request.positive.controls)
     lead = max(prompt.lead for prompt in prompts)
-    _check_sizes(request, prompts, lead)
-    request = _with_lead(request, prompts, lead)
-    prompts = [replace(prompt, controls=tuple(_led(c, lead) for c in prompt.controls)) for prompt in prompts]
+    length = _length(request, prompts, lead)
+    request = _with_lead(request, prompts, lead, length)
+    prompts = [replace(prompt, controls=tuple(_led(c, lead, length) for c in prompt.controls)) for prompt in prompts]
     return replace(request, positive=prompts[0], negative=prompts[1] if len(prompts) > 1 else None), notices
 
 
-def _led(control: Control, lead: int) -> Control:
-    """Return a control with so many reference frames, empty ones before its own: all zeros, as the model takes them."""
-    return replace(control, context=F.pad(control.context, (0, 0, 0, 0, lead - control.lead, 0)), lead=lead)
-
-
-def _check_sizes(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> None:
+def _length(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> int:
+    """Return how many latent frames the clip has, without the reference frames. Raises ValueError if sizes differ."""
     frames, *place = request.latent.shape[2:]
-    for control in (control for prompt in prompts for control in prompt.controls):
+    controls = [control for prompt in prompts for control in prompt.controls]
+    length = next(control.context.shape[2] - lead for control in controls if control.lead == lead)
+    for control in controls:
         made, *wanted = control.context.shape[2:]
-        if place != wanted or frames not in (made - control.lead, made - control.lead + lead):
+        # ComfyUI's own node doesn't say how many reference frames it has: as many as fit the others.
+        fits = made in (length + control.lead, length + lead) and frames in (length, length + lead)
+        if place != wanted or not fits:
             raise ValueError(
                 f"The latent has {frames} frames of {place[1]} x {place[0]} positions, a control of VACE "
                 f"{made - control.lead} (and {lead} of reference images) of {wanted[1]} x {wanted[0]}: connect the "
                 "latent that the node Wan VACE gives, and make all controls for one size and length."
             )
+    return length
 
 
-def _with_lead(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> SampleRequest:
+def _led(control: Control, lead: int, length: int) -> Control:
+    """Return a control with so many reference frames, empty ones before its own: all zeros, as the model takes them."""
+    missing = length + lead - control.context.shape[2]
+    return replace(control, context=F.pad(control.context, (0, 0, 0, 0, missing, 0)), lead=lead)
+
+
+def _with_lead(request: SampleRequest, prompts: Sequence[Conditioning], lead: int, length: int) -> SampleRequest:
     """Return the request with reference frames before the clip, also in its mask, which leaves them free."""
     controls = [control for prompt in prompts for control in prompt.controls]
-    length = controls[0].context.shape[2] - controls[0].lead
     latent, mask = request.latent, request.mask
     if lead and latent.shape[2] == length:
         if not request.add_noise:

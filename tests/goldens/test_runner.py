@@ -106,6 +106,7 @@ def rewritten(source: str, target: Path, change: dict[str, Tensor]) -> Path:
         ("schedulers", "out/trajectory20/dpmpp", "fp32"),
         ("wan_dit_t2v_tiny", "mid/single/time_projection", "single"),
         ("wan_dit_t2v_tiny", "out/ragged/out1", "bf16"),
+        ("wan_dit_vace_tiny", "out/scale06/out", "fp32"),
         ("wan_vae_tiny", "out/video/latent_normalized", "streamed"),
     ],
 )

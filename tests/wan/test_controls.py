@@ -228,6 +228,15 @@ def test_controls_get_as_many_reference_frames_as_the_longest_has() -> None:
     assert torch.equal(again.latent, given.latent) and again.positive.lead == 3
 
 
+def test_reference_frames_that_nobody_told_of_are_taken_for_as_many_as_fit() -> None:
+    """ComfyUI's own node with a reference gives four frames for a clip of three, and no lead."""
+    theirs, ours = control(frames=4), control(lead=1)
+    for frames in (3, 4):
+        given, _ = controlled(identity(), request(theirs, ours, frames=frames))
+        assert given.latent.shape[2] == 4 and [c.lead for c in given.positive.controls] == [1, 1]
+        assert torch.equal(given.positive.controls[0].context, theirs.context)
+
+
 def test_a_clip_alone_gets_the_references_before_it() -> None:
     asked, led = request(control(lead=2)), control(lead=2)
     given, _ = controlled(identity(), asked)
@@ -268,7 +277,8 @@ def test_a_negative_prompt_without_controls_takes_those_of_the_positive_one() ->
     [
         (request(), "vace-1.3B takes at least one control, and the positive conditioning has none: put the node Wan V"),
         (request(control(lead=1), frames=5), "latent has 5 frames of 6 x 4 positions, a control of VACE 3 "),
-        (request(control(), control(lead=2, frames=4), frames=5), "a control of VACE 4"),
+        (request(control(), control(lead=2, frames=4), frames=4), "a control of VACE 3 "),
+        (request(control(lead=1), control(lead=2, frames=5), frames=5), "a control of VACE 3 "),
         (replace(request(control()), latent=torch.zeros(1, 16, 3, 4, 8)), "3 frames of 8 x 4 .* 3 .* of 6 x 4"),
     ],
 )
