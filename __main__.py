@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     _generate_arguments(
         commands.add_parser("generate", help="a prompt to a video or a picture, or an edit of pictures")
     )
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is, reading its header only")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint or a LoRA is, reading its header only")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -68,6 +68,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
     add("--variant", choices=list(VARIANTS), help="which Qwen-Image model the file holds, if it does not tell")
+    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="once more for each other")
     add("--text-encoder", type=Path, help="needed unless the model is a miniature")
     add("--tokenizer", help="folder, file or `hub`, for a text encoder without its own")
     add("--text-device", choices=("auto", "cpu", "gpu"), default="auto", help="where to read the prompt")
@@ -132,6 +133,15 @@ def _memory_options(options: argparse.Namespace) -> MemoryOptions:
     )
 
 
+def _lora(text: str) -> tuple[Path, float]:
+    """Return file and strength; what follows the last colon may belong to a path."""
+    file, colon, strength = text.rpartition(":")
+    try:
+        return (Path(file), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
@@ -189,10 +199,13 @@ def _generate(options: argparse.Namespace) -> int:
 
     from . import media
     from .core import host, runtime
-    from .loading import load_model, load_text_encoder, load_vae
+    from .loading import load_model, load_text_encoder, load_vae, with_lora
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
     model = replace(model, memory=_memory_options(options))
+    for file, strength in options.lora:
+        model, lines = with_lora(model, file, strength)
+        sys.stderr.writelines(f"{line}\n" for line in lines)
     defaults = _defaults(model)
     width, height, frames = _size(options.size or defaults.size, model)
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
@@ -320,12 +333,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from .core.weights.lora import is_lora
     from .core.weights.reader import open_checkpoint
     from .families import identify
-    from .inspection import describe, render
+    from .inspection import describe, describe_lora, render
 
     checkpoint = open_checkpoint(options.file)
-    facts = describe(checkpoint, identify(checkpoint))
+    facts = describe_lora(checkpoint) if is_lora(checkpoint) else describe(checkpoint, identify(checkpoint))
     sys.stdout.write((json.dumps(facts, indent=2, ensure_ascii=False) if options.json else render(facts)) + "\n")
     return 0
 

@@ -15,7 +15,8 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
-from .types import Conditioning, Family, MemoryOptions, same
+from .types import Conditioning, Family, Lora, MemoryOptions, same
+from .weights.adapters import Adapters, device_bytes
 
 META = torch.device("meta")
 SHALLOW = 2  # blocks of a model's traced twin: the last one may do less than the others
@@ -45,7 +46,10 @@ CARDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One sampling run as far as memory and time depend on it; the solver remembers `kept_latents` between steps."""
+    """One sampling run as far as memory and time depend on it; the solver remembers `kept_latents` between steps.
+
+    All of `loras` are taken to work in every step.
+    """
 
     family: Family
     config: Any
@@ -54,6 +58,7 @@ class Scene:
     dtype: torch.dtype
     chunk_rows: int = 0
     kept_latents: int = 0
+    loras: tuple[Lora, ...] = ()
 
     @property
     def operations(self) -> list[tuple[int, int]]:
@@ -67,7 +72,13 @@ class Scene:
         shapes = [tuple(None if t is None else t.shape for t in (*part, *c.references))
                   for part, c in zip(parts, self.conditionings, strict=True)]  # fmt: skip
         twins = [tuple(map(same, parts[0], part)) for part in parts]
-        return self.latent_shape, tuple(shapes), tuple(twins), self.dtype, self.chunk_rows
+        loras = tuple((lora.checkpoint.path, lora.checkpoint.identity) for lora in self.loras)
+        return self.latent_shape, tuple(shapes), tuple(twins), self.dtype, self.chunk_rows, loras
+
+
+def working(loras: Sequence[Lora]) -> tuple[Lora, ...]:
+    """Return the LoRAs that do anything: those of strength 0 are as if they were not there."""
+    return tuple(lora for lora in loras if lora.strength != 0)
 
 
 def plan_for(
@@ -93,7 +104,7 @@ def job_of(loaded: Loaded, scene: Scene, card: Card | None) -> Job:
     *blocks, others = (layout.nbytes for layout in loaded.layouts())
     return Job(
         blocks=tuple(blocks),
-        others=others,
+        others=others + sum(device_bytes(lora, scene.dtype) for lora in scene.loras),
         working=working_bytes(loaded, scene, interleaved=False),
         passes=len(scene.conditionings),
         in_ram=frozenset(loaded.masters),
@@ -180,9 +191,12 @@ def _traced(module: nn.Module, scene: Scene, depth: int) -> Traced:
     x = torch.empty(scene.latent_shape, device=META)
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
+    loras = [replace(lora, start=0.0, end=1.0) for lora in scene.loras]
+    adapters = Adapters(twin, twin.get_submodule(family.blocks), loras, scene.dtype, META)
+    adapters.turn_to(0, 1)
     with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
         walk = _Walk(counted)
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [walk]})
+        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks={family.blocks: [walk, adapters]})
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         with contextlib.suppress(_EnoughError):
             denoise(x, timestep_B, every)

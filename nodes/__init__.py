@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .clips import ContinueClip, JoinClips
 from .decode import InpaintLatent, VAEDecode, VAEEncode
 from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .lora import LoRA
 from .options import BlockSwap
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
@@ -29,6 +30,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     BlockSwap,
     ContinueClip,
     JoinClips,
+    LoRA,
 )
 
 

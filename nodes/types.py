@@ -27,6 +27,7 @@ DEMO_FILES = {
     "diffusion_models": ("wan_dit", "qwen_dit", "qwen_edit_dit"),
     "text_encoders": ("wan_text_encoder", "qwen_text_encoder"),
     "vae": ("wan_vae", "qwen_vae"),
+    "loras": (),
 }
 
 

@@ -316,8 +316,8 @@ class Block(nn.Module):
 
     def _finish(self, x: Tensor, parts: Parts, gathered: Tensor, out: Linear, mlp: "FeedForward") -> Tensor:
         """Add to each part of a stream what it gathered, projected by `out`, and then its feed-forward."""
-        dtype = gathered.dtype
-        project, feed = out.at(dtype), mlp.at(dtype)
+        dtype, num_rows = gathered.dtype, gathered.shape[0] * gathered.shape[1]
+        project, feed = out.at(dtype, num_rows), mlp.at(dtype, num_rows)
         for rows, mod in parts:
             _, _, gate_sa, shift, scale, gate_ff = mod.split(1, dim=1)
             x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
@@ -359,7 +359,7 @@ class JointAttention(nn.Module):
     ) -> None:
         """Write the queries of the first `num_asking` rows of a stream, and the keys and values of all."""
         (q, k, v), (cos, sin) = qkv, rope
-        to_q, to_k, to_v = (layer.at(q.dtype) for layer in layers[:3])
+        to_q, to_k, to_v = (layer.at(q.dtype, k.shape[0] * k.shape[1]) for layer in layers[:3])
         norm_q, norm_k = layers[3:]
         for rows, x in normed:
             part = cos[rows], sin[rows]
@@ -379,9 +379,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, ffn_dim)}), "2": Linear(ffn_dim, dim)})
 
-    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return the layers as a function of tensors of this dtype."""
-        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype)
+    def at(self, dtype: torch.dtype, num_rows: int) -> Callable[[Tensor], Tensor]:
+        """Return the layers as a function of tensors of this dtype, of which all calls bring so many rows."""
+        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype, num_rows)
 
 
 def _grid(image_BCTHW: Tensor) -> tuple[int, int]:

@@ -7,15 +7,25 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.types import Conditioning, Denoiser, Family, Identity, SampleRequest, Schedule, same
+from ..core.types import Conditioning, Denoiser, Family, Identity, Preset, SampleRequest, Schedule, same
 from .conditioning import from_comfy
-from .config import WanConfig
+from .config import PUBLISHED, WanConfig
+from .keymap import DIFFUSION_MODEL_SPELLINGS, PARTS
 from .transformer import Prompt, WanTransformer
 from .vae import LATENT_FORMAT
 
 NAME = "wan21"
 SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
 
+# Distillations into few steps, one forward each. All visit even levels before the shift: 1000, 750, 500, 250.
+PRESETS = {
+    # LightX2V: configs/distill/wan21, and the straight steps of its step_distill scheduler.
+    "lightx2v-4": Preset(steps=4, shift=5.0, guidance=1.0, solver="euler", words=("lightx2v",)),
+    # Self-Forcing: configs/self_forcing_dmd.yaml; pipeline/bidirectional_inference.py adds fresh noise in every step.
+    "self-forcing-4": Preset(steps=4, shift=5.0, guidance=1.0, solver="lcm", words=("self", "forcing")),
+    # CausVid: configs/wan_causal_dmd_warp_4step_cfg2.yaml; its inference adds fresh noise too.
+    "causvid-4": Preset(steps=4, shift=8.0, guidance=1.0, solver="lcm", words=("causvid",)),
+}
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
 FLOAT32_PARTS = (
@@ -147,4 +157,8 @@ FAMILY = Family(
     planned=planned,
     check=check,
     prepare=prepare,
+    presets=PRESETS,
+    spellings=DIFFUSION_MODEL_SPELLINGS,
+    parts=PARTS,
+    variants=PUBLISHED,
 )
