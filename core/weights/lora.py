@@ -21,7 +21,7 @@ from .reader import TORCH_NAMES
 Shape = tuple[int, ...]
 
 WEIGHT, BIAS = "weight", "bias"
-MODULATION = ".modulation"  # a bare parameter, which `.diff_m` stands for
+MODULATION, MODULATION_ENDING = ".modulation", ".diff_m"  # the difference of a bare parameter
 # How names end -> which parameter of its module the tensor is for, and its role there.
 ENDINGS = {
     ".lora_A.weight": (WEIGHT, "down"),
@@ -47,7 +47,9 @@ ENDINGS = {
     # Known, and nothing that is done here: factors of convolutions, biases of factors, replaced and resized weights.
     **{f".{kind}": (WEIGHT, kind) for kind in ("lora_mid.weight", "set_weight", "reshape_weight", "lora_B.bias")},
 }
-ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight$)\w+(?=\.weight$|$)")  # PEFT's, as `.default`
+ADAPTER_NAME = re.compile(
+    r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight$|bias$)\w+(?=\.weight$|$)"
+)  # PEFT's, as `.default`
 UNDERSCORED = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 PREFIXES = (
     "base_model.model.diffusion_model.", "base_model.model.transformer.", "model.diffusion_model.", "base_model.model.",
@@ -106,7 +108,7 @@ def read_names(checkpoint: Checkpoint, spellings: Iterable[Spelling]) -> LoraFil
     parts: dict[tuple[str, str], dict[str, str]] = {}
     unknown: list[str] = []
     spelled: Counter[str] = Counter()
-    kinds: dict[str, None] = {}
+    endings: set[str] = set()
     for name in checkpoint.tensors:
         ending = _ending(name)
         found = None if ending is None else lookup(ending[0])
@@ -121,7 +123,8 @@ def read_names(checkpoint: Checkpoint, spellings: Iterable[Spelling]) -> LoraFil
             continue
         tensors[role] = name
         spelled[spelling] += 1
-        kinds[suffix.strip(".").removesuffix(".weight")] = None
+        endings.add(suffix)
+    kinds = (suffix.strip(".").removesuffix(".weight") for suffix in (*ENDINGS, MODULATION_ENDING) if suffix in endings)
     dialect = f"{' and '.join(name for name, _ in spelled.most_common())}: {', '.join(kinds)}"
     return LoraFile(checkpoint=checkpoint, dialect=dialect, parts=parts, unknown=tuple(unknown))
 
@@ -174,8 +177,8 @@ def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _ending(name: str) -> tuple[str, str, str, str] | None:
     """Return what comes before a known ending, the parameter and role that it stands for, and the ending."""
     name = ADAPTER_NAME.sub(r"\1", name)
-    if name.endswith(".diff_m"):
-        return name.removesuffix(".diff_m") + MODULATION, WEIGHT, "diff", ".diff_m"
+    if name.endswith(MODULATION_ENDING):
+        return name.removesuffix(MODULATION_ENDING) + MODULATION, WEIGHT, "diff", MODULATION_ENDING
     for ending, (leaf, role) in ENDINGS.items():
         if name.endswith(ending):
             return name.removesuffix(ending), leaf, role, ending
@@ -243,6 +246,8 @@ def _misfit(checkpoint: Checkpoint, tensors: Mapping[str, str], wanted: Shape) -
     magnitude = shapes.get("magnitude", wanted[:1])
     if (magnitude[:1], prod(magnitude)) not in ((wanted[:1], rows), ((1,), width)):
         return f"magnitudes of another size: {_by(magnitude)} where this model has {_by(wanted)}"
+    if not found:
+        return "factors of different ranks"
     return None if fits else f"another size: {_by(found)} where this model has {_by(wanted)}"
 
 
