@@ -68,7 +68,6 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, default=DEMO_FOLDER / "wan_dit.safetensors", help="diffusion model")
     add("--variant", choices=list(VARIANTS), help="which Qwen-Image model the file holds, if it does not tell")
-    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="once more for each other")
     add("--text-encoder", type=Path, help="needed unless the model is a miniature")
     add("--tokenizer", help="folder, file or `hub`, for a text encoder without its own")
     add("--text-device", choices=("auto", "cpu", "gpu"), default="auto", help="where to read the prompt")
@@ -90,7 +89,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
-    _memory_arguments(parser)
+    _run_arguments(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -110,12 +109,13 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--references", type=int, default=0, help="pictures of 1024 x 1024 that an edit is about")
     add("--no-guidance", action="store_true", help="no negative prompt, as with distilled models")
     add("--json", action="store_true", help="print JSON")
-    _memory_arguments(parser)
+    _run_arguments(parser)
     parser.set_defaults(run=_plan)
 
 
-def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="once more for each other")
     add("--swap", type=int, help="blocks that stream instead of staying on the card (default: planned)")
     add("--slots", type=int, help="of the ring that they stream through (default: planned)")
     add("--source", choices=SOURCES, help="where they wait (default: planned)")
@@ -199,13 +199,11 @@ def _generate(options: argparse.Namespace) -> int:
 
     from . import media
     from .core import host, runtime
-    from .loading import load_model, load_text_encoder, load_vae, with_lora
+    from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
     model = replace(model, memory=_memory_options(options))
-    for file, strength in options.lora:
-        model, lines = with_lora(model, file, strength)
-        sys.stderr.writelines(f"{line}\n" for line in lines)
+    model = _with_loras(model, options.lora)
     defaults = _defaults(model)
     width, height, frames = _size(options.size or defaults.size, model)
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
@@ -253,6 +251,16 @@ def _generate(options: argparse.Namespace) -> int:
         media.write_mp4(out, pixels, options.fps)
     sys.stdout.write(f"{out.resolve()}\n")
     return 0
+
+
+def _with_loras(model: ModelHandle, loras: list[tuple[Path, float]]) -> ModelHandle:
+    """Return the model with LoRAs, and tell what is used of each."""
+    from .loading import with_lora
+
+    for file, strength in loras:
+        model, lines = with_lora(model, file, strength)
+        sys.stderr.writelines(f"{line}\n" for line in lines)
+    return model
 
 
 def _files(options: argparse.Namespace, defaults: Defaults) -> tuple[Path, Path]:
@@ -327,7 +335,8 @@ def _plan(options: argparse.Namespace) -> int:
         ram=options.ram,
         card=options.card,
     )
-    found = facts(replace(model, memory=_memory_options(options)), question)
+    model = _with_loras(replace(model, memory=_memory_options(options)), options.lora)
+    found = facts(model, question)
     sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
     return 0
 

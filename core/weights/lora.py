@@ -243,11 +243,13 @@ def _misfit(checkpoint: Checkpoint, tensors: Mapping[str, str], wanted: Shape) -
         fits = found == (rows, width)
     else:
         return f"a change of a kind that is not known ({', '.join(sorted(roles)) or 'no factors'})"
+    if prod(shapes.get("alpha", ())) != 1:
+        return f"alpha is not one number but {_by(shapes['alpha'])}"
     magnitude = shapes.get("magnitude", wanted[:1])
     if (magnitude[:1], prod(magnitude)) not in ((wanted[:1], rows), ((1,), width)):
         return f"magnitudes of another size: {_by(magnitude)} where this model has {_by(wanted)}"
     if not found:
-        return "factors of different ranks"
+        return "factors that don't belong together"
     return None if fits else f"another size: {_by(found)} where this model has {_by(wanted)}"
 
 
@@ -264,7 +266,7 @@ def _matrix(shapes: Mapping[str, Shape], role: str) -> Shape:
 
 def _product(up: Shape, down: Shape) -> Shape:
     """Return [O, I] of `up @ down`, whose axes after the second are those of a kernel; nothing if they don't match."""
-    is_product = len(up) >= 2 and len(down) >= 2 and prod(up[1:]) == down[0]
+    is_product = len(up) >= 2 and len(down) >= 2 and prod(up[1:]) == down[0] > 0
     return (up[0], prod(down[1:])) if is_product else ()
 
 

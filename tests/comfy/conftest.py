@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from wanqwen.tests import loras
 from wanqwen.tests.nodes import tiny as checkpoints
 
 from .convert import MODEL, SAMPLER, SIZE, TEXT_ENCODER, TINY, VAE, read_workflow, to_prompt
@@ -73,6 +74,9 @@ def write_files(base: Path) -> None:
     checkpoints.write_qwen_vae(models / "vae" / "qwen.safetensors")
     checkpoints.write_qwen_text_encoder(models / "text_encoders" / "qwen.safetensors")
     painted_picture().save(base / "input" / "example.png")  # the name in our workflows
+
+    lora = loras.low_rank(loras.official(good), loras.DIALECTS["kohya"])
+    loras.write(models / "loras" / "style.safetensors", lora)
 
     bad = good.parent
     (bad / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])

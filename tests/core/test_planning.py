@@ -63,11 +63,9 @@ def test_the_peak_of_models_of_pictures_is_predicted_as_well(size: tuple[int, in
     ("family", "config", "size", "stored", "file"),
     [
         (WAN, WAN_14B, (832, 480, 81), "bf16", LIGHTX2V),
-        (WAN, WAN_14B, (1280, 720, 81), "fp8", LIGHTX2V),
         (WAN, WAN_14B, (832, 480, 1), "bf16", LIGHTX2V),
         (WAN, WAN_I2V, (832, 480, 33), "fp8", LIGHTX2V),
         (QWEN_IMAGE, QwenImageConfig(), (1328, 1328, 1), "bf16", LIGHTNING),
-        (QWEN_IMAGE, QwenImageConfig(), (512, 512, 1), "fp8", LIGHTNING),
     ],
 )
 def test_what_a_lora_takes_is_planned(
@@ -77,7 +75,7 @@ def test_what_a_lora_takes_is_planned(
     found = checkpoint(file)
     used = fit(read_names(found, family.spellings), parameters_of(family, case.config), family.parts)
     lora = Lora(checkpoint=found, parts=used.parts, start=0.5)
-    check_peak(case, random.Random(2), loras=(replace(lora, start=0.0), replace(lora, strength=0.5)))
+    check_peak(case, random.Random(2), loras=(replace(lora, start=0.0), replace(lora, strength=0.5)), steps=2)
     loaded, scene = load(case), case.scene()
     plain, changed = (planning.job_of(loaded, replace(scene, loras=loras), None) for loras in ((), (lora,)))
     factors = sum(
@@ -89,7 +87,9 @@ def test_what_a_lora_takes_is_planned(
     assert changed.others == plain.others + factors and changed.working > plain.working
 
 
-def check_peak(case: Case, rng: random.Random, interleave: bool | None = None, loras: tuple[Lora, ...] = ()) -> None:
+def check_peak(
+    case: Case, rng: random.Random, interleave: bool | None = None, loras: tuple[Lora, ...] = (), steps: int = 3
+) -> None:
     """Plan a case on a card that holds a part of it, at random, and run it."""
     solver = rng.choice(list(SOLVERS))
     loaded, scene = load(case), replace(case.scene(SOLVERS[solver].kept_latents), loras=loras)
@@ -101,7 +101,7 @@ def check_peak(case: Case, rng: random.Random, interleave: bool | None = None, l
     options = MemoryOptions(source="disk", interleave=interleave or rng.choice([None, True, False]))
     plan, _ = plan_for(loaded, scene, rng.choice(list(CARDS.values())), machine, options)
     assert not plan.notices
-    found = measured_peak(loaded, scene, plan, solver)
+    found = measured_peak(loaded, scene, plan, solver, steps)
     assert found <= plan.peak <= 1.05 * found, (case, plan, found)
 
 

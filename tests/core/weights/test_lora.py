@@ -91,7 +91,17 @@ def test_a_patch_embedding_for_more_channels_does_not_fit() -> None:
         ),
         (
             one("blocks.0.ffn.0.lora_up.weight", 8960, 8) | one("blocks.0.ffn.0.lora_down.weight", 4, 1536),
-            "factors of different ranks",
+            "factors that don't belong together",
+        ),
+        (
+            one("blocks.0.ffn.0.lora_up.weight", 8960, 0) | one("blocks.0.ffn.0.lora_down.weight", 0, 1536),
+            "factors that don't belong together",
+        ),
+        (
+            one("blocks.0.ffn.0.lora_up.weight", 8960, 4)
+            | one("blocks.0.ffn.0.lora_down.weight", 4, 1536)
+            | one("blocks.0.ffn.0.alpha", 2),
+            "alpha is not one number but 2",
         ),
     ],
 )
