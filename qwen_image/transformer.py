@@ -227,13 +227,18 @@ class TimeEmbedding(nn.Module):
         self.freq_dim, self.zero_cond_t = config.freq_dim, config.zero_cond_t
         self.timestep_embedder = TimeMLP(config.freq_dim, config.dim)
         # Row 0 is added for every picture that people make; what row 1 was trained for is not published.
-        self.addition_t_embedding = nn.Embedding(2, config.dim) if config.layered else None
+        self.addition_t_embedding = _blank_embedding(2, config.dim) if config.layered else None
 
     def forward(self, timestep_B: Tensor, device: torch.device) -> Tensor:
         if self.zero_cond_t:
             timestep_B = F.pad(timestep_B, (0, 1))
         time_BE = self.timestep_embedder(timestep_embedding(timestep_B, self.freq_dim).to(device))
         return time_BE if self.addition_t_embedding is None else time_BE + self.addition_t_embedding.weight[0].float()
+
+
+def _blank_embedding(rows: int, width: int) -> nn.Embedding:
+    # Random numbers, which weights replace anyway, would take seconds on the meta device: PyTorch then imports much.
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class TimeMLP(nn.Module):
