@@ -105,8 +105,12 @@ class Change:
 def changed(weight: Tensor, changes: Sequence[Change], out: Tensor) -> Tensor:
     """Return a weight with changes, one after the other, written into `out`: of its shape, perhaps the weight itself.
 
-    The sums are taken in float32, so that the result is rounded once, and of a part of the rows at a time.
+    Sums are taken in float32, so that the result is rounded once: pairs in one product with the weight, all else in
+    PyTorch's own float32, of a part of the rows at a time.
     """
+    if weight.dim() == 2 and weight.dtype == out.dtype and _are_pairs(changes):
+        down, up, factor = _joined(changes, weight.dtype)
+        return torch.addmm(weight, up, down, alpha=factor, out=out)
     source, target = (tensor.view(tensor.shape[0], -1) for tensor in (weight, out))
     total, in_one_go = len(source), any(change.needs_all_rows for change in changes)
     size = total if in_one_go else max(1, ELEMENTS_AT_ONCE // prod(weight.shape[1:]))
@@ -125,18 +129,28 @@ def is_cheaper_beside(changes: Sequence[Change], weight_shape: Sequence[int], nu
     Per unit of rank the pair costs num_rows * (I + O) multiplications, the sum I * O.
     """
     outputs, inputs = weight_shape
-    are_pairs = all(isinstance(change.difference, LowRank) and change.magnitude is None for change in changes)
-    return are_pairs and num_rows * (inputs + outputs) <= inputs * outputs
+    return _are_pairs(changes) and num_rows * (inputs + outputs) <= inputs * outputs
 
 
 def beside(changes: Sequence[Change], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """Return what adds low-rank changes to a layer's result: a function of that, which is overwritten, and of x."""
-    pairs = [(c.difference.down.to(dtype), c.difference.up.to(dtype), c.factor) for c in changes]
+    down, up, factor = _joined(changes, dtype)
 
     def add(y: Tensor, x: Tensor) -> Tensor:
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for down, up, factor in pairs:
-            flat_y.addmm_(F.linear(flat_x, down), up.t(), alpha=factor)
+        y.view(-1, y.shape[-1]).addmm_(F.linear(x.reshape(-1, x.shape[-1]), down), up.t(), alpha=factor)
         return y
 
     return add
+
+
+def _are_pairs(changes: Sequence[Change]) -> bool:
+    return all(isinstance(change.difference, LowRank) and change.magnitude is None for change in changes)
+
+
+def _joined(changes: Sequence[Change], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return one pair that does what several do, and its factor."""
+    pairs = [change.difference for change in changes]
+    if len(pairs) == 1:
+        return pairs[0].down.to(dtype), pairs[0].up.to(dtype), changes[0].factor
+    ups = [(change.difference.up.float() * change.factor).to(dtype) for change in changes]
+    return torch.cat([pair.down.to(dtype) for pair in pairs]), torch.cat(ups, dim=1), 1.0

@@ -56,6 +56,7 @@ class Adapters:
         if not self._changes:
             self._changes = tuple(read_changes(lora, self._dtype, self._device) for lora in self._loras)
         self._unbind()
+        self._active = ()  # should memory run out here, the next call begins anew
         self._bind([self._changes[i] for i in active])
         self._active = active
         return True

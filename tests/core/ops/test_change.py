@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.ops import change as changes_
-from wanqwen.core.ops.change import Change, Dense, Hadamard, Kronecker, LowRank, changed, is_cheaper_beside
+from wanqwen.core.ops.change import Change, Dense, Difference, Hadamard, Kronecker, LowRank, changed, is_cheaper_beside
 from wanqwen.core.ops.linear import Linear
 
 ROWS, WIDTH, RANK = 24, 18, 2
@@ -94,10 +94,26 @@ def _with_magnitude(weight: Tensor, pair: LowRank, magnitude: Tensor, dim: int) 
 
 
 def test_what_a_changed_weight_takes_is_small_beside_it() -> None:
-    """In 16 bits: the changed weight itself, and parts in float32 of at most ELEMENTS_AT_ONCE elements."""
+    """In 16 bits: the changed weight itself; where it is no pair, also parts of ELEMENTS_AT_ONCE elements in float32."""
     rows, width = 8192, 4096
     with torch.device("meta"):
         weight = torch.empty(rows, width, dtype=torch.bfloat16)
-        difference = LowRank(torch.empty(16, width), torch.empty(rows, 16))
-    taken = peak_bytes(lambda: changed(weight, (Change(difference=difference),), torch.empty_like(weight)))
-    assert weight.nbytes < taken <= weight.nbytes + 4 * 4 * changes_.ELEMENTS_AT_ONCE
+        pair = LowRank(torch.empty(16, width, dtype=weight.dtype), torch.empty(rows, 16, dtype=weight.dtype))
+
+    def taken(difference: Difference) -> int:
+        return peak_bytes(lambda: changed(weight, (Change(difference=difference),), torch.empty_like(weight)))
+
+    assert taken(pair) == weight.nbytes
+    assert weight.nbytes < taken(Hadamard(pair, pair)) <= weight.nbytes + 4 * 4 * changes_.ELEMENTS_AT_ONCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_16_bit_weight_is_rounded_once(make: Callable[..., Tensor], dtype: torch.dtype, count: int) -> None:
+    weight = make(96, 80).to(dtype)
+    pairs = [LowRank(make(64, 80).to(dtype), make(96, 64).to(dtype)) for _ in range(count)]
+    changes = [Change(difference=pair, strength=2.0**-k / 32) for k, pair in enumerate(pairs)]
+    exact = weight.double() + sum(c.factor * (c.difference.up.double() @ c.difference.down.double()) for c in changes)
+    found = changed(weight, changes, torch.empty_like(weight)).double()
+    half_a_step = torch.finfo(dtype).eps / 2
+    assert ((found - exact).abs() <= 1.01 * half_a_step * exact.abs().clamp_min(2.0**-6)).all()

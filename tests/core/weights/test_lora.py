@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from wanqwen.core.types import Checkpoint, Family, Lora, ModelHandle, TensorInfo
 from wanqwen.core.weights import lora
-from wanqwen.families import FAMILIES, family_of_lora, fits_of_lora, parameters_of
+from wanqwen.families import FAMILIES, family_of_lora, fits_of_lora, parameters_of, presets_of_lora
 from wanqwen.loading import load_model, with_lora
 
 from ... import loras
@@ -213,6 +213,12 @@ def test_a_distilled_lora_asks_for_its_preset(
     _, lines = with_lora(handle, loras.write(tmp_path / f"{file}.safetensors", written))
     told = [line for line in lines if "preset" in line]
     assert [line.split("preset ")[1].split(" ")[0] for line in told] == ([preset] if preset else [])
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_lightning_asks_for_as_many_steps_as_its_name_says(steps: int) -> None:
+    for name in (f"Qwen-Image-Lightning-{steps}steps-V1.0", f"Qwen-Image-Edit-2509-Lightning-{steps}steps-V1.0-bf16"):
+        assert list(presets_of_lora(QWEN, fake({}, name))) == [f"lightning-{steps}"]
 
 
 @pytest.mark.parametrize(
