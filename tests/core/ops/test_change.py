@@ -94,7 +94,7 @@ def _with_magnitude(weight: Tensor, pair: LowRank, magnitude: Tensor, dim: int) 
 
 
 def test_what_a_changed_weight_takes_is_small_beside_it() -> None:
-    """In 16 bits: the changed weight itself; where it is no pair, also parts of ELEMENTS_AT_ONCE elements in float32."""
+    """In 16 bits: the changed weight itself; what is no pair also takes parts of ELEMENTS_AT_ONCE in float32."""
     rows, width = 8192, 4096
     with torch.device("meta"):
         weight = torch.empty(rows, width, dtype=torch.bfloat16)
