@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     _generate_arguments(
         commands.add_parser("generate", help="a prompt to a video or a picture, or an edit of pictures")
     )
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is, reading its header only")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint or a LoRA is, reading its header only")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -105,7 +105,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
-    _memory_arguments(parser)
+    _run_arguments(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -125,12 +125,13 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--references", type=int, default=0, help="pictures of 1024 x 1024 that an edit is about")
     add("--no-guidance", action="store_true", help="no negative prompt, as with distilled models")
     add("--json", action="store_true", help="print JSON")
-    _memory_arguments(parser)
+    _run_arguments(parser)
     parser.set_defaults(run=_plan)
 
 
-def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="once more for each other")
     add("--swap", type=int, help="blocks that stream instead of staying on the card (default: planned)")
     add("--slots", type=int, help="of the ring that they stream through (default: planned)")
     add("--source", choices=SOURCES, help="where they wait (default: planned)")
@@ -146,6 +147,15 @@ def _memory_options(options: argparse.Namespace) -> MemoryOptions:
         interleave=options.interleave,
         headroom=None if options.headroom_gb is None else int(options.headroom_gb * (1 << 30)),
     )
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """Return file and strength; what follows the last colon may belong to a path."""
+    file, colon, strength = text.rpartition(":")
+    try:
+        return (Path(file), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def _at_least_one(text: str) -> int:
@@ -213,6 +223,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
     model = replace(model, memory=_memory_options(options))
+    model = _with_loras(model, options.lora)
     defaults = _defaults(model)
     given = _given(options, model, defaults)
     width, height, frames = given.size if given else _size(options.size or defaults.size, model)
@@ -265,6 +276,16 @@ def _generate(options: argparse.Namespace) -> int:
         media.write_mp4(out, pixels, options.fps)
     sys.stdout.write(f"{out.resolve()}\n")
     return 0
+
+
+def _with_loras(model: ModelHandle, loras: list[tuple[Path, float]]) -> ModelHandle:
+    """Return the model with LoRAs, and tell what is used of each."""
+    from .loading import with_lora
+
+    for file, strength in loras:
+        model, lines = with_lora(model, file, strength)
+        sys.stderr.writelines(f"{line}\n" for line in lines)
+    return model
 
 
 def _files(options: argparse.Namespace, defaults: Defaults) -> tuple[Path, Path]:
@@ -419,18 +440,20 @@ def _plan(options: argparse.Namespace) -> int:
         ram=options.ram,
         card=options.card,
     )
-    found = facts(replace(model, memory=_memory_options(options)), question)
+    model = _with_loras(replace(model, memory=_memory_options(options)), options.lora)
+    found = facts(model, question)
     sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from .core.weights.lora import is_lora
     from .core.weights.reader import open_checkpoint
     from .families import identify
-    from .inspection import describe, render
+    from .inspection import describe, describe_lora, render
 
     checkpoint = open_checkpoint(options.file)
-    facts = describe(checkpoint, identify(checkpoint))
+    facts = describe_lora(checkpoint) if is_lora(checkpoint) else describe(checkpoint, identify(checkpoint))
     sys.stdout.write((json.dumps(facts, indent=2, ensure_ascii=False) if options.json else render(facts)) + "\n")
     return 0
 

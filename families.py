@@ -1,6 +1,11 @@
 """The families of models that this pack knows, and which of them a checkpoint belongs to."""
 
-from .core.types import Checkpoint, Family, Identity
+from math import prod
+
+import torch
+
+from .core.types import Checkpoint, Family, Identity, Preset
+from .core.weights.lora import Fit, LoraFile, fit, read_names
 from .qwen_image.family import FAMILY as QWEN_IMAGE
 from .qwen_image.identify import identify as identify_qwen_image
 from .qwen_image.identify import variant_of
@@ -51,13 +56,57 @@ def identify(checkpoint: Checkpoint) -> Identity:
         f"{checkpoint.path} is none of the models this pack knows (Wan 2.1 diffusion models, VAE, UMT5, CLIP ViT-H; "
         "Qwen-Image diffusion models, VAE, Qwen2.5-VL)"
         + (f"; it looks like {stranger}" if stranger else "")
-        + f". It holds {len(names)} tensors: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
+        + f". It holds {len(names)} tensors: {_some(names)}"
     )
 
 
 def family(name: str) -> Family:
     """Return the family of an `Identity.family`."""
     return next(known for known in FAMILIES if known.name == name)
+
+
+def parameters_of(known: Family, config: object) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of a model by name, with their shapes; nothing takes memory."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in known.build(config).named_parameters()}
+
+
+def family_of_lora(checkpoint: Checkpoint) -> tuple[Family, LoraFile]:
+    """Return the family that a LoRA is for, whose names most of its tensors have. Raises ValueError if it is none's."""
+    read = [(known, read_names(checkpoint, known.spellings)) for known in FAMILIES]
+    known, file = min(read, key=lambda pair: len(pair[1].unknown))
+    if not file.parts:
+        raise ValueError(
+            f"{checkpoint.path} is a LoRA of none of the models this pack knows (Wan 2.1, Qwen-Image). It holds "
+            f"{len(checkpoint.tensors)} tensors: {_some(list(checkpoint.tensors))}"
+        )
+    return known, file
+
+
+def fits_of_lora(known: Family, file: LoraFile) -> dict[str, Fit]:
+    """Return how a LoRA fits each published model of its family, those that it fits best; none if it fits none."""
+    fits = {name: fit(file, parameters_of(known, config), known.parts) for name, config in known.variants.items()}
+    most = max((found.num_used for found in fits.values()), default=0)
+    return {name: found for name, found in fits.items() if found.num_used == most and most}
+
+
+def width_of_lora(file: LoraFile) -> int | None:
+    """Return the width of the model that a LoRA was made for, as most of its tensors have it; None if none tells."""
+    widths = [
+        file.checkpoint.tensors[name].shape
+        for tensors in file.parts.values()
+        for role, name in tensors.items()
+        if role in ("down", "diff")
+    ]
+    counted = [prod(shape[1:]) if len(shape) > 1 else shape[0] for shape in widths if shape]
+    return max(set(counted), key=counted.count, default=None)
+
+
+def presets_of_lora(known: Family, checkpoint: Checkpoint) -> dict[str, Preset]:
+    """Return the presets that a LoRA wants by its name, as nothing else in a file tells that it is a distillation."""
+    name = "".join(letter for letter in checkpoint.path.name.lower() if letter.isalnum())
+    return {key: preset for key, preset in known.presets.items()
+            if preset.words and all(word in name for word in preset.words)}  # fmt: skip
 
 
 def recognised_by(checkpoint: Checkpoint, identity: Identity) -> str:
@@ -72,3 +121,7 @@ def with_variant(identity: Identity, name: str) -> Identity:
     if identity.family != QWEN_IMAGE.name:
         raise ValueError(f"a {identity.family} model tells its variant itself: {identity.variant}, not {name}")
     return qwen_image_variant(identity, name)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)

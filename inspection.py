@@ -8,7 +8,7 @@ from typing import Any
 
 from .core.ops import formats
 from .core.types import Checkpoint, Identity
-from .families import recognised_by
+from .families import family_of_lora, fits_of_lora, presets_of_lora, recognised_by, width_of_lora
 
 SHOWN = 8  # names per line of the text
 
@@ -38,6 +38,28 @@ def describe(checkpoint: Checkpoint, identity: Identity) -> dict[str, Any]:
     }
 
 
+def describe_lora(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the facts of a LoRA as plain JSON values; nothing but the header is read. Raises ValueError."""
+    family, file = family_of_lora(checkpoint)
+    fits = fits_of_lora(family, file)
+    return {
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size if checkpoint.path.is_file() else 0,
+        "family": family.name,
+        "role": "lora",
+        "dialect": file.dialect,
+        "ranks": file.ranks,
+        "width": width_of_lora(file),
+        "tensors": len(checkpoint.tensors),
+        "targets": len(file.parts),
+        "fits": {name: found.num_used for name, found in fits.items()},
+        "presets": list(presets_of_lora(family, checkpoint)),
+        "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values()).most_common()),
+        "unknown": list(file.unknown),
+        "metadata": sorted(checkpoint.metadata),
+    }
+
+
 def render(facts: Mapping[str, Any]) -> str:
     """Return the facts as lines of text, long lists cut short."""
     return "\n".join(f"{key + ':':<12}{_line(key, value)}" for key, value in facts.items())
@@ -56,7 +78,7 @@ def _line(key: str, value: Any) -> str:
                  for name, inner in value.items())  # fmt: skip
         return ", ".join(parts) or "none"
     if isinstance(value, list):
-        shown = ", ".join(value[:SHOWN]) + (", ..." if len(value) > SHOWN else "")
+        shown = ", ".join(map(str, value[:SHOWN])) + (", ..." if len(value) > SHOWN else "")
         return f"{len(value)}: {shown}" if len(value) > 1 else shown or "none"
     if isinstance(value, int):
         return f"{value:,}"

@@ -8,12 +8,21 @@ import torch
 from .core import host
 from .core.codec import VideoCodec
 from .core.text import Placement
-from .core.types import Checkpoint, Identity, ModelHandle
+from .core.types import Checkpoint, Identity, Lora, ModelHandle
 from .core.weights.assemble import assemble, check_formats
 from .core.weights.identity import own_metadata
+from .core.weights.lora import Fit, LoraFile, fit, is_lora, read_names
 from .core.weights.reader import open_checkpoint, read_tensors
 from .families import family as family_of
-from .families import identify, with_variant
+from .families import (
+    family_of_lora,
+    fits_of_lora,
+    identify,
+    parameters_of,
+    presets_of_lora,
+    width_of_lora,
+    with_variant,
+)
 from .qwen_image.family import NAME as QWEN_IMAGE
 from .qwen_image.text_encoder import TextEncoder as QwenVL
 from .qwen_image.tokenizer import Tokenizer as QwenTokenizer
@@ -34,6 +43,7 @@ ROLES = {
 }
 HUB = "hub"
 SHOWN = 5  # names in an error
+LEAST_SHARE = 0.1  # of a LoRA's tensors that a model must take: a LoRA of another width fits in the odd bias too
 
 TEXT_ENCODERS = {WAN: (UMT5, WanTokenizer), QWEN_IMAGE: (QwenVL, QwenTokenizer)}
 
@@ -67,6 +77,58 @@ def load_model(
         rgb, bias = tuple(tuple(row) for row in own["rgb"]), tuple(own["rgb_bias"])
         known = replace(known, latent_format=replace(known.latent_format, rgb=rgb, rgb_bias=bias))
     return ModelHandle(checkpoint=checkpoint, identity=identity, family=known, dtype=dtype)
+
+
+def with_lora(
+    handle: ModelHandle, path: str | Path, strength: float = 1.0, start: float = 0.0, end: float = 1.0
+) -> tuple[ModelHandle, list[str]]:
+    """Return the model with one more LoRA, and what to tell: what is used of it, what not and why, which preset.
+
+    Nothing but its header is read. It works in the steps from the share `start` of the schedule up to the share `end`.
+    Raises ValueError for a file that is none, or that is made for another model.
+    """
+    checkpoint = open_checkpoint(path)
+    name, known = checkpoint.path.name, handle.family
+    if not is_lora(checkpoint):
+        raise ValueError(
+            f"{name} is no LoRA: none of its {len(checkpoint.tensors)} tensors ({_some(tuple(checkpoint.tensors))}) is "
+            "named as those of LoRAs are. Choose a LoRA, or load this file with the loader of its kind."
+        )
+    file = read_names(checkpoint, known.spellings)
+    found = fit(file, parameters_of(known, handle.identity.config), known.parts)
+    if found.num_used < LEAST_SHARE * len(checkpoint.tensors):
+        raise ValueError(_is_for_another(handle, checkpoint, found))
+    lora = Lora(checkpoint=checkpoint, parts=found.parts, strength=strength, start=start, end=end)
+    return replace(handle, loras=(*handle.loras, lora)), _report(handle, file, found)
+
+
+def _report(handle: ModelHandle, file: LoraFile, found: Fit) -> list[str]:
+    total, ranks = len(file.checkpoint.tensors), " to ".join(map(str, sorted({*file.ranks[:1], *file.ranks[-1:]})))
+    lines = [
+        f"{file.checkpoint.path.name}: {found.num_used} of {total} tensors used, for {len(found.parts)} parameters; "
+        f"{file.dialect}{f'; rank {ranks}' if ranks else ''}",
+        *(f"{len(names)} not used ({_some(names[:1])}): {reason}" for reason, names in found.unused.items()),
+    ]
+    for name, preset in presets_of_lora(handle.family, file.checkpoint).items():
+        lines.append(
+            f"A distilled LoRA: choose preset {name} in the Sampler ({preset.steps} steps of {preset.solver}, shift "
+            f"{preset.shift:g}, guidance {preset.guidance:g})."
+        )
+    return lines
+
+
+def _is_for_another(handle: ModelHandle, checkpoint: Checkpoint, found: Fit) -> str:
+    """Return in words that a LoRA is not for a model, and which one it is for."""
+    of, file = family_of_lora(checkpoint)
+    width = width_of_lora(file)
+    fitting = ", ".join(fits_of_lora(of, file))
+    seems = f"{of.name} {fitting}" if fitting else f"a model of the {of.name} family that is not known"
+    reasons = "; ".join(f"{len(names)} x {reason}" for reason, names in list(found.unused.items())[:SHOWN])
+    return (
+        f"{checkpoint.path.name} does not fit this model, {handle.checkpoint.path.name} ({handle.family.name} "
+        f"{handle.identity.variant}): {found.num_used} of its {len(checkpoint.tensors)} tensors match ({reasons}). It "
+        f"seems to be made for {seems}{f', of width {width}' if width else ''}: choose a LoRA made for this model."
+    )
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> VideoCodec:

@@ -14,7 +14,7 @@ from .core.memory.placement import GB, Machine
 from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
 from .core.past import MODES
-from .core.planning import CARDS, Card, Scene, card_named, card_of, conditionings_of, machine_of, plan_for
+from .core.planning import CARDS, Card, Scene, card_named, card_of, conditionings_of, machine_of, plan_for, working
 from .core.runtime import compute_dtype, loaded_of
 from .core.sampling.solvers import SOLVERS
 from .core.text import Footprint, plan_of
@@ -181,6 +181,7 @@ def _scene(
         dtype=dtype,
         chunk_rows=handle.memory.chunk_rows,
         kept_latents=max(solver.kept_latents for solver in SOLVERS.values()),
+        loras=working(handle.loras),
     )
 
 

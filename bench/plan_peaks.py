@@ -9,7 +9,7 @@ number is computed: all weights that stay, the ring, the work of every block, an
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -24,6 +24,7 @@ from ..core.sampling.guidance import Guided, combination
 from ..core.sampling.schedule import plan_steps
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import MemoryOptions, SampleRequest
+from ..core.weights.adapters import Adapters
 from ..plans import GIB, SYSTEM_VRAM
 from .models import CASES, META, load
 
@@ -57,11 +58,13 @@ def measured_peak(loaded: Loaded, scene: Scene, plan: Plan, solver: str, steps: 
     family = scene.family
     request = SampleRequest(latent=torch.zeros(1), positive=scene.conditionings[0], steps=steps, guidance=(3.0,))
     schedule = plan_steps(request, family.schedule(scene.config, scene.latent_shape))
+    adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, META)
     with torch.no_grad(), _blind(), LiveBytes(META) as counted:
         clean, noise = (torch.zeros(scene.latent_shape).to(META) for _ in range(2))
         x = sampling.start_of(schedule, clean, noise)
-        with placed(loaded, META, lambda at_least: plan) as residency:
-            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=(residency,))
+        with placed(loaded, META, lambda at_least: plan) as residency, closing(adapters):
+            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=(residency, adapters))
+            adapters.turn_to(0, steps)
             guided = Guided(
                 denoise=family.denoiser(loaded.module, run, list(scene.conditionings), META),
                 has_negative=len(scene.conditionings) > 1,

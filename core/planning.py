@@ -15,7 +15,8 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
-from .types import Conditioning, Family, MemoryOptions, same
+from .types import Conditioning, Family, Lora, MemoryOptions, same
+from .weights.adapters import Adapters, device_bytes
 
 META = torch.device("meta")
 SHALLOW = 2  # main blocks of a model's traced twin: the last one may do less than the others
@@ -45,7 +46,10 @@ CARDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One sampling run as far as memory and time depend on it; the solver remembers `kept_latents` between steps."""
+    """One sampling run as far as memory and time depend on it; the solver remembers `kept_latents` between steps.
+
+    All of `loras` are taken to work in every step.
+    """
 
     family: Family
     config: Any
@@ -54,6 +58,7 @@ class Scene:
     dtype: torch.dtype
     chunk_rows: int = 0
     kept_latents: int = 0
+    loras: tuple[Lora, ...] = ()
 
     @property
     def operations(self) -> list[tuple[int, int]]:
@@ -67,13 +72,19 @@ class Scene:
         shapes = [tuple(None if t is None else t.shape for t in (*_parts(c), *c.references)) for c in prompts]
         twins = [tuple(starmap(same, zip(_parts(prompts[0]), _parts(c), strict=False))) for c in prompts]
         active = [tuple(control.strength != 0 for control in c.controls) for c in prompts]
-        return self.latent_shape, tuple(shapes), tuple(twins), tuple(active), self.dtype, self.chunk_rows
+        loras = tuple((lora.checkpoint.path, lora.checkpoint.identity) for lora in self.loras)
+        return self.latent_shape, tuple(shapes), tuple(twins), tuple(active), self.dtype, self.chunk_rows, loras
 
 
 def _parts(conditioning: Conditioning) -> list[Tensor | None]:
     """Return the tensors of a prompt that guidance passes may share."""
     contexts = (control.context for control in conditioning.controls)
     return [conditioning.text, conditioning.image, conditioning.extra, *contexts]
+
+
+def working(loras: Sequence[Lora]) -> tuple[Lora, ...]:
+    """Return the LoRAs that do anything: those of strength 0 are as if they were not there."""
+    return tuple(lora for lora in loras if lora.strength != 0)
 
 
 def plan_for(
@@ -99,7 +110,7 @@ def job_of(loaded: Loaded, scene: Scene, card: Card | None) -> Job:
     *blocks, others = (layout.nbytes for layout in loaded.layouts())
     return Job(
         blocks=tuple(blocks),
-        others=others,
+        others=others + sum(device_bytes(lora, scene.dtype) for lora in scene.loras),
         working=working_bytes(loaded, scene, interleaved=False),
         passes=len(scene.conditionings),
         in_ram=frozenset(loaded.masters),
@@ -178,6 +189,9 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
     longest = max(every, key=lambda k: sum(scene.operations[k]))
     x = torch.empty(scene.latent_shape, device=META)
     timestep_B = torch.full((scene.latent_shape[0],), 500.0)
+    loras = [replace(lora, start=0.0, end=1.0) for lora in scene.loras]
+    adapters = Adapters(twin, family.blocks(twin), loras, scene.dtype, META)
+    adapters.turn_to(0, 1)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
     with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
         # The first walk makes what stays for the run; the others tell what comes and goes.
@@ -186,7 +200,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks)
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         for walk, which in ((first, every), (together, every), (alone, (longest,))):
-            hooks[:] = [walk]
+            hooks[:] = [walk, adapters]
             counted.peak = counted.live
             denoise(x, timestep_B, which)
         waiting = max(both - one for both, one in zip(together.held, alone.held, strict=True))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +15,13 @@ from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
 from .pace import Pace, Stopwatch
-from .planning import Scene, card_of, job_of, machine_of, plan_for
+from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .sampling.solvers import find_solver
 from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
+from .weights.adapters import Adapters
 from .weights.assemble import prepare
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Opened:
     module: nn.Module
     run: Run
     residency: Residency
+    adapters: Adapters
     stopwatch: Stopwatch
 
 
@@ -51,6 +53,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     was read into RAM for streaming stays there with the handle, for its next run.
     """
     loaded = loaded_of(handle, scene.dtype)
+    adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device)
     told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:
@@ -59,20 +62,23 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
             options = replace(options, interleave=told[0].interleaved)
         headroom = headroom_of(host.driver_spills())
         host.make_room(wanted_bytes(job_of(loaded, scene, card), options, headroom), device)
-        found, _ = plan_for(loaded, scene, card, machine_of(device), options, at_least)
+        machine = machine_of(device)
+        machine = replace(machine, vram=machine.vram + adapters.nbytes)  # planned for anew, and there already
+        found, _ = plan_for(loaded, scene, card, machine, options, at_least)
         if not told:
             for line in describe(found, len(loaded.blocks)):
                 tell(line)
         told.append(found)
         return found
 
-    with placed(loaded, device, plan) as residency:
+    # The adapters leave first: what they changed are the weights that the residency has bound.
+    with placed(loaded, device, plan) as residency, closing(adapters):
         if told and residency.plan is not told[0]:
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
-        hooks, gate = (residency, stopwatch), host.block_gate(device)
+        hooks, gate = (residency, adapters, stopwatch), host.block_gate(device)
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
-        yield Opened(module=loaded.module, run=run, residency=residency, stopwatch=stopwatch)
+        yield Opened(module=loaded.module, run=run, residency=residency, adapters=adapters, stopwatch=stopwatch)
 
 
 def loaded_of(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
@@ -116,9 +122,15 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
     """
     _check_latent(request.latent, handle.family.latent_format)
     try:
-        return handle.family.prepare(handle.identity, request)
+        request, notices = handle.family.prepare(handle.identity, request)
     except ValueError as error:
         raise ValueError(f"{handle.checkpoint.path.name}: {error}") from error
+    steps = request.num_steps
+    for lora in working(handle.loras):
+        if not any(lora.is_active(step, steps) for step in range(steps)):
+            share = f"between {lora.start:g} and {lora.end:g} of {steps} steps"
+            notices = [*notices, f"LoRA {lora.checkpoint.path.name} never works: there is no step {share}."]
+    return request, notices
 
 
 def generate(
@@ -147,9 +159,9 @@ def generate(
     scene = scene_of(handle, request, compute_dtype(handle, device))
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
-        denoise = family.denoiser(there.module, there.run, list(scene.conditionings), device)
+        stepping = _Stepping(there, scene, device, plan.start, request.num_steps)
         guided = Guided(
-            denoise=_persistent(denoise, there.residency, tell),
+            denoise=_persistent(stepping, there.residency, tell),
             has_negative=len(scene.conditionings) > 1,
             interleaved=there.residency.plan.interleaved,
             combine=combination(family.guidance_patch(config)),
@@ -162,6 +174,7 @@ def generate(
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
             watch.step()
+            stepping.step = plan.start + done
 
         try:
             x = sample(x, plan, request.solver, guided, step_noise, on_step, _hold(request, clean))
@@ -186,7 +199,25 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
         dtype=dtype,
         chunk_rows=handle.memory.chunk_rows,
         kept_latents=find_solver(request.solver).kept_latents,
+        loras=working(handle.loras),
     )
+
+
+class _Stepping:
+    """The denoiser of a run, made anew when other LoRAs begin to work, as prompts keep what weights made of them."""
+
+    def __init__(self, there: Opened, scene: Scene, device: torch.device, step: int, num_steps: int):
+        self.there, self.scene, self.device = there, scene, device
+        self.step, self.num_steps = step, num_steps
+        self._denoise: Denoiser | None = None
+
+    def __call__(self, x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
+        there, scene = self.there, self.scene
+        if there.adapters.turn_to(self.step, self.num_steps):
+            self._denoise = None
+        if self._denoise is None:
+            self._denoise = scene.family.denoiser(there.module, there.run, list(scene.conditionings), self.device)
+        return self._denoise(x, timestep_B, which)
 
 
 class _Watch:

@@ -1,6 +1,7 @@
 """The frozen records that cross folders. They hold what is, never how it is done."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,11 @@ class SampleRequest:
     noise_device: str = "cpu"
     mask: Tensor | None = None
 
+    @property
+    def num_steps(self) -> int:
+        """How many steps the whole schedule has, of which `start_step` and `end_step` take a part."""
+        return self.steps if self.sigmas is None else len(self.sigmas) - 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
@@ -194,12 +200,16 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """Settings that a distilled model was made for and that only work together."""
+    """Settings that a distilled model was made for and that only work together.
+
+    Files whose names have all of `words` in them, in any case, want it.
+    """
 
     steps: int
     shift: float
     guidance: float
     solver: str
+    words: tuple[str, ...] = ()
 
 
 # (normalised x [B, C, T, h, w], timestep [B] in 0..1000, indices of conditionings) -> the velocity of each of those,
@@ -225,6 +235,8 @@ class Family:
     `planned(config, latent shape, conditioning)` adds to a prompt whatever else the model takes, with no content.
     `prepare(identity, request)` raises ValueError for a request that the model can't run, and returns the request as it
     will be run with what was corrected, in words.
+    `spellings` are the ways to name the model's modules, in checkpoints and in LoRAs; `parts` says in words what a
+    module belongs to that not every model has, by a piece of its name. `variants` are the published configs.
     """
 
     name: str
@@ -242,6 +254,9 @@ class Family:
     prepare: Callable[[Identity, SampleRequest], tuple[SampleRequest, list[str]]]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     presets: Mapping[str, Preset] = field(default_factory=dict)
+    spellings: tuple[Spelling, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, Any] = field(default_factory=dict)
 
 
 Weights = TypeVar("Weights")
@@ -262,6 +277,7 @@ class Assembled:
         return self._weights
 
 
+TOLERANCE = 1e-6  # steps: a share such as 0.3 of 10 steps is to be 3 whatever the last bit says
 SOURCES = ("pinned", "staged", "disk")  # where blocks that stream wait; see `memory.supply.Source`
 
 
@@ -295,6 +311,36 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """A LoRA as it goes with a model: `parts` maps each parameter it changes to what the file has for it.
+
+    That is by role (up, down, alpha, diff...; see `weights.lora`) the name of a tensor in the file. It works `strength`
+    times, in the steps from the share `start` of the schedule up to, and without, the share `end`.
+    """
+
+    checkpoint: Checkpoint
+    parts: Mapping[str, Mapping[str, str]]
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        name = self.checkpoint.path.name
+        if not math.isfinite(self.strength):
+            raise ValueError(f"LoRA {name}: strength is {self.strength}: give a number, 1 being as it was made.")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"LoRA {name}: start {self.start:g} and end {self.end:g}: give shares of the steps from 0 to 1, the "
+                "start before the end."
+            )
+
+    def is_active(self, step: int, steps: int) -> bool:
+        """Say whether it works in a step, counted from 0, of a schedule of so many."""
+        first, after = (math.ceil(share * steps - TOLERANCE) for share in (self.start, self.end))
+        return self.strength != 0 and first <= step < after
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelHandle:
     """A diffusion model as it travels between nodes: which file, read how. Copy-on-write: use `dataclasses.replace`.
 
@@ -307,4 +353,5 @@ class ModelHandle:
     family: Family
     dtype: torch.dtype | None = None
     memory: MemoryOptions = MemoryOptions()
+    loras: tuple[Lora, ...] = ()
     weights: Assembled = field(default_factory=Assembled)

@@ -12,6 +12,7 @@ from .load import (
     LoadWanTextEncoder,
     LoadWanVAE,
 )
+from .lora import LoRA
 from .options import BlockSwap
 from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
@@ -44,6 +45,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanFirstLastFrameToVideo,
     WanVideoToVideo,
     WanVACE,
+    LoRA,
 )
 
 

@@ -101,7 +101,7 @@ class Sampler(io.ComfyNode):
         if preset != NO_PRESET:
             request, said = with_preset(model, request, preset)
             lines.append(said)
-        lines = [*lines, *prepared(model, request)[1]] or [f"{_count(request)} steps"]
+        lines = [*lines, *prepared(model, request)[1]] or [f"{request.num_steps} steps"]
 
         def add(line: str) -> None:
             lines.append(line)
@@ -145,10 +145,6 @@ def guidance_values(constant: float, schedule: str) -> tuple[float, ...]:
             f"guidance_schedule is {schedule!r}: expected numbers with commas between them, one per step, such as "
             "6, 6, 5, 4; or nothing, for the same guidance in all steps."
         ) from error
-
-
-def _count(request: SampleRequest) -> int:
-    return request.steps if request.sigmas is None else len(request.sigmas) - 1
 
 
 def _prompt(which: str, conditioning: ComfyConditioning, model: ModelHandle) -> Conditioning:
@@ -231,7 +227,7 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "preset", options=list(PRESETS), default=NO_PRESET, optional=True,
-            tooltip="Settings of distilled models, instead of steps, shift, guidance and solver above. lightning-4, "
-            "lightning-8: Qwen-Image-Lightning.",
+            tooltip="Settings of distilled models and LoRAs, instead of steps, shift, guidance and solver above. "
+            "lightx2v-4, self-forcing-4, causvid-4: for Wan. lightning-4, lightning-8: Qwen-Image-Lightning.",
         ),
     ]  # fmt: skip

@@ -28,6 +28,7 @@ DEMO_FILES = {
     "text_encoders": ("wan_text_encoder", "qwen_text_encoder"),
     "vae": ("wan_vae", "qwen_vae"),
     "clip_vision": ("wan_image_encoder",),
+    "loras": (),
 }
 
 

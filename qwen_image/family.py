@@ -11,6 +11,7 @@ from ..core.types import Conditioning, Denoiser, Family, Identity, Preset, Sched
 from ..wan.vae import LATENT_FORMAT
 from .conditioning import from_comfy, prepare
 from .config import PATCH, QwenImageConfig
+from .keymap import DIFFUSION_MODEL_SPELLINGS
 from .transformer import Pass, QwenImageTransformer
 
 NAME = "qwen-image"
@@ -25,8 +26,8 @@ LAYERED_TOKENS = 256  # of one picture, at which the layered model's shift is 1
 
 # Lightning distillations: one forward a step. Source: their example scripts, base_shift = max_shift = ln 3.
 PRESETS = {
-    "lightning-4": Preset(steps=4, shift=3.0, guidance=1.0, solver="euler"),
-    "lightning-8": Preset(steps=8, shift=3.0, guidance=1.0, solver="euler"),
+    "lightning-4": Preset(steps=4, shift=3.0, guidance=1.0, solver="euler", words=("lightning", "4step")),
+    "lightning-8": Preset(steps=8, shift=3.0, guidance=1.0, solver="euler", words=("lightning", "8step")),
 }
 
 
@@ -120,4 +121,6 @@ FAMILY = Family(
     # float16 overflows: the residual streams exceed its range, and the reference clips them.
     dtypes=(torch.bfloat16, torch.float32),
     presets=PRESETS,
+    spellings=DIFFUSION_MODEL_SPELLINGS,
+    variants={"all but layered": QwenImageConfig(), "layered": QwenImageConfig(layered=True)},
 )

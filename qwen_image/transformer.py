@@ -227,13 +227,18 @@ class TimeEmbedding(nn.Module):
         self.freq_dim, self.zero_cond_t = config.freq_dim, config.zero_cond_t
         self.timestep_embedder = TimeMLP(config.freq_dim, config.dim)
         # Row 0 is added for every picture that people make; what row 1 was trained for is not published.
-        self.addition_t_embedding = nn.Embedding(2, config.dim) if config.layered else None
+        self.addition_t_embedding = _blank_embedding(2, config.dim) if config.layered else None
 
     def forward(self, timestep_B: Tensor, device: torch.device) -> Tensor:
         if self.zero_cond_t:
             timestep_B = F.pad(timestep_B, (0, 1))
         time_BE = self.timestep_embedder(timestep_embedding(timestep_B, self.freq_dim).to(device))
         return time_BE if self.addition_t_embedding is None else time_BE + self.addition_t_embedding.weight[0].float()
+
+
+def _blank_embedding(rows: int, width: int) -> nn.Embedding:
+    # Random numbers, which weights replace anyway, would take seconds on the meta device: PyTorch then imports much.
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class TimeMLP(nn.Module):
@@ -316,8 +321,8 @@ class Block(nn.Module):
 
     def _finish(self, x: Tensor, parts: Parts, gathered: Tensor, out: Linear, mlp: "FeedForward") -> Tensor:
         """Add to each part of a stream what it gathered, projected by `out`, and then its feed-forward."""
-        dtype = gathered.dtype
-        project, feed = out.at(dtype), mlp.at(dtype)
+        dtype, num_rows = gathered.dtype, gathered.shape[0] * gathered.shape[1]
+        project, feed = out.at(dtype, num_rows), mlp.at(dtype, num_rows)
         for rows, mod in parts:
             _, _, gate_sa, shift, scale, gate_ff = mod.split(1, dim=1)
             x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
@@ -359,7 +364,7 @@ class JointAttention(nn.Module):
     ) -> None:
         """Write the queries of the first `num_asking` rows of a stream, and the keys and values of all."""
         (q, k, v), (cos, sin) = qkv, rope
-        to_q, to_k, to_v = (layer.at(q.dtype) for layer in layers[:3])
+        to_q, to_k, to_v = (layer.at(q.dtype, k.shape[0] * k.shape[1]) for layer in layers[:3])
         norm_q, norm_k = layers[3:]
         for rows, x in normed:
             part = cos[rows], sin[rows]
@@ -379,9 +384,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, ffn_dim)}), "2": Linear(ffn_dim, dim)})
 
-    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return the layers as a function of tensors of this dtype."""
-        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype)
+    def at(self, dtype: torch.dtype, num_rows: int) -> Callable[[Tensor], Tensor]:
+        """Return the layers as a function of tensors of this dtype, of which all calls bring so many rows."""
+        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype, num_rows)
 
 
 def _grid(image_BCTHW: Tensor) -> tuple[int, int]:

@@ -31,7 +31,9 @@ ALLOWED = {
     "core/blocks": ("core/memory", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
-    "core/planning": ("core/memory", "core/blocks", "core/sampling", "core/host", "core/types"),
+    "core/planning": (
+        *("core/memory", "core/blocks", "core/sampling", "core/weights/adapters", "core/host", "core/types"),
+    ),
     "core/past": ("core/host",),
     "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),
     "core/runtime": (
@@ -41,7 +43,7 @@ ALLOWED = {
     "wan": FAMILY,
     "qwen_image": FAMILY,
     "qwen_image/family": (*FAMILY, "qwen_image", "wan/vae"),  # the same VAE in the world too
-    "families": ("wan", "qwen_image", "core/types"),
+    "families": ("wan", "qwen_image", "core/weights/lora", "core/types"),
     "loading": ("families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
     "plans": ("wan", "qwen_image", "core"),

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from wanqwen.__main__ import main
 from wanqwen.core import runtime
 from wanqwen.media import write_mp4
 
+from . import loras
 from .nodes import tiny
 
 
@@ -181,6 +183,38 @@ def test_inspect_reads_the_header_only(
     assert (facts["role"], facts["missing"], facts["unexpected"]) == ("diffusion_model", [], [])
     assert main(["inspect", str(folder / "vae.safetensors")]) == 0
     assert "vae" in capsys.readouterr().out
+
+
+def test_inspect_says_what_a_lora_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = "lora_unet_blocks_39_ffn_2"
+    tensors = {f"{layer}.lora_down.weight": (8, 13824), f"{layer}.lora_up.weight": (5120, 8), f"{layer}.alpha": ()}
+    path = tmp_path / "wan_lightx2v.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    assert main(["inspect", "--json", str(path)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], facts["role"], facts["ranks"], facts["targets"]) == ("wan21", "lora", [8], 1)
+    assert facts["dialect"] == "official names with underscores, prefix lora_unet_: lora_down, lora_up, alpha"
+    assert facts["fits"] == {"t2v-14B": 3, "i2v-14B": 3, "flf2v-14B": 3, "vace-14B": 3} and facts["presets"] == [
+        "lightx2v-4"
+    ]
+    assert main(["inspect", str(path)]) == 0
+    assert "t2v-14B" in capsys.readouterr().out
+
+
+def test_generate_takes_loras_with_their_strengths(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("PIL")
+    written = loras.low_rank(loras.official(folder / "model.safetensors"), loras.DIALECTS["official"])
+    path = loras.write(tmp_path / "a:b" / "lora.safetensors", written)
+    size, pictures = ("--size", "32x32x1"), []
+    for more in ((), ("--lora", f"{path}:0"), ("--lora", path), ("--lora", path, "--lora", f"{path}:-1.0")):
+        assert generate(folder, tmp_path / "still.png", *size, *map(str, more)) == 0
+        pictures.append((tmp_path / "still.png").read_bytes())
+    assert "lora.safetensors: " in capsys.readouterr().err
+    assert pictures[0] == pictures[1] and pictures[0] != pictures[2]
+    assert generate(folder, tmp_path / "still.png", *size, "--lora", f"{path}:x") == 2
+    assert "lora.safetensors:x" in capsys.readouterr().err
 
 
 def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

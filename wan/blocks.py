@@ -49,8 +49,9 @@ class Block(nn.Module):
         dtype, modulation = prompt[0][0].dtype, self.modulation.float() + shared.time_B6E
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.split(1, dim=1)
         gathered = self.self_attn(x, lambda part: modulate(part, shift_sa, scale_sa, self.eps).to(dtype), shared, dtype)
-        project, attend = self.self_attn.o.at(dtype), self.cross_attn.at(dtype)
-        feed = feed_forward(self.ffn[0], self.ffn[2], dtype)
+        num_rows = x.shape[0] * x.shape[1]
+        project, attend = self.self_attn.o.at(dtype, num_rows), self.cross_attn.at(dtype, num_rows)
+        feed = feed_forward(self.ffn[0], self.ffn[2], dtype, num_rows)
         for rows in shared.chunks:
             x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
             # The cross-attention is neither modulated nor gated.
@@ -73,7 +74,7 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLE.shape
         shape = batch, length, self.heads, width // self.heads
         q, k, v = (torch.empty(shape, dtype=dtype, device=x_BLE.device) for _ in range(3))
-        to_q, to_k, to_v = (layer.at(dtype) for layer in (self.q, self.k, self.v))
+        to_q, to_k, to_v = (layer.at(dtype, batch * length) for layer in (self.q, self.k, self.v))
         for rows in shared.chunks:
             part, rope = norm(x_BLE[:, rows]), (shared.rope[0][rows], shared.rope[1][rows])
             q[:, rows] = rotate(self._split(self.norm_q(to_q(part))), rope)
@@ -103,9 +104,12 @@ class CrossAttention(nn.Module):
     def image_keys_values(self, rows_BSE: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(self.norm_k_img(self.k_img(rows_BSE)).to(rows_BSE.dtype)), self._split(self.v_img(rows_BSE))
 
-    def at(self, dtype: torch.dtype) -> Callable[[Tensor, Sequence[Keys]], Tensor]:
-        """Return the attention as a function of tokens [B, L, E] and what they attend to, the results being added."""
-        to_q, project = self.q.at(dtype), self.o.at(dtype)
+    def at(self, dtype: torch.dtype, num_rows: int) -> Callable[[Tensor, Sequence[Keys]], Tensor]:
+        """Return the attention as a function of tokens [B, L, E] and what they attend to, the results being added.
+
+        `num_rows` is how many tokens all calls together bring.
+        """
+        to_q, project = self.q.at(dtype, num_rows), self.o.at(dtype, num_rows)
 
         def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
             q = self._split(self.norm_q(to_q(x_BLE)).to(dtype))

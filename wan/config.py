@@ -1,6 +1,6 @@
 """Hyperparameters of the published Wan 2.1 models, and the numbers their checkpoints do not carry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 
 HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its number of heads
@@ -141,6 +141,18 @@ VARIANTS = {
     ("flf2v", 36, 5120, 13824, 40): "flf2v-14B",
     ("vace", 16, 1536, 8960, 30): "vace-1.3B",
     ("vace", 16, 5120, 13824, 40): "vace-14B",
+}
+VACE_DIM = 96  # channels of a control: latents of what stays and what goes, and the mask
+_SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_LARGE = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_PICTURED = replace(_LARGE, in_dim=36, image_dim=ImageEncoderConfig().dim)
+PUBLISHED = {
+    "t2v-1.3B": _SMALL,
+    "t2v-14B": _LARGE,
+    "i2v-14B": _PICTURED,
+    "flf2v-14B": replace(_PICTURED, image_positions=2 * IMAGE_ROWS),
+    "vace-1.3B": replace(_SMALL, vace_layers=tuple(range(0, 30, 2)), vace_dim=VACE_DIM),
+    "vace-14B": replace(_LARGE, vace_layers=tuple(range(0, 40, 5)), vace_dim=VACE_DIM),
 }
 # The CLIP towers that people have, by their width: variant, number of heads. Wan was trained with the first.
 IMAGE_ENCODER_VARIANTS = {

@@ -62,6 +62,13 @@ TASKS = {"t2v": T2V, "i2v": I2V, "flf2v": FLF2V, "vace": VACE}
 # diffusers' I2V folders hold zeros under norm_added_q, which nothing reads; model_type.* are empty markers.
 DIFFUSION_MODEL_IGNORED = ("blocks.*.attn2.norm_added_q.weight", "model_type.*")
 
+# Pieces of names of what only some models have, for telling why a LoRA does not fit.
+PARTS = {
+    "_img": "image branch, which those for image to video have",
+    "img_emb": "image branch, which those for image to video have",
+    "vace_": "VACE branch",
+}
+
 TEXT_ENCODER = {
     "token_embedding": ("shared", WEIGHT),
     **under(

@@ -7,12 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import formats
+from .change import Change, beside, changed, is_cheaper_beside
+
+MANY_ROWS = 1 << 62  # more than any weight has: what is done once for all calls costs nothing then
 
 
 class Linear(nn.Module):
     """`x @ weight.T + bias`, computed in the dtype of `x` whatever the weight is stored in.
 
     `weight_scale` exists only where the checkpoint has one for this layer (scaled fp8): a scalar or one value per row.
+    `changes` are on top of the weight for the length of a run, as `weights.adapters` binds and unbinds them.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -20,20 +24,33 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("weight_scale", None)
+        self.changes: tuple[Change, ...] = ()
 
-    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return the layer as a function of tensors of this dtype, its weight made ready once for all calls."""
+    def at(self, dtype: torch.dtype, num_rows: int = MANY_ROWS) -> Callable[[Tensor], Tensor]:
+        """Return the layer as a function of tensors of this dtype, its weight made ready once for all calls.
+
+        `num_rows` is how many rows all calls together bring: of the two ways to take changes, both of which leave the
+        stored weight alone, it decides which one is less work.
+        """
         weight = formats.dequantise(self.weight, self.weight_scale, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.changes and is_cheaper_beside(self.changes, weight.shape, num_rows):
+            add = beside(self.changes, dtype)
+            return lambda x: add(F.linear(x, weight, bias), x)
+        if self.changes:
+            is_stored = weight is self.weight  # what is not is a copy, and ours to write to
+            weight = changed(weight, self.changes, torch.empty_like(weight) if is_stored else weight)
         return lambda x: F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.at(x.dtype)(x)
+        return self.at(x.dtype, x.numel() // max(1, x.shape[-1]))(x)
 
 
-def feed_forward(first: Linear, second: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return two layers with a GELU (tanh form) between them as a function of tensors of this dtype."""
-    widen, narrow = first.at(dtype), second.at(dtype)
+def feed_forward(
+    first: Linear, second: Linear, dtype: torch.dtype, num_rows: int = MANY_ROWS
+) -> Callable[[Tensor], Tensor]:
+    """Return two layers with a GELU (tanh form) between them as a function of tensors, see `Linear.at`."""
+    widen, narrow = first.at(dtype, num_rows), second.at(dtype, num_rows)
     return lambda x: narrow(gelu_tanh(widen(x)))
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from wanqwen.media import write_mp4
+from wanqwen.tests import loras
 from wanqwen.tests.nodes import tiny as checkpoints
 
 from .convert import MODEL, SAMPLER, SIZE, TEXT_ENCODER, TINY, VAE, read_workflow, to_prompt
@@ -85,6 +86,9 @@ def write_files(base: Path) -> None:
     painted_picture().save(base / "input" / "example.png")  # the name in our workflows
     write_mp4(base / "input" / "input.mp4", torch.rand(7, 48, 64, 3), 16)
     painted_picture().convert("RGB").crop((0, 0, 32, 32)).save(base / "input" / "square.png")
+
+    lora = loras.low_rank(loras.official(good), loras.DIALECTS["kohya"])
+    loras.write(models / "loras" / "style.safetensors", lora)
 
     bad = good.parent
     (bad / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])

@@ -89,6 +89,27 @@ def clip_facts(file: Path) -> tuple[int, int, int, float]:
         return len(frames), stream.height, stream.width, float(stream.average_rate)
 
 
+def test_a_lora_changes_its_own_branch_and_no_other(server, tiny):
+    """Two samplers on one model, one of them through a LoRA; with strength 0 it gives what the other does."""
+    for node in (VIDEO, SAVE):
+        del tiny[node]
+    lora = {"model": [MODEL, 0], "file": "style.safetensors", "strength": 1.0, "start_percent": 0.5}
+    tiny["20"] = {"class_type": "WanQwenLoRA", "inputs": lora}
+    tiny["21"] = {"class_type": "WanQwenSampler", "inputs": tiny[SAMPLER]["inputs"] | {"model": ["20", 0]}}
+    tiny["22"] = {"class_type": "WanQwenVAEDecode", "inputs": tiny[DECODE]["inputs"] | {"latent": ["21", 0]}}
+    for node, source in (("23", DECODE), ("24", "22")):
+        tiny[node] = {"class_type": "SaveImage", "inputs": {"images": [source, 0], "filename_prefix": f"lora_{source}"}}
+    job = server.run(tiny)
+    assert job.end == "execution_success", job.error
+    assert "78 of 78 tensors used" in server.outputs(job)["20"]["text"][0]
+    plain, changed = ([pixels(file) for file in server.files(job, node)] for node in ("23", "24"))
+    assert len(plain) == len(changed) == 5 and plain != changed
+    lora["strength"] = 0.0
+    job = server.run(tiny)
+    assert job.end == "execution_success", job.error
+    assert [pixels(file) for file in server.files(job, "24")] == plain
+
+
 def test_a_changed_prompt_runs_only_what_depends_on_it(server, tiny):
     assert server.run(tiny).end == "execution_success"
     again = server.run(tiny)

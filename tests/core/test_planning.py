@@ -12,9 +12,14 @@ from wanqwen.core import planning
 from wanqwen.core.memory.placement import Machine
 from wanqwen.core.planning import CARDS, Scene, card_named, plan_for, visit_seconds
 from wanqwen.core.sampling.solvers import SOLVERS
-from wanqwen.core.types import MemoryOptions
+from wanqwen.core.types import Family, Lora, MemoryOptions
+from wanqwen.core.weights.lora import fit, read_names
+from wanqwen.families import parameters_of
 from wanqwen.qwen_image.config import QwenImageConfig
 
+from ..manifests import checkpoint
+
+LIGHTX2V, LIGHTNING = "lora_wan_lightx2v_i2v_14B_480p_rank64_bf16", "lora_qwen_lightning_bf16"
 GIB = 1 << 30
 
 
@@ -73,16 +78,46 @@ def test_the_peak_of_models_with_controls_is_predicted_as_well(
     check_peak(case, random.Random(1), interleave, lambda scene: with_controls(scene, *strengths))
 
 
+@pytest.mark.parametrize(
+    ("family", "config", "size", "stored", "file"),
+    [
+        (WAN, WAN_14B, (832, 480, 81), "bf16", LIGHTX2V),
+        (WAN, WAN_14B, (832, 480, 1), "bf16", LIGHTX2V),
+        (WAN, WAN_I2V, (832, 480, 33), "fp8", LIGHTX2V),
+        (QWEN_IMAGE, QwenImageConfig(), (1328, 1328, 1), "bf16", LIGHTNING),
+    ],
+)
+def test_what_a_lora_takes_is_planned(
+    family: Family, config: object, size: tuple[int, int, int], stored: str, file: str
+) -> None:
+    case = Case(family=family, config=replace(config, num_layers=3), size=size, rows=(300, 20), stored=stored)
+    found = checkpoint(file)
+    used = fit(read_names(found, family.spellings), parameters_of(family, case.config), family.parts)
+    lora = Lora(checkpoint=found, parts=used.parts, start=0.5)
+    loras = (replace(lora, start=0.0), replace(lora, strength=0.5))
+    check_peak(case, random.Random(2), change=lambda scene: replace(scene, loras=loras), steps=2)
+    loaded, scene = load(case), case.scene()
+    plain, changed = (planning.job_of(loaded, replace(scene, loras=loras), None) for loras in ((), (lora,)))
+    factors = sum(
+        2 * torch.Size(found.tensors[name].shape).numel()
+        for tensors in used.parts.values()
+        for role, name in tensors.items()
+        if role != "alpha"
+    )
+    assert changed.others == plain.others + factors and changed.working > plain.working
+
+
 def check_peak(
     case: Case,
     rng: random.Random,
     interleave: bool | None = None,
     change: Callable[[Scene], Scene] = lambda scene: scene,
+    steps: int = 3,
 ) -> None:
     """Plan a case on a card that holds a part of it, at random, and run it."""
     solver = rng.choice(list(SOLVERS))
     loaded, scene = load(case), change(case.scene(SOLVERS[solver].kept_latents))
-    whole = sum(layout.nbytes for layout in loaded.layouts())
+    whole = planning.job_of(loaded, scene, None).others + sum(layout.nbytes for layout in loaded.layouts()[:-1])
     most = whole + planning.working_bytes(loaded, scene, interleaved=True) + GIB
     blocks = [layout.nbytes for layout in loaded.layouts()[:-1]]
     least = most - sum(blocks) + 2 * max(blocks)
@@ -91,7 +126,7 @@ def check_peak(
     options = MemoryOptions(source="disk", interleave=interleave)
     plan, _ = plan_for(loaded, scene, rng.choice(list(CARDS.values())), machine, options)
     assert not plan.notices
-    found = measured_peak(loaded, scene, plan, solver)
+    found = measured_peak(loaded, scene, plan, solver, steps)
     assert found <= plan.peak <= 1.05 * found, (case, plan, found)
 
 

@@ -41,7 +41,7 @@ def test_validation_covers_every_fixed_list(nodes):
     assert nodes.LoadWanImageEncoder.validate_inputs("tiny.safetensors", "auto") is True
     assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu", "auto")
     assert "choose one of unipc" in nodes.Sampler.validate_inputs("heun", "cpu")
-    assert "choose one of none, lightning-4" in nodes.Sampler.validate_inputs("euler", "cpu", "turbo")
+    assert "choose one of none, lightx2v-4" in nodes.Sampler.validate_inputs("euler", "cpu", "turbo")
     assert "choose one of auto, tiled" in nodes.VAEDecode.validate_inputs("on")
     assert "choose one of clip, pictures" in nodes.VAEEncode.validate_inputs("video")
     assert "choose one of auto, bf16, fp32" in nodes.LoadQwenImageModel.validate_inputs(

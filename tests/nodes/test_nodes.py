@@ -208,7 +208,9 @@ def test_shift_0_is_the_published_schedule(nodes, model, prompts):
 
 
 def test_the_preset_of_another_family_is_refused(nodes, model, prompts):
-    with pytest.raises(ValueError, match="preset is lightning-4, which is not for wan21 models: choose none"):
+    with pytest.raises(
+        ValueError, match=r"preset is lightning-4, which is not for wan21 models: choose lightx2v-4 or .* or none"
+    ):
         sampled(nodes, model, prompts, empty(nodes), preset="lightning-4")
 
 

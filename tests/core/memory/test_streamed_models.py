@@ -12,8 +12,10 @@ from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
-from wanqwen.loading import DEMO_FOLDER, load_model
+from wanqwen.families import parameters_of
+from wanqwen.loading import DEMO_FOLDER, load_model, with_lora
 
+from ... import loras
 from ...nodes import tiny
 from .late_link import LateLink
 
@@ -99,6 +101,60 @@ def test_streamed_runs_give_the_bits_of_resident_ones(
         link.spoil()
     monkeypatch.undo()
     assert torch.equal(runtime.generate(handle, request), wanted)
+
+
+@pytest.fixture
+def changed(run: tuple[ModelHandle, SampleRequest], tmp_path: Path) -> ModelHandle:
+    """The model with LoRAs that change all there is, one of them in some steps only."""
+    handle = run[0]
+    state = {name: torch.empty(shape) for name, shape in parameters_of(handle.family, handle.identity.config).items()}
+    for name, writer, start in (("all", loras.differences, 0.0), ("late", loras.loha, 0.5)):
+        handle, _ = with_lora(handle, loras.write(tmp_path / f"{name}.safetensors", writer(state)), 0.3, start)
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("streaming", "num_slots", "kind", "interleaved"),
+    [((0, 1, 2, 3), 2, Source.PINNED, True), ((1, 3), 3, Source.DISK, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_runs_with_loras_give_the_bits_of_resident_ones(
+    run: tuple[ModelHandle, SampleRequest],
+    changed: ModelHandle,
+    monkeypatch: pytest.MonkeyPatch,
+    streaming: tuple[int, ...],
+    num_slots: int,
+    kind: Source,
+    interleaved: bool,
+    dtype: torch.dtype,
+) -> None:
+    (plain, request), handle = (replace(run[0], dtype=dtype), run[1]), replace(changed, dtype=dtype)
+    wanted, without = runtime.generate(handle, request), runtime.generate(plain, request)
+    assert not torch.equal(wanted, without)
+    stream(monkeypatch, (), 0)
+    assert torch.equal(runtime.generate(handle, request), wanted)
+    links = stream(monkeypatch, streaming, num_slots, kind, interleaved)
+    for _ in range(2):
+        assert torch.equal(runtime.generate(handle, request), wanted)
+        assert torch.equal(runtime.generate(plain, request), without)
+    for link in links:
+        link.spoil()
+    monkeypatch.undo()
+    assert torch.equal(runtime.generate(handle, request), wanted)
+    assert torch.equal(runtime.generate(plain, request), without)
+
+
+def test_loras_survive_passes_that_run_out_of_memory(
+    run: tuple[ModelHandle, SampleRequest], changed: ModelHandle, crowded: list[int]
+) -> None:
+    (handle, request), said = run, []
+    wanted, without = runtime.generate(changed, request), runtime.generate(handle, request)
+    for needed in (1, 4):
+        crowded[0] = needed
+        assert torch.equal(runtime.generate(changed, request, tell=said.append), wanted)
+    assert len([line for line in said if line.startswith("The device ran out of memory; now ")]) > 1
+    crowded[0] = 0
+    assert torch.equal(runtime.generate(handle, request), without)
 
 
 def test_a_run_that_broke_off_leaves_nothing_behind(

@@ -1,0 +1,66 @@
+"""The LoRA node: what it tells, what it refuses, and that it changes nobody else's model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from wanqwen.core.types import ModelHandle
+
+from .. import loras
+
+
+@pytest.fixture
+def file(nodes, models: Path, model: ModelHandle) -> str:
+    written = loras.low_rank(loras.official(model.checkpoint.path), loras.DIALECTS["kohya"])
+    return loras.write(models / "loras" / "wan_lightx2v.safetensors", written).name
+
+
+@pytest.fixture
+def latent() -> dict[str, torch.Tensor]:
+    return {"samples": torch.zeros(1, 16, 1, 4, 4)}
+
+
+def test_it_tells_what_is_used_and_which_preset_to_take(nodes, model: ModelHandle, file: str) -> None:
+    out = nodes.LoRA.execute(model, file, 0.8, 0.25, 0.5)
+    [lora] = out.values[0].loras
+    assert (lora.strength, lora.start, lora.end) == (0.8, 0.25, 0.5)
+    assert out.values[0].weights is model.weights and not model.loras
+    used, preset = out.ui["text"]
+    assert used.startswith("wan_lightx2v.safetensors: ") and used.endswith("lora_down, lora_up, alpha; rank 3")
+    assert preset == (
+        "A distilled LoRA: choose preset lightx2v-4 in the Sampler (4 steps of euler, shift 5, guidance 1)."
+    )
+
+
+def test_nodes_in_a_row_add_up(nodes, model: ModelHandle, file: str) -> None:
+    twice = nodes.LoRA.execute(nodes.LoRA.execute(model, file, 0.8).values[0], file, -0.3).values[0]
+    assert [lora.strength for lora in twice.loras] == [0.8, -0.3]
+
+
+def test_branches_of_a_graph_sample_as_if_alone(nodes, model: ModelHandle, file: str, prompts, latent) -> None:
+    def sample(handle: ModelHandle, preset: str = "none") -> torch.Tensor:
+        out = nodes.Sampler.execute(handle, prompts[0], latent, 0, 2, 3.0, 0.0, "euler", 1.0, prompts[1], preset=preset)
+        return out.values[0]["samples"]
+
+    lora = nodes.LoRA.execute(model, file, 1.0).values[0]
+    plain, changed = sample(model), sample(lora)
+    assert not torch.equal(plain, changed)
+    assert torch.equal(sample(model), plain) and torch.equal(sample(lora), changed)
+    assert not torch.equal(sample(lora, "lightx2v-4"), changed)
+
+
+def test_what_cannot_be_is_refused(nodes, model: ModelHandle, models: Path, file: str) -> None:
+    assert nodes.LoRA.validate_inputs(file) is True and nodes.LoRA.validate_inputs(None) is True
+    assert str(models / "loras") in nodes.LoRA.validate_inputs("gone.safetensors")
+    with pytest.raises(ValueError, match=r"start 0\.5 and end 0\.2"):
+        nodes.LoRA.execute(model, file, 1.0, 0.5, 0.2)
+    qwen = nodes.LoadQwenImageModel.execute("qwen_t2i.safetensors", "auto", "auto").values[0]
+    with pytest.raises(ValueError, match=r"wan_lightx2v.* does not fit this model, qwen_t2i.* wan21"):
+        nodes.LoRA.execute(qwen, file, 1.0)
+
+
+def test_a_replaced_file_is_read_again(nodes, models: Path, file: str) -> None:
+    before = nodes.LoRA.fingerprint_inputs(file)
+    assert before == nodes.LoRA.fingerprint_inputs(file)
+    (models / "loras" / file).write_bytes(b"another")
+    assert before != nodes.LoRA.fingerprint_inputs(file)
