@@ -51,6 +51,7 @@ def load_model(
     which of Qwen-Image's models it holds. `to_plan` also opens models whose runs can be planned but not sampled.
     """
     checkpoint, identity = _opened(path, "diffusion_model", family)
+    check_formats(checkpoint, identity.names)
     known = family_of(identity.family)
     try:
         if variant is not None:

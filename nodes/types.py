@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.weights.reader import PICKLES
+from ..core.weights.reader import GGUF, PICKLES, SAFETENSORS
 from ..loading import DEMO_FOLDER
 
 CATEGORY = "WanQwen"
@@ -20,7 +20,7 @@ QwenTextEncoder = io.Custom("WANQWEN_QWEN_TEXT_ENCODER")  # carries a qwen_image
 
 FINISH = "wanqwen_finish"  # in a LATENT of ours: a core.picture.Finish, which VAE Decode carries out
 
-READABLE = (".safetensors", *PICKLES)
+READABLE = (SAFETENSORS, GGUF, *PICKLES)
 DEMO_PREFIX = "demo/"
 # ComfyUI's name of a folder -> the miniatures that are listed with its files.
 DEMO_FILES = {

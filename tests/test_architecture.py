@@ -31,7 +31,7 @@ ALLOWED = {
     "core/blocks": ("core/memory", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
-    "core/planning": ("core/memory", "core/blocks", "core/sampling", "core/host", "core/types"),
+    "core/planning": ("core/memory", "core/blocks", "core/sampling", "core/ops", "core/host", "core/types"),
     "core/past": ("core/host",),
     "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),
     "core/runtime": (

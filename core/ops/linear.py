@@ -13,6 +13,7 @@ class Linear(nn.Module):
     """`x @ weight.T + bias`, computed in the dtype of `x` whatever the weight is stored in.
 
     `weight_scale` exists only where the checkpoint has one for this layer (scaled fp8): a scalar or one value per row.
+    `stored` is the checkpoint's name of the weight's format where its shape and dtype don't tell it (blocks of GGUF).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -20,10 +21,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("weight_scale", None)
+        self.stored: str | None = None
 
     def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Return the layer as a function of tensors of this dtype, its weight made ready once for all calls."""
-        weight = formats.dequantise(self.weight, self.weight_scale, dtype)
+        weight = formats.dequantise(self.weight, self.weight_scale, dtype, self.stored)
         bias = None if self.bias is None else self.bias.to(dtype)
         return lambda x: F.linear(x, weight, bias)
 
