@@ -154,8 +154,9 @@ def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
     widths, blocks, temporal = [0], [0], []
     for i in range(count(names, "encoder.downsamples.")):
         layer = f"encoder.downsamples.{i}"
-        if f"{layer}.resample.1.weight" in names:
-            temporal.append(f"{layer}.time_conv.weight" in names)
+        # Either parameter of a layer tells that it is there; the other one may be what the file lacks.
+        if any(f"{layer}.resample.1{leaf}" in names for leaf in keymap.LAYER):
+            temporal.append(any(f"{layer}.time_conv{leaf}" in names for leaf in keymap.LAYER))
             widths.append(0)
             blocks.append(0)
         else:

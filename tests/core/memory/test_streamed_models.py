@@ -1,9 +1,11 @@
 """Whole runs of both families with blocks that stream: the very bits of a resident run, also after a run that broke."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import resident as memory
 from wanqwen.core.memory import slab
@@ -11,22 +13,37 @@ from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, ModelHandle, SampleRequest
+from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.loading import DEMO_FOLDER, load_model
+from wanqwen.tests.gguf_files import quantised, write
 
 from .late_link import LateLink
 
 pytestmark = pytest.mark.usefixtures("cuda_runtime")
 
-FILES = {"wan_dit": 96, "qwen_dit": 128}  # the latter partly in scaled fp8 -> width of its text rows
+# The width of a model's text rows. The second one is partly in scaled fp8, the third the first one in blocks of GGUF.
+FILES = {"wan_dit": 96, "qwen_dit": 128, "wan_gguf": 96}
+KINDS = ("Q8_0", "Q5_1", "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def wan_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, tensors = DEMO_FOLDER / "wan_dit.safetensors", {}
+    for i, (name, tensor) in enumerate(load_file(path).items()):
+        is_matrix = name.startswith("blocks.") and tensor.dim() == 2
+        tensors[name] = quantised(tensor, KINDS[i % len(KINDS)]) if is_matrix else tensor
+    own = open_checkpoint(path).metadata["wanqwen"]
+    return write(tmp_path_factory.mktemp("gguf") / "wan.gguf", tensors, {"wanqwen": own})
 
 
 @pytest.fixture(params=FILES)
 def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
     generator, width = torch.Generator().manual_seed(0), FILES[request.param]
+    is_demo = (path := DEMO_FOLDER / f"{request.param}.safetensors").is_file()
     positive, negative = (Conditioning(text=torch.randn(1, n, width, generator=generator)) for n in (7, 4))
     latent = torch.zeros(1, 16, 1, 8, 8)
     asked = SampleRequest(latent=latent, positive=positive, negative=negative, steps=3, guidance=(3.0,), seed=5)
-    return load_model(DEMO_FOLDER / f"{request.param}.safetensors"), asked
+    return load_model(path if is_demo else request.getfixturevalue(request.param)), asked
 
 
 def with_at_least(plan: Plan, at_least: int) -> Plan:
