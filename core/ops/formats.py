@@ -62,7 +62,8 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, stored:
         rows = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
 
         def part(chosen: slice) -> Tensor:
-            return packing.unpack(rows[chosen].reshape(-1, packing.num_bytes)).view(-1, numbers)
+            blocks = rows[chosen].reshape(-1, packing.num_bytes)
+            return packing.unpack(blocks).view(len(rows[chosen]), numbers)
 
         return _in_parts(part, (len(rows), numbers), dtype, weight.device).view(*weight.shape[:-1], numbers)
     if scale is None:

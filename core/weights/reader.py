@@ -205,12 +205,19 @@ def _siblings(path: Path, shard: re.Match[str]) -> list[Path]:
 
 
 def _all_there(path: Path, files: list[Path]) -> list[Path]:
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not _is_there(file)]:
         raise ValueError(
             f"{path} belongs to a set of {len(files)} shards, {len(missing)} of which are missing from {path.parent}: "
             f"{', '.join(missing[:8])}; download them too"
         )
     return files
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _in_folder(folder: Path) -> Path:

@@ -62,7 +62,7 @@ def test_blocks_are_unpacked_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     assert peak < wanted.nbytes + 4 * 50 * NUMBERS * 4
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 256), (256,), (0, 256), (1, 0, 256)])
+@pytest.mark.parametrize("shape", [(2, 3, 256), (256,), (0, 256), (1, 0, 256), (2, 0)])
 def test_blocks_of_any_shape(shape: tuple[int, ...]) -> None:
     rows = torch.Size(shape[:-1]).numel()
     _, packed = random_blocks("Q6_K", max(1, rows), 256)
