@@ -64,7 +64,11 @@ def list_files(folder: str, demo: str = "") -> list[str]:
 
     Of those only the ones whose names begin with `demo`.
     """
-    names = [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(READABLE)]
+    found = {name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(READABLE)}
+    for place in folder_paths.get_folder_paths(folder):  # ComfyUI's own lists leave GGUF out
+        files, _ = folder_paths.recursive_search(place, excluded_dir_names=[".git"])
+        found.update(folder_paths.filter_files_extensions(files, {GGUF}))
+    names = sorted(found)
     bundled = [name for name in _bundled(folder) if name.startswith(DEMO_PREFIX + demo) and _demo_path(name).is_file()]
     return names + [name for name in bundled if name not in names]
 
