@@ -230,9 +230,8 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
             "edit. The weights are read when a new prompt comes; prompts seen before cost nothing.",
             inputs=_text_encoder_inputs(
                 "qwen_",
-                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16, fp8, or GGUF, which sees no "
-                "pictures and so is not for edits. demo/... is the "
-                "miniature that comes with this pack.",
+                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16, fp8, or GGUF, which sees "
+                "no pictures and so is not for edits. demo/... is the miniature that comes with this pack.",
                 on_cpu="image model; the 7B encoder takes up to 17 GB of RAM there, and next to none on a GPU.",
                 limit=" 0 is no limit; 2 is enough for prompts, 3 with pictures.",
                 tokenizer="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
