@@ -1,7 +1,7 @@
 """How one weight may be stored, and how it becomes a tensor to compute with."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -42,6 +42,7 @@ INT8_RECORD = "int8_tensorwise"
 READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2", INT8_RECORD)
 ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
 
+MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
 ELEMENTS_AT_ONCE = 1 << 22  # of a scaled or packed weight that are in float32
 
 MIXED_SHARE = (
@@ -94,6 +95,11 @@ def layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
     if info.dtype not in DTYPES:
         raise ValueError(f"tensors of {info.dtype} can't be read")
     return DTYPES[info.dtype], info.shape
+
+
+def is_countable(shape: Sequence[int]) -> bool:
+    """Say whether a tensor of a shape can be, so that also one without numbers may not have sides without end."""
+    return prod(max(1, side) for side in shape) < MAX_ELEMENTS
 
 
 def companion(name: str) -> str | None:

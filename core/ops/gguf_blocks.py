@@ -112,7 +112,8 @@ PACKINGS = {
 
 def _half(blocks_NB: Tensor, at: int) -> Tensor:
     """Return the 16-bit float at this byte of every block, [N, 1]."""
-    return blocks_NB[:, at : at + 2].contiguous().view(torch.float16).float()
+    # A copy: the bytes of a file may begin at an odd place, from where PyTorch views no halves.
+    return blocks_NB[:, at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _fields(packed_NB: Tensor, width: int, bits: int) -> Tensor:

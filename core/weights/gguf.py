@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..ops.formats import DTYPES
+from ..ops.formats import DTYPES, is_countable
 from ..ops.gguf_blocks import PACKINGS
 from ..types import TensorInfo
 
@@ -105,6 +105,8 @@ class _Header:
         if dimensions > MAX_DIMENSIONS:
             raise _damaged(self.file, f"tensor {name!r} has {dimensions} dimensions, {MAX_DIMENSIONS} at most can be")
         shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+        if not is_countable(shape):
+            raise _damaged(self.file, f"tensor {name!r} is said to be {list(shape)}, more than can be")
         number = self._number("I")
         stored = TYPES.get(number, f"GGML type {number}")
         packing = PACKINGS.get(stored)
@@ -192,6 +194,7 @@ def _original(file: Path, name: str, stored: str, shape: tuple[int, ...], facts:
     if original == shape:
         return shape
     whole = isinstance(original, tuple) and all(type(side) is int and side >= 0 for side in original)
+    whole = whole and is_countable(original)
     if not whole or prod(original) != prod(shape) or (stored in PACKINGS and original[-1:] != shape[-1:]):
         raise _damaged(file, f"tensor {name!r} is {list(shape)}, and said to have been {str(original)[:80]}")
     return original

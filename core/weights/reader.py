@@ -120,6 +120,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
             if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
                 raise TypeError(f"{name}: {entry}")
+            if not formats.is_countable(shape):
+                raise ValueError(f"{name} is said to be {list(shape)}, more than can be")
             tensors[name] = TensorInfo(entry["dtype"], shape, 8 + length + begin)
             spans.append((begin, end, name))
     except (RecursionError, AttributeError, KeyError, TypeError, ValueError) as error:

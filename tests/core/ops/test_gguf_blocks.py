@@ -29,6 +29,13 @@ def test_random_blocks_equal_the_reference_bit_for_bit(kind: str) -> None:
 
 
 @each_kind
+def test_blocks_may_begin_anywhere(kind: str) -> None:
+    blocks = random_blocks(kind, 1, 256)
+    odd = torch.cat((torch.zeros(1, dtype=torch.uint8), blocks[1].flatten()))[1:].view(blocks[1].shape)
+    assert torch.equal(formats.dequantise(odd, None, torch.float32, kind), meaning(blocks))
+
+
+@each_kind
 def test_every_scale_equals_the_reference(kind: str) -> None:
     """All 65,536 halves, tiny ones and infinities among them; what is not a number is none on both sides."""
     halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2)
