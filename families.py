@@ -20,13 +20,21 @@ SHOWN = 6  # names in an error
 # What people put in the wrong socket: a part of a name that tells -> what it is, and what to do.
 STRANGERS = (
     (".encoded_exponent", "a DFloat11 model, which this version does not read yet"),
+    (
+        ".qweight",
+        "a 4-bit model (SVDQuant of Nunchaku, GPTQ, AWQ), which this version does not read: use an fp8 or "
+        "16-bit file, or GGUF Q4_K",
+    ),
     (".lora_", "a LoRA, not a model: load it with a LoRA node"),
     (".diff_b", "a LoRA, not a model: load it with a LoRA node"),
     ("vace_blocks.", "the VACE half of a model alone: use a whole VACE model"),
     ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
     ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),
     ("controlnet_blocks.", "a ControlNet, which this version does not read yet"),
-    (".qweight", "a model in a 4-bit format, which this version does not read: use a bf16 or fp8 file"),
+    (
+        "bitsandbytes__",
+        "a 4-bit model of bitsandbytes, which this version does not read: use an fp8 or 16-bit file, or GGUF Q4_K",
+    ),
     ("transformer_blocks.0.img_mod.", "a part of a Qwen-Image model, or one repacked in a way that is not known"),
     ("visual.blocks.0.mlp.fc1.", "Qwen2-VL, not the Qwen2.5-VL of Qwen-Image"),
     ("visual.blocks.0.mlp.linear_fc1.", "Qwen3-VL, not the Qwen2.5-VL of Qwen-Image"),

@@ -60,6 +60,7 @@ def load_model(
     which of Qwen-Image's models it holds.
     """
     checkpoint, identity = _opened(path, "diffusion_model", family)
+    check_formats(checkpoint, identity.names)
     known = family_of(identity.family)
     try:
         if variant is not None:

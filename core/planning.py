@@ -15,6 +15,7 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
+from .ops.linear import Linear
 from .types import Conditioning, Family, Lora, MemoryOptions, same
 from .weights.adapters import Adapters, device_bytes
 
@@ -213,11 +214,13 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
 
 
 def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:
-    """Return a model of a few blocks on the meta device, whose tensors are of the module's dtypes."""
+    """Return a model of a few blocks on the meta device, whose tensors are stored as the module's are."""
     with META:
         twin = scene.family.build(scene.family.shallow(scene.config, SHALLOW)).requires_grad_(False)
     stored = dict((*module.named_parameters(), *module.named_buffers()))
     for path, part in twin.named_modules():
+        if isinstance(part, Linear):
+            part.stored = module.get_submodule(path).stored
         prefix = f"{path}." if path else ""
         for key in part._parameters:
             if part._parameters[key] is not None:

@@ -227,7 +227,8 @@ class TokenTable:
             scale = scale.reshape(-1)[chosen]
         # As bytes: not every version of PyTorch looks rows of fp8 up.
         rows = stored.view(torch.uint8)[chosen].view(stored.dtype)
-        return formats.dequantise(rows, scale, self.recipe.dtype)[None]
+        kind = self.checkpoint.tensors[self.recipe.tensor].dtype
+        return formats.dequantise(rows, scale, self.recipe.dtype, kind)[None]
 
     @cached_property
     def _stored(self) -> dict[str | None, Tensor]:

@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.weights.reader import PICKLES
+from ..core.weights.reader import GGUF, PICKLES, SAFETENSORS
 from ..loading import DEMO_FOLDER
 
 CATEGORY = "WanQwen"
@@ -20,7 +20,7 @@ QwenTextEncoder = io.Custom("WANQWEN_QWEN_TEXT_ENCODER")  # carries a qwen_image
 
 FINISH = "wanqwen_finish"  # in a LATENT of ours: a core.picture.Finish, which VAE Decode carries out
 
-READABLE = (".safetensors", *PICKLES)
+READABLE = (SAFETENSORS, GGUF, *PICKLES)
 DEMO_PREFIX = "demo/"
 # ComfyUI's name of a folder -> the miniatures that are listed with its files.
 DEMO_FILES = {
@@ -66,7 +66,11 @@ def list_files(folder: str, demo: str = "") -> list[str]:
 
     Of those only the ones whose names begin with `demo`.
     """
-    names = [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(READABLE)]
+    found = {name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(READABLE)}
+    for place in folder_paths.get_folder_paths(folder):  # ComfyUI's own lists leave GGUF out
+        files, _ = folder_paths.recursive_search(place, excluded_dir_names=[".git"])
+        found.update(folder_paths.filter_files_extensions(files, {GGUF}))
+    names = sorted(found)
     bundled = [name for name in _bundled(folder) if name.startswith(DEMO_PREFIX + demo) and _demo_path(name).is_file()]
     return names + [name for name in bundled if name not in names]
 

@@ -78,8 +78,22 @@ VISION_TOWER = _rows(
         "visual.merger.mlp.2": LAYER,
     }
 )
+# llama.cpp's names, in GGUF files; these hold no vision tower.
+LANGUAGE_MODEL_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.layers.{}.input_layernorm": "blk.{}.attn_norm",
+    "model.layers.{}.self_attn.q_proj": "blk.{}.attn_q",
+    "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
+    "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
+    "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
+    "model.layers.{}.post_attention_layernorm": "blk.{}.ffn_norm",
+    "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
+    "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
+    "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
+    "model.norm": "output_norm",
+}
 # Nothing is generated, so the head that turns rows into words is not needed; frequencies are computed.
-TEXT_ENCODER_IGNORED = ("lm_head.*", TOKENIZER, "*.inv_freq")
+TEXT_ENCODER_IGNORED = ("lm_head.*", TOKENIZER, "*.inv_freq", "output.weight", "rope_freqs.weight")
 
 
 def _renamed(language_model: str, vision: str) -> dict[str, str]:
@@ -94,6 +108,7 @@ TEXT_ENCODER_SPELLINGS = (
     Spelling(name="transformers-5", table=_renamed("language_model.", VISION)),
     # The language model saved on its own.
     Spelling(name="language model alone", table=_renamed("", VISION)),
+    Spelling(name="llama.cpp", table=LANGUAGE_MODEL_GGUF),
 )
 # Besides whole files: diffusers pipelines in one file, and ComfyUI's checkpoints and saved text encoders.
 TEXT_ENCODER_PREFIXES = (

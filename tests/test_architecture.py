@@ -32,7 +32,8 @@ ALLOWED = {
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": (
-        *("core/memory", "core/blocks", "core/sampling", "core/weights/adapters", "core/host", "core/types"),
+        *("core/memory", "core/blocks", "core/sampling", "core/ops", "core/weights/adapters", "core/host"),
+        "core/types",
     ),
     "core/past": ("core/host",),
     "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),

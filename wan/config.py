@@ -49,6 +49,8 @@ class WanConfig:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"Wan width {self.dim} does not split into {self.num_heads} heads of even width")
+        if self.freq_dim % 2:
+            raise ValueError(f"Wan has as many sines as cosines of the time, time_embedding.0.weight {self.freq_dim}")
         if self.image_positions and not self.image_dim:
             raise ValueError(f"Wan has {self.image_positions} positions for image rows that it does not take")
         layers = self.vace_layers

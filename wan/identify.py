@@ -125,7 +125,7 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
     ours = own_values(checkpoint, METADATA_FIELDS)
     image = {
         "image_dim": shape(IMAGE_WIDTH)[0] if IMAGE_WIDTH in match.names else 0,
-        "image_positions": shape(IMAGE_POSITIONS)[1] if IMAGE_POSITIONS in match.names else 0,
+        "image_positions": shape(IMAGE_POSITIONS)[-2] if IMAGE_POSITIONS in match.names else 0,
     }
     if "num_heads" not in ours and dim % HEAD_WIDTH:
         raise ValueError(
@@ -194,8 +194,9 @@ def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
     widths, blocks, temporal = [0], [0], []
     for i in range(count(names, "encoder.downsamples.")):
         layer = f"encoder.downsamples.{i}"
-        if f"{layer}.resample.1.weight" in names:
-            temporal.append(f"{layer}.time_conv.weight" in names)
+        # Either parameter of a layer tells that it is there; the other one may be what the file lacks.
+        if any(f"{layer}.resample.1{leaf}" in names for leaf in keymap.LAYER):
+            temporal.append(any(f"{layer}.time_conv{leaf}" in names for leaf in keymap.LAYER))
             widths.append(0)
             blocks.append(0)
         else:

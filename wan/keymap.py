@@ -89,8 +89,26 @@ TEXT_ENCODER = {
     ),
     "norm": ("encoder.final_layer_norm", WEIGHT),
 }
+# llama.cpp's names, in GGUF files.
+TEXT_ENCODER_GGUF = {
+    "token_embedding": "token_embd",
+    "blocks.{}.norm1": "enc.blk.{}.attn_norm",
+    "blocks.{}.attn.q": "enc.blk.{}.attn_q",
+    "blocks.{}.attn.k": "enc.blk.{}.attn_k",
+    "blocks.{}.attn.v": "enc.blk.{}.attn_v",
+    "blocks.{}.attn.o": "enc.blk.{}.attn_o",
+    "blocks.{}.pos_embedding.embedding": "enc.blk.{}.attn_rel_b",
+    "blocks.{}.norm2": "enc.blk.{}.ffn_norm",
+    "blocks.{}.ffn.gate.0": "enc.blk.{}.ffn_gate",
+    "blocks.{}.ffn.fc1": "enc.blk.{}.ffn_up",
+    "blocks.{}.ffn.fc2": "enc.blk.{}.ffn_down",
+    "norm": "enc.output_norm",
+}
 # The tokenizer of ComfyUI's files, the second name of the tied embedding, and the decoder of whole UMT5 checkpoints.
-TEXT_ENCODER_IGNORED = ("spiece_model", "encoder.embed_tokens.weight", "decoder.*", "lm_head.weight")
+TEXT_ENCODER_IGNORED = (
+    *("spiece_model", "encoder.embed_tokens.weight", "decoder.*", "lm_head.weight"),
+    *("dec.*", "output.weight"),
+)
 
 
 # Official and transformers' names of the CLIP visual tower. q, k and v are fused in the one and apart in the other, so
@@ -150,6 +168,7 @@ TEXT_ENCODER_SPELLINGS = (
     Spelling(name="huggingface", table=_HUGGINGFACE),
     # Files that keep the tied embedding under its second name only.
     Spelling(name="huggingface", table=_HUGGINGFACE | {"token_embedding": "encoder.embed_tokens"}),
+    Spelling(name="llama.cpp", table=TEXT_ENCODER_GGUF),
 )
 IMAGE_ENCODER_SPELLINGS = (
     Spelling(name="official", table=_same(IMAGE_ENCODER_OFFICIAL)),

@@ -1,59 +1,105 @@
 """How one weight may be stored, and how it becomes a tensor to compute with."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from ..types import TensorInfo
+from .gguf_blocks import PACKINGS
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What the names in headers mean; of GGUF's those that are no blocks.
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
-# The dtypes a weight may be stored in: safetensors name -> (PyTorch's, the name that users know it by).
+# The dtypes a weight may be stored in -> the name that users know it by; integers only with a scale and a record.
 STORAGE = {
-    "F64": (torch.float64, "fp64"),
-    "F32": (torch.float32, "fp32"),
-    "F16": (torch.float16, "fp16"),
-    "BF16": (torch.bfloat16, "bf16"),
-    "F8_E4M3": (torch.float8_e4m3fn, "fp8_e4m3fn"),
-    "F8_E5M2": (torch.float8_e5m2, "fp8_e5m2"),
+    "F64": "fp64",
+    "F32": "fp32",
+    "F16": "fp16",
+    "BF16": "bf16",
+    "F8_E4M3": "fp8_e4m3fn",
+    "F8_E5M2": "fp8_e5m2",
+    "I8": "int8",
 }
+SMALL = ("F8_E4M3", "F8_E5M2", "I8", *PACKINGS)  # what a `Linear` keeps and makes ready per call
 
-# Tensors that stand beside a layer's weight in quantised files. The two scales multiply the weight; the input scales
-# serve fp8 matrix products, which we don't do; the record names the layer's format.
+# Tensors that stand beside a layer's weight in quantised files. The first two scales multiply the weight; the input
+# scales serve fp8 matrix products, which we don't do; the record names the layer's format. The others belong to formats
+# that are not read, and are known so that these can be refused by name.
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 INPUT_SCALES = (".scale_input", ".input_scale")
 RECORD = ".comfy_quant"
-COMPANIONS = (*WEIGHT_SCALES, *INPUT_SCALES, RECORD)
+COMPANIONS = (*WEIGHT_SCALES, *INPUT_SCALES, RECORD, ".weight_scale_2", ".pre_quant_scale")
 SCALED_MARKER = "scaled_fp8"  # says that the file has scales, and which products to take in fp8; carries no weight
 METADATA_RECORD = "_quantization_metadata"  # metadata key with the records of all layers
-READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2")
+INT8_RECORD = "int8_tensorwise"
+READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2", INT8_RECORD)
+ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
 
-ELEMENTS_AT_ONCE = 1 << 22  # of a scaled weight that are in float32
+MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
+ELEMENTS_AT_ONCE = 1 << 22  # of a scaled or packed weight that are in float32
 
 MIXED_SHARE = (
     0.1  # of the elements in a second dtype: above this a file is "mixed" (official VACE: fp32 base, bf16 rest)
 )
 
 
-def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, stored: str | None = None) -> Tensor:
     """Return `weight` ready to compute with in `dtype`; no copy when it is stored that way already.
 
     `scale` is None, one number, or one number per output row ([out] or [out, 1]); the product is taken in float32
     so that a 16-bit result is rounded once, and of a part of the rows at a time, so that it is small beside the result.
-    Format: ComfyUI's scaled fp8 files (`scale_weight`, `weight_scale`).
+    Format: ComfyUI's scaled fp8 and int8 files (`scale_weight`, `weight_scale`). `stored` is the name of a block format
+    of GGUF where `weight` is blocks, [..., bytes of a row]; any other name means nothing here.
     """
+    if packing := PACKINGS.get(stored or ""):
+        numbers = weight.shape[-1] // packing.num_bytes * packing.numbers
+        rows = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
+
+        def part(chosen: slice) -> Tensor:
+            blocks = rows[chosen].reshape(-1, packing.num_bytes)
+            return packing.unpack(blocks).view(len(rows[chosen]), numbers)
+
+        return _in_parts(part, (len(rows), numbers), dtype, weight.device).view(*weight.shape[:-1], numbers)
     if scale is None:
         return weight.to(dtype)
-    scales = scale.float().reshape(-1, *[1] * (weight.dim() - 1)).expand(weight.shape[0], *[1] * (weight.dim() - 1))
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    size = max(1, ELEMENTS_AT_ONCE // prod(weight.shape[1:]))
-    for first in range(0, weight.shape[0], size):
+    ones = [1] * (weight.dim() - 1)
+    scales = scale.float().reshape(-1, *ones).expand(weight.shape[0], *ones)
+    return _in_parts(lambda rows: weight[rows].float() * scales[rows], tuple(weight.shape), dtype, weight.device)
+
+
+def _in_parts(
+    part: Callable[[slice], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=device)
+    size = max(1, ELEMENTS_AT_ONCE // max(1, prod(shape[1:])))
+    for first in range(0, shape[0], size):
         rows = slice(first, first + size)
-        out[rows] = weight[rows].float() * scales[rows]
+        out[rows] = part(rows)
     return out
+
+
+def layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return dtype and shape of a tensor as its bytes lie in a file: of blocks those of the bytes.
+
+    Raises ValueError for a dtype that PyTorch does not have.
+    """
+    if packing := PACKINGS.get(info.dtype):
+        return torch.uint8, (*info.shape[:-1], packing.row_bytes(info.shape[-1]))
+    if info.dtype not in DTYPES:
+        raise ValueError(f"tensors of {info.dtype} can't be read")
+    return DTYPES[info.dtype], info.shape
+
+
+def is_countable(shape: Sequence[int]) -> bool:
+    """Say whether a tensor of a shape can be, so that also one without numbers may not have sides without end."""
+    return prod(max(1, side) for side in shape) < MAX_ELEMENTS
 
 
 def companion(name: str) -> str | None:
@@ -62,7 +108,7 @@ def companion(name: str) -> str | None:
 
 
 def weight_format(tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the users' name of how a model is stored: fp32, bf16, fp16, fp8_e4m3fn, fp8_scaled, dfloat11, mixed..."""
+    """Return the users' name of how a model is stored: fp32, bf16, fp8_e4m3fn, fp8_scaled, gguf Q4_K, mixed..."""
     if any(name.endswith(".encoded_exponent") for name in tensors):
         return "dfloat11"
     sizes: Counter[str] = Counter()
@@ -70,8 +116,9 @@ def weight_format(tensors: Mapping[str, TensorInfo]) -> str:
         if companion(name) is None:
             sizes[info.dtype] += prod(info.shape)
     (first, _), *others = sizes.most_common(2)
+    users_name = STORAGE.get(first, first.lower())
+    if first in PACKINGS:  # mixtures such as Q4_K_M are called after what most of them is
+        return f"gguf {first}"
     if any(name.endswith(WEIGHT_SCALES) for name in tensors):
-        return "fp8_scaled" if first.startswith("F8") else f"{first.lower()}_scaled"
-    if others and others[0][1] > MIXED_SHARE * sizes.total():
-        return "mixed"
-    return STORAGE[first][1] if first in STORAGE else first.lower()
+        return "fp8_scaled" if first.startswith("F8") else f"{users_name}_scaled"
+    return "mixed" if others and others[0][1] > MIXED_SHARE * sizes.total() else users_name

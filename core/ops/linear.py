@@ -17,6 +17,7 @@ class Linear(nn.Module):
 
     `weight_scale` exists only where the checkpoint has one for this layer (scaled fp8): a scalar or one value per row.
     `changes` are on top of the weight for the length of a run, as `weights.adapters` binds and unbinds them.
+    `stored` is the checkpoint's name of the weight's format where its shape and dtype don't tell it (blocks of GGUF).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -24,6 +25,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("weight_scale", None)
+        self.stored: str | None = None
         self.changes: tuple[Change, ...] = ()
 
     def at(self, dtype: torch.dtype, num_rows: int = MANY_ROWS) -> Callable[[Tensor], Tensor]:
@@ -32,7 +34,7 @@ class Linear(nn.Module):
         `num_rows` is how many rows all calls together bring: of the two ways to take changes, both of which leave the
         stored weight alone, it decides which one is less work.
         """
-        weight = formats.dequantise(self.weight, self.weight_scale, dtype)
+        weight = formats.dequantise(self.weight, self.weight_scale, dtype, self.stored)
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.changes and is_cheaper_beside(self.changes, weight.shape, num_rows):
             add = beside(self.changes, dtype)

@@ -18,7 +18,9 @@ from .ranges import Range, read_ranges
 from .reader import read_tensors
 
 SHOWN = 8  # names per list in an error
-SCALE = "weight_scale"  # the buffer of a `Linear` whose weight stays in fp8
+SCALE = "weight_scale"  # the buffer of a `Linear` whose weight stays in fp8 or int8
+FLOATS = ("F64", "F32", "F16", "BF16")  # what a scale may be
+INSTEAD = "use a file of this model in 16 bits, fp8, or GGUF (Q8_0, Q6_K, Q5_K, Q4_K, ...)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +67,11 @@ class Weights:
         for name, target in out.items():
             recipe = self.recipes[name]
             info = self.checkpoint.tensors[recipe.tensor]
+            dtype, shape = formats.layout(info)
             stored = target
-            if recipe.scale is not None or formats.STORAGE[info.dtype][0] != target.dtype:
-                stored = torch.empty(target.shape, dtype=formats.STORAGE[info.dtype][0])
+            if recipe.scale is not None or dtype != target.dtype:
+                rows = recipe.rows
+                stored = torch.empty((rows.stop - rows.start, *recipe.row) if rows else shape, dtype=dtype)
                 converted.append((name, stored))
             if info.start is None:
                 stored.copy_(recipe.part_of(self._pickled[recipe.tensor]))
@@ -78,9 +82,7 @@ class Weights:
         read_ranges(ranges, go_on)
         for name, stored in converted:
             go_on()
-            recipe, target = self.recipes[name], out[name]
-            scale = recipe.part_of_scale(self._scales.get(recipe.scale))
-            target.copy_(stored if scale is None else formats.dequantise(stored, scale, target.dtype))
+            out[name].copy_(self._made(self.recipes[name], stored).view(out[name].shape))
 
     def materialise(self, names: Collection[str] | None = None) -> nn.Module:
         """Give the module, or its tensors of these names, real memory on the CPU; return the module.
@@ -96,9 +98,15 @@ class Weights:
         for tensor_name, stored in read_tensors(self.checkpoint, wanted):
             for name in wanted[tensor_name]:
                 recipe = self.recipes[name]
-                scale = recipe.part_of_scale(self._scales.get(recipe.scale))
-                _register(self.module, name, formats.dequantise(recipe.part_of(stored), scale, recipe.dtype))
+                _register(self.module, name, self._made(recipe, recipe.part_of(stored)))
         return self.module
+
+    def _made(self, recipe: Recipe, stored: Tensor) -> Tensor:
+        """Return what a recipe makes of its part of a tensor as the file has it; that itself where it is wanted so."""
+        if recipe.scale is None and recipe.dtype == stored.dtype:
+            return stored
+        kind = self.checkpoint.tensors[recipe.tensor].dtype
+        return formats.dequantise(stored, recipe.part_of_scale(self._scales.get(recipe.scale)), recipe.dtype, kind)
 
     @cached_property
     def _scales(self) -> dict[str | None, Tensor]:
@@ -118,7 +126,7 @@ class Weights:
         parameters = dict(self.module.named_parameters())
         needed, dtypes = 0, set()
         for name, recipe in chosen.items():
-            stored, _ = formats.STORAGE[self.checkpoint.tensors[recipe.tensor].dtype]
+            stored, _ = formats.layout(self.checkpoint.tensors[recipe.tensor])
             if name in parameters and (stored != recipe.dtype or recipe.scale is not None):
                 needed += parameters[name].numel() * recipe.dtype.itemsize
                 dtypes.add(recipe.dtype)
@@ -144,9 +152,10 @@ def prepare(
     """Return a module on the meta device and how to fill it, in eval mode and without gradients.
 
     `build` makes it; `names` maps its parameters, and the scales of quantised ones, to the file's names. Parameters for
-    which `float32` holds are stored in float32; fp8 weights of a `Linear` stay as they are, with their scale in its
-    `weight_scale`; all others are stored in `dtype`. `ignored` are names of the file that are known and not needed.
-    `shares` names the parameters that are a part of the tensor that `names` gives them, and says which part.
+    which `float32` holds are stored in float32; fp8 and int8 weights of a `Linear` stay as they are, with their scale
+    in its `weight_scale`, and blocks of GGUF as bytes; all others are stored in `dtype`. `ignored` are names of the
+    file that are known and not needed. `shares` names the parameters that are a part of the tensor that `names` gives
+    them, and says which part.
     Raises ValueError, without reading a weight, for parameters the file lacks, tensors that nothing takes, other
     shapes, or a format that can't be read.
     """
@@ -160,20 +169,22 @@ def prepare(
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
         owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
-        stored, _ = formats.STORAGE[checkpoint.tensors[names[name]].dtype]
-        wanted = torch.float32 if float32(name) else dtype
-        is_kept = isinstance(owner, Linear) and leaf == "weight" and stored in formats.FLOAT8 and name not in shares
+        info = checkpoint.tensors[names[name]]
+        as_stored, in_file = formats.layout(info)
+        wanted, shape = torch.float32 if float32(name) else dtype, tuple(parameter.shape)
+        is_kept = isinstance(owner, Linear) and leaf == "weight" and info.dtype in formats.SMALL and name not in shares
         if is_kept and not float32(name):
-            wanted = stored
+            owner.stored = info.dtype
+            wanted, shape = as_stored, in_file
             if scale is not None:
                 owner.weight_scale = torch.empty(checkpoint.tensors[scale].shape, device="meta")
                 recipes[f"{path}.{SCALE}"] = Recipe(tensor=scale, scale=None, dtype=torch.float32)
                 scale = None
-        owner.register_parameter(leaf, nn.Parameter(parameter.to(wanted), requires_grad=False))
+        held = torch.empty(shape, dtype=wanted, device="meta")
+        owner.register_parameter(leaf, nn.Parameter(held, requires_grad=False))
         rows = _rows(parameter, shares.get(name))
-        recipes[name] = Recipe(
-            tensor=names[name], scale=scale, dtype=wanted, rows=rows, row=tuple(parameter.shape[1:]) if rows else ()
-        )
+        row = in_file[len(in_file) - parameter.dim() + 1 :] if rows else ()
+        recipes[name] = Recipe(tensor=names[name], scale=scale, dtype=wanted, rows=rows, row=row)
     return Weights(module.eval(), checkpoint, recipes)
 
 
@@ -197,7 +208,8 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
-        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        shape = owner._parameters[leaf].shape  # of which a file may leave out leading ones
+        owner.register_parameter(leaf, nn.Parameter(tensor.view(shape), requires_grad=False))
     else:
         setattr(owner, leaf, tensor.clone())
 
@@ -252,48 +264,79 @@ def _other_shapes(
             wanted, shown = (wanted[0] * share.count, *wanted[1:]), names[name]
             more = len(stored) - len(wanted)
             shape = stored[more:] if more > 0 and set(stored[:more]) == {1} else stored
-        if shape != wanted:
+        # Tools that write GGUF leave out leading ones ([6, E] for a modulation [1, 6, E]).
+        if wanted != (1,) * (len(wanted) - len(shape)) + shape:
             yield f"{shown} is {list(stored)} instead of {list(wanted)}"
 
 
-def _unreadable(names: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:
-    found = (checkpoint.tensors[file] for official, file in names.items() if not formats.companion(official))
-    dtypes = sorted({info.dtype for info in found} - formats.STORAGE.keys())
-    scales = {o: checkpoint.tensors[f] for o, f in names.items() if o.endswith(formats.WEIGHT_SCALES)}
-    for official, scale in scales.items():
-        weight = checkpoint.tensors.get(names.get(_layer(official) or "", ""))
-        per_row = weight is not None and scale.shape in ((), (1,), weight.shape[:1], (*weight.shape[:1], 1))
-        if scale.dtype not in formats.STORAGE or not per_row:
-            dtypes.append(f"{official} ({scale.dtype} {list(scale.shape)})")
-    return dtypes
-
-
 def check_formats(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Raise ValueError if weights are stored in a way that can't be read: anything but plain floats and scaled fp8.
+    """Raise ValueError if weights are stored in a way that can't be read, and name the way.
 
     `names` maps official names, scales and records among them, to the file's.
     """
-    record_names = [file for official, file in names.items() if official.endswith(formats.RECORD)]
-    texts = {
-        name: bytes(tensor.to(torch.uint8).tolist()).decode(errors="replace")
-        for name, tensor in read_tensors(checkpoint, record_names)
-    }
-    records = {name: _parse(checkpoint, name, text) for name, text in texts.items()}
-    if text := checkpoint.metadata.get(formats.METADATA_RECORD):
-        records |= _parse(checkpoint, formats.METADATA_RECORD, text).get("layers", {})
-    others = {name: record.get("format") for name, record in records.items()}
-    others = {name: found for name, found in others.items() if found not in formats.READABLE_RECORDS}
+    records = _records(checkpoint, names)
+    formats_found = {layer: _format_of(record) for layer, record in records.items()}
+    others = {layer: found for layer, found in formats_found.items() if found not in formats.READABLE_RECORDS}
     if others:
-        name, found = next(iter(others.items()))
+        layer, found = next(iter(others.items()))
         raise ValueError(
-            f"{checkpoint.path} is quantised as {found!r} ({len(others)} layers, such as {name}): only "
-            f"{' and '.join(formats.READABLE_RECORDS)} can be read; use an fp8 or 16-bit file of this model"
+            f"{checkpoint.path} is quantised as {found!r} ({len(others)} layers, such as {layer}): of such records "
+            f"only {', '.join(formats.READABLE_RECORDS)} can be read; {INSTEAD}"
         )
-    if rows := _unreadable(names, checkpoint):
+    whole = {layer for layer, found in formats_found.items() if found == formats.INT8_RECORD}
+    if rows := [*_unreadable_weights(names, checkpoint, whole), *_unreadable_scales(names, checkpoint)]:
         raise ValueError(
             f"{checkpoint.path} has {len(rows)} kinds of weights stored in a way that can't be read: "
-            f"{', '.join(rows[:SHOWN])}{', ...' * (len(rows) > SHOWN)}; use an fp8 or 16-bit file of this model"
+            f"{', '.join(rows[:SHOWN])}{', ...' * (len(rows) > SHOWN)}; {INSTEAD}"
         )
+
+
+def _records(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return what the file says of how its layers are quantised, by the layers' official names where they are known.
+
+    Raises ValueError where that can't be read.
+    """
+    beside = {file: o.removesuffix(formats.RECORD) for o, file in names.items() if o.endswith(formats.RECORD)}
+    found = {}
+    for name, tensor in read_tensors(checkpoint, beside):
+        text = bytes(tensor.to(torch.uint8).flatten().tolist()).decode(errors="replace")
+        found[beside[name]] = _parse(checkpoint, name, text)
+    if text := checkpoint.metadata.get(formats.METADATA_RECORD):
+        layers = _parse(checkpoint, formats.METADATA_RECORD, text).get("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(record, dict) for record in layers.values()):
+            raise ValueError(
+                f"{checkpoint.path}: {formats.METADATA_RECORD} has no records of layers: download it again"
+            )
+        official = {file.removesuffix(".weight"): o.removesuffix(".weight") for o, file in names.items()}
+        found |= {official.get(layer, layer): record for layer, record in layers.items()}
+    return found
+
+
+def _format_of(record: Mapping[str, Any]) -> str:
+    found = str(record.get("format"))
+    return f"{found} with {formats.ROTATED}" if record.get(formats.ROTATED) else found
+
+
+def _unreadable_weights(names: Mapping[str, str], checkpoint: Checkpoint, whole: Collection[str]) -> list[str]:
+    """Return the formats of weights that can't be read; integers can where `whole` has the layer, and it a scale."""
+    found = set()
+    for official, file in names.items():
+        stored, layer = checkpoint.tensors[file].dtype, official.removesuffix(".weight")
+        if formats.companion(official) or stored in formats.PACKINGS:
+            continue
+        has_scale = any(layer + suffix in names for suffix in formats.WEIGHT_SCALES)
+        if stored not in formats.STORAGE or (stored == "I8" and not (layer in whole and has_scale)):
+            found.add(stored)
+    return sorted(found)
+
+
+def _unreadable_scales(names: Mapping[str, str], checkpoint: Checkpoint) -> Iterator[str]:
+    for official, file in names.items():
+        if official.endswith(formats.WEIGHT_SCALES):
+            scale, weight = checkpoint.tensors[file], checkpoint.tensors.get(names.get(_layer(official) or "", ""))
+            per_row = weight is not None and scale.shape in ((), (1,), weight.shape[:1], (*weight.shape[:1], 1))
+            if scale.dtype not in FLOATS or not per_row:
+                yield f"{official} ({scale.dtype} {list(scale.shape)})"
 
 
 def _parse(checkpoint: Checkpoint, name: str, text: str) -> dict[str, Any]:

@@ -36,8 +36,9 @@ class Renamer:
     def __call__(self, name: str) -> str | None:
         """Return the new name, or None if no row of the table fits. The longest path that fits decides."""
         parts = name.split(".")
+        shape = _shape(parts)
         for end in range(len(parts), 0, -1):
-            for row, target in self._rows.get(_shape(parts[:end]), ()):
+            for row, target in self._rows.get(shape[:end], ()):
                 if all(want in ("{}", part) for want, part in zip(row, parts, strict=False)):
                     layers = [part for want, part in zip(row, parts, strict=False) if want == "{}"]
                     return target.format(*layers) + "".join(f".{part}" for part in parts[end:])

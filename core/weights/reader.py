@@ -12,27 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import formats
 from ..types import Checkpoint, TensorInfo
+from .gguf import read_gguf
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-TORCH_NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+TORCH_NAMES = {dtype: name for name, dtype in formats.DTYPES.items()}
 PICKLES = (".pth", ".pt")
+SAFETENSORS, GGUF = ".safetensors", ".gguf"
 NESTED_UNDER = ("state_dict", "model")  # where training scripts put the weights
 INDEX = ".safetensors.index.json"
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.gguf)")
 NOT_WEIGHTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
     (b"<", "a web page, probably an error or a log-in page"),
     (b"PK\x03\x04", "a zip archive, as .pth files are"),
-    (b"GGUF", "a GGUF file"),
+    (b"GGUF", "a GGUF file under another name"),
 )
 AGAIN = "download it again"
 
@@ -40,8 +39,8 @@ AGAIN = "download it again"
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Return what a checkpoint holds, reading no weights.
 
-    `path` is a .safetensors file, any shard of a set, a set's index, a folder that holds one of these, or a .pth/.pt
-    file, which is read without running code. Raises ValueError for whatever is none of these, or incomplete.
+    `path` is a .safetensors or .gguf file, any shard of a set, a set's index, a folder that holds one of these, or a
+    .pth/.pt file, which is read without running code. Raises ValueError for whatever is none of these, or incomplete.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,14 +53,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files = _indexed(path)
     elif shard := SHARD.fullmatch(path.name):
         index = path.with_name(shard["stem"] + INDEX)
-        files = _indexed(index) if index.is_file() else _siblings(path, shard)
-    elif path.suffix == ".safetensors":
+        files = _indexed(index) if index.is_file() and shard["suffix"] == SAFETENSORS else _siblings(path, shard)
+    elif path.suffix.lower() in (SAFETENSORS, GGUF):
         files = [path]
     else:
         raise ValueError(
-            f"{path}: expected .safetensors, {INDEX}, .pth, .pt or a folder, found {path.suffix or 'a file'!r}"
+            f"{path}: expected .safetensors, .gguf, {INDEX}, .pth, .pt or a folder, found {path.suffix or 'a file'!r}"
         )
-    return _gather(path, {file: read_header(file) for file in files})
+    return _gather(path, {file: (read_gguf if _is_gguf(file) else read_header)(file) for file in files})
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -74,15 +73,24 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple
             state = _load_pickle(file)
             yield from ((name, state[name]) for name in inside)
         else:
-            yield from _read_safetensors(file, inside)
+            mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+            yield from ((name, _mapped(file, name, checkpoint.tensors[name], mapped)) for name in inside)
 
 
-def _read_safetensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
+def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
+    """Return a tensor of a file that is mapped as bytes. Blocks of GGUF stay bytes, [..., bytes of a row]."""
+    dtype, shape = formats.layout(info)
+    stop = info.start + prod(shape) * dtype.itemsize
+    if stop > len(content):
+        raise ValueError(f"{file} ends before {name} does: it was cut off since it was opened. {AGAIN.capitalize()}.")
+    found = content[info.start : stop]
+    if info.start % dtype.itemsize:
+        found = found.clone()  # PyTorch's views begin at multiples of their elements
+    return found.view(dtype).view(shape)
 
-    with safe_open(file, framework="pt", device="cpu") as opened:
-        for name in names:
-            yield name, opened.get_tensor(name)
+
+def _is_gguf(file: Path) -> bool:
+    return file.suffix.lower() == GGUF
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -107,14 +115,18 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        tensors = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
-        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        _check_spans(file, spans, tensors, size - 8 - length)
-    except (UnicodeDecodeError, RecursionError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        tensors, spans = {}, []
+        for name, entry in header.items():
+            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
+                raise TypeError(f"{name}: {entry}")
+            if not formats.is_countable(shape):
+                raise ValueError(f"{name} is said to be {list(shape)}, more than can be")
+            tensors[name] = TensorInfo(entry["dtype"], shape, 8 + length + begin)
+            spans.append((begin, end, name))
+    except (RecursionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its safetensors header can't be read ({error!r:.120}): {AGAIN}") from error
+    _check_spans(file, sorted(spans), tensors, size - 8 - length)
     return tensors, metadata
 
 
@@ -179,7 +191,7 @@ def _indexed(index: Path) -> list[Path]:
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [index.parent / name for name in sorted(set(named))]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (RecursionError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{index} is not an index of shards (no weight_map in it): {AGAIN}") from error
     if outside := [file for file in files if file.parent != index.parent]:
         raise ValueError(f"{index} names files of other folders, such as {outside[0]}: {AGAIN}")
@@ -190,12 +202,12 @@ def _siblings(path: Path, shard: re.Match[str]) -> list[Path]:
     """Return the shards of a set that has no index, from the count in their names."""
     count = int(shard["count"])
     return _all_there(
-        path, [path.with_name(f"{shard['stem']}-{i:05}-of-{count:05}.safetensors") for i in range(1, count + 1)]
+        path, [path.with_name(f"{shard['stem']}-{i:05}-of-{count:05}{shard['suffix']}") for i in range(1, count + 1)]
     )
 
 
 def _all_there(path: Path, files: list[Path]) -> list[Path]:
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not _is_there(file)]:
         raise ValueError(
             f"{path} belongs to a set of {len(files)} shards, {len(missing)} of which are missing from {path.parent}: "
             f"{', '.join(missing[:8])}; download them too"
@@ -203,12 +215,19 @@ def _all_there(path: Path, files: list[Path]) -> list[Path]:
     return files
 
 
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
 def _in_folder(folder: Path) -> Path:
     """Return the one checkpoint of a folder: an index, a single file, or a shard of a set without an index."""
     indices = sorted(folder.glob(f"*{INDEX}"))
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(file for file in folder.iterdir() if file.suffix.lower() in (SAFETENSORS, GGUF))
     found = indices + [file for file in weights if not any(_belongs(file, index) for index in indices)]
-    sets = {(shard["stem"], shard["count"]) for file in found if (shard := SHARD.fullmatch(file.name))}
+    sets = {(shard["stem"], shard["count"], shard["suffix"]) for file in found if (shard := SHARD.fullmatch(file.name))}
     if len(sets) == 1 and not indices and all(SHARD.fullmatch(file.name) for file in found):
         found = found[:1]
     found = found or sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
@@ -217,13 +236,13 @@ def _in_folder(folder: Path) -> Path:
     if found:
         raise ValueError(f"{folder} holds several checkpoints: {_some(found)}; name the one that is meant")
     inner = sorted(sub for sub in folder.iterdir() if sub.is_dir() and any(sub.glob("*.safetensors")))
-    advice = f"name one of its folders: {_some(inner)}" if inner else "expected .safetensors, .pth or .pt in it"
+    advice = f"name one of its folders: {_some(inner)}" if inner else "expected .safetensors, .gguf, .pth or .pt in it"
     raise ValueError(f"{folder} holds no checkpoint; {advice}")
 
 
 def _belongs(file: Path, index: Path) -> bool:
     shard = SHARD.fullmatch(file.name)
-    return shard is not None and shard["stem"] + INDEX == index.name
+    return shard is not None and shard["stem"] + INDEX == index.name and shard["suffix"] == SAFETENSORS
 
 
 def _some(paths: list[Path]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -52,8 +53,17 @@ class Folders:
         return [str(self.root / folder)]
 
     def get_filename_list(self, folder: str) -> list[str]:
-        home = self.root / folder
-        return sorted(str(file.relative_to(home)) for file in home.rglob("*") if file.is_file())
+        found, _ = self.recursive_search(str(self.root / folder))
+        return self.filter_files_extensions(found, {".ckpt", ".pt", ".bin", ".pth", ".safetensors", ".sft"})
+
+    def recursive_search(
+        self, directory: str, excluded_dir_names: list[str] | None = None
+    ) -> tuple[list[str], dict[str, float]]:
+        home = Path(directory)
+        return [str(file.relative_to(home)) for file in home.rglob("*") if file.is_file()], {}
+
+    def filter_files_extensions(self, files: Collection[str], extensions: Collection[str]) -> list[str]:
+        return sorted(file for file in files if Path(file).suffix.lower() in extensions)
 
     def get_full_path(self, folder: str, name: str) -> str | None:
         path = self.root / folder / name

@@ -1,9 +1,12 @@
 """Dropdowns: what they list, what they refuse, and that a wrong file says so."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from wanqwen.tests.gguf_files import write
 
 
 @pytest.fixture
@@ -23,6 +26,24 @@ def test_dropdowns_list_what_can_be_read_and_the_miniature(types, models, tmp_pa
     assert types.list_files("diffusion_models", "wan_")[-1] != "demo/qwen_edit_dit.safetensors"
     assert types.list_files("diffusion_models", "qwen_")[-1] == "demo/qwen_edit_dit.safetensors"
     assert types.find_file("vae", "demo/wan_vae.safetensors") == tmp_path / "wan_vae.safetensors"
+
+
+def test_gguf_files_are_listed_though_comfyui_leaves_them_out(nodes, types, models):
+    plain = sorted(load_file(models / "diffusion_models" / "tiny.safetensors").items())
+    path = models / "diffusion_models" / "inner" / "tiny.gguf"
+    path.parent.mkdir()
+    write(path, dict(plain), {"wanqwen": '{"num_heads": 2}'})
+    try:
+        assert types.list_files("diffusion_models")[:2] == [
+            str(Path("inner", "tiny.gguf")),
+            "qwen_edit-2509.safetensors",
+        ]
+        assert types.find_file("diffusion_models", "inner/tiny.gguf") == path
+        [handle] = nodes.LoadWanModel.execute("inner/tiny.gguf", "auto").values
+        assert handle.checkpoint.path == path
+    finally:
+        path.unlink()
+        path.parent.rmdir()
 
 
 def test_a_missing_file_says_where_it_belongs(types, models):

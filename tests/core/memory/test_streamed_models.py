@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import resident as memory
 from wanqwen.core.memory import slab
@@ -12,8 +13,10 @@ from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
+from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.families import parameters_of
 from wanqwen.loading import DEMO_FOLDER, load_model, with_lora
+from wanqwen.tests.gguf_files import quantised, write
 
 from ... import loras
 from ...nodes import tiny
@@ -22,22 +25,38 @@ from .late_link import LateLink
 pytestmark = pytest.mark.usefixtures("cuda_runtime")
 
 VACE = "vace"  # two blocks, two VACE blocks, guided by two controls
-FILES = {"wan_dit": 96, "qwen_dit": 128, VACE: tiny.TEXT.dim}  # the second partly in scaled fp8 -> width of text rows
+# The width of a model's text rows. The second one is partly in scaled fp8, the third the first one in blocks of GGUF.
+FILES = {"wan_dit": 96, "qwen_dit": 128, "wan_gguf": 96, VACE: tiny.TEXT.dim}
+KINDS = ("Q8_0", "Q5_1", "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def wan_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, tensors = DEMO_FOLDER / "wan_dit.safetensors", {}
+    for i, (name, tensor) in enumerate(load_file(path).items()):
+        is_matrix = name.startswith("blocks.") and tensor.dim() == 2
+        tensors[name] = quantised(tensor, KINDS[i % len(KINDS)]) if is_matrix else tensor
+    own = open_checkpoint(path).metadata["wanqwen"]
+    return write(tmp_path_factory.mktemp("gguf") / "wan.gguf", tensors, {"wanqwen": own})
+
+
+@pytest.fixture(scope="module")
+def vace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("vace") / "vace.safetensors", tiny.VACE)
 
 
 @pytest.fixture(params=FILES)
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ModelHandle, SampleRequest]:
+def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
     generator, width = torch.Generator().manual_seed(0), FILES[request.param]
+    is_demo = (path := DEMO_FOLDER / f"{request.param}.safetensors").is_file()
     positive, negative = (Conditioning(text=torch.randn(1, n, width, generator=generator)) for n in (7, 4))
     latent = torch.zeros(1, 16, 1, 8, 8)
-    path = DEMO_FOLDER / f"{request.param}.safetensors"
     if request.param == VACE:
         contexts = [torch.randn(1, tiny.VACE.vace_dim, 1, 8, 8, generator=generator) for _ in range(2)]
         controls = tuple(Control(context=c, strength=s) for c, s in zip(contexts, (1.0, 0.6), strict=True))
         positive, negative = replace(positive, controls=controls), replace(negative, controls=controls[:1])
-        path = tiny.write_model(tmp_path / "vace.safetensors", tiny.VACE)
     asked = SampleRequest(latent=latent, positive=positive, negative=negative, steps=3, guidance=(3.0,), seed=5)
-    return load_model(path), asked
+    return load_model(path if is_demo else request.getfixturevalue(request.param)), asked
 
 
 def with_at_least(plan: Plan, at_least: int) -> Plan:

@@ -147,6 +147,11 @@ BAD_HEADERS = {
     "backwards": {"w": {**SPAN, "data_offsets": [8, 0]}},
     "text for a shape": {"w": {**SPAN, "shape": "2"}},
     "a name twice": b'{"w": %s, "w": %s}' % (json.dumps(SPAN).encode(), json.dumps(SPAN).encode()),
+    "a side of less than nothing": {"w": {**SPAN, "shape": [-1, -2]}},
+    "half a side": {"w": {**SPAN, "shape": [2.0]}},
+    "truth for a side": {"w": {**SPAN, "shape": [2, True]}},
+    "a number for a dtype": {"w": {**SPAN, "dtype": 32}},
+    "nothing, endlessly": {"v": SPAN, "w": {**SPAN, "shape": [0, 1 << 63], "data_offsets": [8, 8]}},
     "no tensors": {"__metadata__": {"a": "b"}},
 }
 
