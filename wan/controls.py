@@ -148,6 +148,11 @@ def with_control(conditioning: ComfyConditioning, encoded: Encoded, strength: fl
     return changed
 
 
+def lead_of(conditioning: ComfyConditioning) -> int:
+    """Return how many latent frames come before the clip, as far as the prompts' controls say."""
+    return max((lead for _, options in conditioning for lead in options.get(LEAD, ())), default=0)
+
+
 def controls_of(options: dict[str, Any]) -> tuple[Control, ...]:
     """Return the controls among a prompt's options. Raises ValueError for latents of another model."""
     frames = options.get(FRAMES) or ()
@@ -213,7 +218,8 @@ def _length(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) 
     for control in controls:
         made, *wanted = control.context.shape[2:]
         # ComfyUI's own node doesn't say how many reference frames it has: as many as fit the others.
-        fits = made in (length + control.lead, length + lead) and frames in (length, length + lead)
+        fits = made == length + control.lead or (not control.lead and made == length + lead)
+        fits = fits and frames in (length, length + lead)
         if place != wanted or not fits:
             raise ValueError(
                 f"The latent has {frames} frames of {place[1]} x {place[0]} positions, a control of VACE "

@@ -92,6 +92,16 @@ def test_nodes_in_a_row_guide_together(nodes, model, vae, prompts):
     assert torch.equal(sampled(nodes, model, *both.values[:2], first.values[2])["samples"], made)
 
 
+@pytest.mark.parametrize("references", [(2, 1), (1, 2), (2, 0)])
+def test_the_last_of_nodes_in_a_row_gives_the_latent_of_all(nodes, model, vae, prompts, references):
+    values = prompts
+    for count in references:
+        images = {"reference_images": torch.rand(count, 32, 48, 3)} if count else {}
+        *values, latent, trim = guided(nodes, values, vae, **images).values
+    assert trim == 2 and latent["samples"].shape == (1, 16, 4, 4, 6)
+    assert sampled(nodes, model, *values, latent)["samples"].shape == (1, 16, 2, 4, 6)
+
+
 def test_what_was_made_to_fit_is_said(nodes, vae, prompts, caplog):
     output = guided(nodes, prompts, vae, width=50, frames=6, control_video=torch.rand(3, 64, 64, 4))
     assert output.values[2]["samples"].shape == (1, 16, 2, 4, 6)

@@ -279,6 +279,7 @@ def test_a_negative_prompt_without_controls_takes_those_of_the_positive_one() ->
         (request(control(lead=1), frames=5), "latent has 5 frames of 6 x 4 positions, a control of VACE 3 "),
         (request(control(), control(lead=2, frames=4), frames=4), "a control of VACE 3 "),
         (request(control(lead=1), control(lead=2, frames=5), frames=5), "a control of VACE 3 "),
+        (request(control(lead=1, frames=4), control(lead=2)), "a control of VACE 4 "),
         (replace(request(control()), latent=torch.zeros(1, 16, 3, 4, 8)), "3 frames of 8 x 4 .* 3 .* of 6 x 4"),
     ],
 )
