@@ -80,8 +80,8 @@ def _text(rows_SE: Tensor) -> Tensor:
 
 
 def _for_each(count: int, name: str, parts_BX: Tensor | None) -> list[Tensor | None]:
-    """Return what belongs to each of so many prompts: its own, or the one of all."""
-    if parts_BX is None or len(parts_BX) == 1:
+    """Return what belongs to each of so many prompts: its own, or the one of all; one prompt has all there is."""
+    if parts_BX is None or 1 in (count, len(parts_BX)):
         return [parts_BX] * count
     if len(parts_BX) != count:
         raise ValueError(
