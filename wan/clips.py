@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
 
+ROUNDING = 0.1  # of raw latents, whose standard deviations are 1 to 3, where they pass through half precision
 LATENTS, MASK = "concat_latent_image", "concat_mask"  # ComfyUI's options of pictures that a clip is made from
 
 
@@ -48,6 +49,12 @@ def joined(before_BCThw: Tensor, after_BCThw: Tensor, overlap: int) -> Tensor:
             "Clip, and what the sampler made of its latent."
         )
     return torch.cat((before_BCThw, after_BCThw[:, :, overlap:].to(before_BCThw)), dim=2)
+
+
+def is_seam(before_BCThw: Tensor, after_BCThw: Tensor, overlap: int) -> bool:
+    """Say whether a clip begins with the last latents of another, up to rounding; both as `joined` takes them."""
+    end, start = before_BCThw[:, :, -overlap:], after_BCThw[:, :, :overlap].to(before_BCThw)
+    return torch.allclose(end, start, rtol=0, atol=ROUNDING)
 
 
 def _starting_with(options: dict, start_BCThw: Tensor, latent_frames: int) -> dict:

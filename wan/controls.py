@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning
 from ..core.types import Conditioning, Control, Identity, SampleRequest
 from .config import LATENT_CHANNELS
-from .pictures import GREY, cover
+from .pictures import GREY, NEGLIGIBLE, cover
 from .vae import LATENT_FORMAT
 
 WHITE = 1.0  # around reference pictures
@@ -88,7 +88,12 @@ def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[T
     for i, frame in enumerate(source.video[:given]):
         clip[i] = cover(frame[None, ..., :3], width, height)[0]
     if source.mask is not None:
-        masks = source.mask.reshape(-1, *source.mask.shape[-2:], 1)
+        high, wide = source.mask.shape[-2:]
+        if abs(wide * rows / (high * columns) - 1) > NEGLIGIBLE:
+            notices.append(
+                f"The mask of {wide} x {high} has another shape than control_video: it may not lie where it is meant."
+            )
+        masks = source.mask.reshape(-1, high, wide, 1)
         masks = masks.expand(given, -1, -1, -1) if len(masks) == 1 else masks[:given]
         if len(masks) < given:
             notices.append(f"The mask has {len(masks)} frames: those of control_video after them are made anew.")

@@ -31,6 +31,9 @@ def test_a_clip_goes_on_from_its_latents(nodes, model: ModelHandle, vae, prompts
     whole = value(output)
     assert output.ui == {"text": ["17 frames"]} and set(whole) == {"samples"}
     assert torch.equal(whole["samples"][:, :, :3], first["samples"])
+    other = {"samples": first["samples"] + 0.2}
+    [_, said] = nodes.JoinClips.execute(other, second).ui["text"]
+    assert said == "after does not begin as before ends: is before the clip that Wan Continue Clip was given?"
     assert value(nodes.VAEDecode.execute(whole, vae, "auto", 256, 64)).shape == (17, 32, 32, 3)
 
 

@@ -135,15 +135,23 @@ def test_a_clip_of_another_size_than_the_control_is_an_error(nodes, model, vae, 
 
 def test_a_vae_of_pictures_with_alpha_is_refused(nodes, prompts):
     class Layers:
-        latent_dim, output_channels = 3, 4
+        latent_dim, latent_channels, output_channels = 3, 16, 4
 
     with pytest.raises(ValueError, match="pictures of 4 channels"):
         guided(nodes, prompts, Layers())
 
 
+def test_a_vae_of_wan_2_2_is_refused(nodes, prompts):
+    class Larger:
+        latent_dim, latent_channels, output_channels = 3, 48, 3
+
+    with pytest.raises(ValueError, match=r"VAE is for other models: .* wan_2\.1_vae\.safetensors"):
+        guided(nodes, prompts, Larger(), reference_images=torch.rand(1, 32, 48, 3))
+
+
 def test_the_vae_of_comfyui_serves_as_well(nodes, vae, prompts):
     class Stock:
-        latent_dim, output_channels = 3, 3
+        latent_dim, latent_channels, output_channels = 3, 16, 3
 
         def encode(self, pixels):
             return vae.encode(pixels).half()
