@@ -95,7 +95,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--area", choices=list(AREAS), default=next(iter(AREAS)), help="pixels of a video from --image without --size")
     add("--edit-size", choices=SIZES, help="of an edit's result (default: published; custom with --size)")
     add("--out", type=Path, required=True, help="mp4, or png for a single frame")
-    add("--size", help="WIDTHxHEIGHTxFRAMES, for pictures WIDTHxHEIGHT (default: the published one)")
+    add(
+        "--size",
+        help="WIDTHxHEIGHTxFRAMES, for a picture WIDTHxHEIGHT, which with Wan's --image and --video is a clip of the "
+        "usual length (default: the published one)",
+    )
     add("--steps", type=int, help="default: 30 for Wan, 50 for Qwen-Image")
     add("--guidance", type=float, nargs="+", help="one value, or one per step (default: 5 for Wan, 4 for Qwen-Image)")
     add("--shift", type=float, help="default: the published schedule")
@@ -322,7 +326,7 @@ def _given(options: argparse.Namespace, model: ModelHandle, defaults: Defaults) 
     _check_pictures(options, model)
     if options.video:
         asked = _size(options.size, model) if options.size else (0, 0, 0)
-        if options.size and options.size.lower().count("x") == 1:
+        if _lacks_frames(options.size):
             asked = (*asked[:2], 0)  # all of its frames
         pixels, notices = fitted_video(media.read_video(options.video, asked[2] or None), asked, options.fit)
         for notice in notices:
@@ -341,6 +345,8 @@ def _given(options: argparse.Namespace, model: ModelHandle, defaults: Defaults) 
         for path in (next(iter(options.image), None), options.last_image)
     )
     width, height, frames = _size(options.size or defaults.size, model)
+    if _lacks_frames(options.size):
+        frames = _size(defaults.size, model)[2]
     if options.size is None and defaults.vae is None:  # a miniature has a size of its own
         shown = last if first is None else first
         width, height = size_for(*shown.shape[1:3], AREAS[options.area])
@@ -407,6 +413,10 @@ def _size(text: str, model: ModelHandle) -> tuple[int, int, int]:
         found = "x".join(map(str, fitting))
         raise ValueError(f"--size {text}: width and height must be multiples of 16, and {rule}; try {found}")
     return fitting
+
+
+def _lacks_frames(size: str | None) -> bool:
+    return size is not None and size.lower().count("x") == 1
 
 
 def _terminal_line(text: str) -> None:

@@ -108,6 +108,7 @@ def from_pictures(folder: Path, pictures: Path, out: Path, line: str) -> int:
         ("--model flf2v.safetensors --image red.png --last-image blue.png --fit official", (5, 32, 32, 3)),
         ("--model flf2v.safetensors --last-image blue.png --size 48x32x1", (1, 32, 48, 3)),
         ("--video video.mp4 --denoise 0.5", (5, 32, 32, 3)),
+        ("--model i2v.safetensors --image red.png --size 48x32", (81, 32, 48, 3)),
         ("--video video.mp4 --size 48x32", (5, 32, 48, 3)),
         ("--video red.png", (1, 32, 32, 3)),
     ],
