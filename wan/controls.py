@@ -83,7 +83,9 @@ def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[T
     if given > num_frames:
         notices.append(f"control_video has {given} frames: the last {given - num_frames} are left out.")
     elif given < num_frames:
-        notices.append(f"control_video has {given} frames: the other {num_frames - given} are made anew.")
+        lacking = f"control_video has {given} frames: the other {num_frames - given} are made anew"
+        whole = ", and so are its own, without a mask: a black one keeps them." if source.mask is None else "."
+        notices.append(lacking + whole)
     given = min(given, num_frames)
     for i, frame in enumerate(source.video[:given]):
         clip[i] = cover(frame[None, ..., :3], width, height)[0]

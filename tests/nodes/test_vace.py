@@ -111,7 +111,8 @@ def test_what_was_made_to_fit_is_said(nodes, vae, prompts, caplog):
         "frames 6 changed to 5: Wan makes 4n + 1 frames.",
         "The image's alpha channel was dropped.",
         "control_video of 64 x 64 was made to cover 48 x 32.",
-        "control_video has 3 frames: the other 2 are made anew.",
+        "control_video has 3 frames: the other 2 are made anew, and so are its own, without a mask: a black one keeps "
+        "them.",
     ]
 
 
