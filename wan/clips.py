@@ -57,6 +57,15 @@ def is_seam(before_BCThw: Tensor, after_BCThw: Tensor, overlap: int) -> bool:
     return torch.allclose(end, start, rtol=0, atol=ROUNDING)
 
 
+def overlap_of(before_BCThw: Tensor, after_BCThw: Tensor) -> int:
+    """Return how many first latent frames of a clip are another's last ones, the most if several fit; 0 if none."""
+    one, other = before_BCThw.shape, after_BCThw.shape
+    if one[:2] + one[3:] != other[:2] + other[3:]:
+        return 0
+    most = min(one[2], other[2] - 1)
+    return next((count for count in range(most, 0, -1) if is_seam(before_BCThw, after_BCThw, count)), 0)
+
+
 def _starting_with(options: dict, start_BCThw: Tensor, latent_frames: int) -> dict:
     latents = options.get(LATENTS)
     if latents is None:

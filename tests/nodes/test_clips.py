@@ -61,7 +61,16 @@ def test_without_a_negative_prompt_there_is_none(nodes, prompts):
     assert output.values[1] is None
 
 
-def test_only_a_continuation_is_joined(nodes):
-    latent = {"samples": torch.zeros(1, 16, 3, 4, 4)}
+@pytest.mark.parametrize("size", [4, 8])
+def test_only_a_continuation_is_joined(nodes, size):
+    before, after = ({"samples": torch.randn(1, 16, 3, 4, width)} for width in (4, size))
     with pytest.raises(ValueError, match="after does not continue another clip: connect"):
-        nodes.JoinClips.execute(latent, latent)
+        nodes.JoinClips.execute(before, after)
+
+
+def test_a_continuation_that_was_saved_and_loaded_is_joined(nodes):
+    """Save Latent keeps nothing but the numbers."""
+    before = torch.randn(1, 16, 5, 4, 4)
+    after = torch.cat((before[:, :, 3:] + 0.01, torch.randn(1, 16, 2, 4, 4)), dim=2)
+    whole = value(nodes.JoinClips.execute({"samples": before}, {"samples": after}))["samples"]
+    assert torch.equal(whole, torch.cat((before, after[:, :, 2:]), dim=2))
