@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
-from ..wan.conditioning import with_options
+from ..wan.conditioning import SEEN, with_options
 from ..wan.config import IMAGE_ROWS, SIZE_STEP
 from ..wan.image_encoder import ImageRows, encode_with, rows_of
 from ..wan.pictures import AREAS, COVER, FITS, Known, fitted_video, known_ends, seen_ends, size_for
@@ -334,7 +334,7 @@ def _prepared(
     lines: list[str],
 ) -> io.NodeOutput:
     """Return both prompts with the pictures, and an empty latent of the clip's size."""
-    options: Mapping[str, Any] = known.options() | ({"clip_vision_output": seen} if seen else {})
+    options: Mapping[str, Any] = known.options() | ({SEEN: seen} if seen else {})
     positive, negative = (None if prompt is None else with_options(prompt, options) for prompt in prompts)
     samples = torch.zeros(batch_size, LATENT_FORMAT.channels, *known.latents.shape[2:])
     return io.NodeOutput(

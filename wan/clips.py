@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
+from .pictures import LATENTS, MASK
 
 ROUNDING = 0.1  # of raw latents, whose standard deviations are 1 to 3, where they pass through half precision
-LATENTS, MASK = "concat_latent_image", "concat_mask"  # ComfyUI's options of pictures that a clip is made from
 
 
 def continued(before_BCThw: Tensor, latent_frames: int, overlap: int) -> tuple[Tensor, Tensor]:
