@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from .core.codec import VideoCodec
+    from .wan.image_encoder import ImageEncoder
 
 VIDEO_DENOISE = 0.6  # keeps layout and motion, and changes what is shown
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -94,7 +95,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--area", choices=list(AREAS), default=next(iter(AREAS)), help="pixels of a video from --image without --size")
     add("--edit-size", choices=SIZES, help="of an edit's result (default: published; custom with --size)")
     add("--out", type=Path, required=True, help="mp4, or png for a single frame")
-    add("--size", help="WIDTHxHEIGHTxFRAMES, for pictures WIDTHxHEIGHT (default: the published one)")
+    add(
+        "--size",
+        help="WIDTHxHEIGHTxFRAMES, for a picture WIDTHxHEIGHT, which with Wan's --image and --video is a clip of the "
+        "usual length (default: the published one)",
+    )
     add("--steps", type=int, help="default: 30 for Wan, 50 for Qwen-Image")
     add("--guidance", type=float, nargs="+", help="one value, or one per step (default: 5 for Wan, 4 for Qwen-Image)")
     add("--shift", type=float, help="default: the published schedule")
@@ -259,7 +264,7 @@ def _generate(options: argparse.Namespace) -> int:
         guidance=tuple(options.guidance or (defaults.guidance,)),
         solver=options.solver or defaults.solver,
         noise_device=options.noise_device,
-        denoise=1.0 if options.video is None else options.denoise or VIDEO_DENOISE,
+        denoise=_denoise(options),
     )
     if options.preset is not None:
         request, said = runtime.with_preset(model, request, options.preset)
@@ -318,19 +323,20 @@ def _lay_out(options: argparse.Namespace, model: ModelHandle, defaults: Defaults
 class Given:
     """Pictures [F, H, W, C] that a clip of Wan of (width, height, frames) begins and ends with, or is made of.
 
-    `image_encoder` is the file of what sees the first two, None where the model does not need it.
+    `image_encoder` sees the first two, None where the model does not need it.
     """
 
     size: tuple[int, int, int]
     first: "torch.Tensor | None" = None
     last: "torch.Tensor | None" = None
     video: "torch.Tensor | None" = None
-    image_encoder: Path | None = None
+    image_encoder: "ImageEncoder | None" = None
 
 
 def _given(options: argparse.Namespace, model: ModelHandle, defaults: Defaults) -> Given | None:
     """Read the pictures of a run of Wan; None if it has none. Raises ValueError for what the model does not take."""
     from . import media
+    from .loading import load_image_encoder
 
     if options.denoise is not None and options.video is None:
         raise ValueError("--denoise says how much of a video to make anew: give --video too")
@@ -341,29 +347,40 @@ def _given(options: argparse.Namespace, model: ModelHandle, defaults: Defaults) 
     _check_pictures(options, model)
     if options.video:
         asked = _size(options.size, model) if options.size else (0, 0, 0)
+        if _lacks_frames(options.size):
+            asked = (*asked[:2], 0)  # all of its frames
         pixels, notices = fitted_video(media.read_video(options.video, asked[2] or None), asked, options.fit)
         for notice in notices:
             sys.stderr.write(f"{notice}\n")
         return Given(size=(pixels.shape[2], pixels.shape[1], len(pixels)), video=pixels)
     if not options.image and options.last_image is None:
         return None
-    file = options.image_encoder or defaults.image_encoder
-    if model.identity.config.image_dim and file is None:
-        raise ValueError(f"--image-encoder is missing: {options.model.name} needs CLIP ViT-H (clip_vision_h)")
+    encoder = None
+    if model.identity.config.image_dim:
+        file = options.image_encoder or defaults.image_encoder
+        if file is None:
+            raise ValueError(f"--image-encoder is missing: {options.model.name} needs CLIP ViT-H (clip_vision_h)")
+        encoder = load_image_encoder(file)
     first, last = (
         None if path is None else media.read_image(path)[None]
         for path in (next(iter(options.image), None), options.last_image)
     )
     width, height, frames = _size(options.size or defaults.size, model)
+    if _lacks_frames(options.size):
+        frames = _size(defaults.size, model)[2]
     if options.size is None and defaults.vae is None:  # a miniature has a size of its own
         shown = last if first is None else first
         width, height = size_for(*shown.shape[1:3], AREAS[options.area])
-    encoder = file if model.identity.config.image_dim else None
     return Given(size=(width, height, frames), first=first, last=last, image_encoder=encoder)
 
 
 def _check_pictures(options: argparse.Namespace, model: ModelHandle) -> None:
     has_ends, name = bool(options.image or options.last_image), options.model.name
+    if model.identity.config.vace_dim:
+        raise ValueError(
+            f"{name} is Wan 2.1 {model.identity.variant}, whose controls this command does not make: use the node Wan "
+            "VACE in ComfyUI, or a T2V file"
+        )
     if has_ends and options.video:
         raise ValueError("--video and --image exclude each other: a video is changed, or begins with a picture")
     if len(options.image) > 1:
@@ -381,8 +398,6 @@ def _begin(
     given: Given, latent: "torch.Tensor", prompts: list[Conditioning], vae: "VideoCodec", fit: str
 ) -> "tuple[torch.Tensor, list[Conditioning]]":
     """Return what a run starts from: latents, and prompts with what belongs to its pictures."""
-    from .loading import load_image_encoder
-
     if given.video is not None:
         return vae.encode(given.video), prompts
     known, notices = known_ends(vae, given.first, given.last, given.size, fit)
@@ -390,8 +405,14 @@ def _begin(
         sys.stderr.write(f"{notice}\n")
     rows = None
     if given.image_encoder is not None:
-        rows = seen_ends(load_image_encoder(given.image_encoder).encode, given.first, given.last)
+        rows = seen_ends(given.image_encoder.encode, given.first, given.last)
     return latent, [replace(prompt, image=rows, extra=known.channels) for prompt in prompts]
+
+
+def _denoise(options: argparse.Namespace) -> float:
+    if options.video is None:
+        return 1.0
+    return VIDEO_DENOISE if options.denoise is None else options.denoise
 
 
 def _dtype(name: str) -> "torch.dtype | None":
@@ -413,6 +434,10 @@ def _size(text: str, model: ModelHandle) -> tuple[int, int, int]:
         found = "x".join(map(str, fitting))
         raise ValueError(f"--size {text}: width and height must be multiples of 16, and {rule}; try {found}")
     return fitting
+
+
+def _lacks_frames(size: str | None) -> bool:
+    return size is not None and size.lower().count("x") == 1
 
 
 def _terminal_line(text: str) -> None:

@@ -156,6 +156,7 @@ def generate(
     clean = latent_format.normalise(request.latent.to(device))
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
+    hold = _hold(request, clean)
     scene = scene_of(handle, request, compute_dtype(handle, device))
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
@@ -177,7 +178,7 @@ def generate(
             stepping.step = plan.start + done
 
         try:
-            x = sample(x, plan, request.solver, guided, step_noise, on_step, _hold(request, clean))
+            x = sample(x, plan, request.solver, guided, step_noise, on_step, hold)
         except SampleError as error:
             error.latent = latent_format.denormalise(error.latent.cpu())
             raise

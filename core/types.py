@@ -129,8 +129,8 @@ class Conditioning:
 
     `text` holds text encoder rows [1, S, E], valid rows only, never padded. `references` are raw latents
     [1, C, 1, h, w] of the pictures that an edit refers to, in order, each of its own size. `image` holds image encoder
-    rows [1, N, E]; `extra` channels [1, X, T, h, w], as the model takes them, that join the noisy latent's. `controls`
-    guide from beside.
+    rows [1, N, E]; `extra` channels [1 or B, X, T, h, w], as the model takes them, that join the noisy latent's.
+    `controls` guide from beside.
     """
 
     text: Tensor

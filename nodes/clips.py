@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.conditioning import ComfyConditioning
-from ..wan.clips import continued, joined, starting_with
+from ..wan.clips import continued, is_seam, joined, overlap_of, starting_with
 from ..wan.family import LATENT_FORMAT
 from .types import CATEGORY, clip_of, tell
 
@@ -102,11 +102,15 @@ class JoinClips(io.ComfyNode):
 
     @classmethod
     def execute(cls, before: dict[str, Any], after: dict[str, Any]) -> io.NodeOutput:
-        overlap = after.get(OVERLAP)
-        if overlap is None:
+        clips = clip_of(before), clip_of(after)
+        overlap = after.get(OVERLAP) or overlap_of(*clips)  # a latent that was saved and loaded does not say
+        if not overlap:
             raise ValueError(
-                "after does not continue another clip: connect what the sampler made of Wan Continue Clip's latent."
+                "after does not continue another clip: connect what the sampler made of Wan Continue Clip's latent, "
+                "and to before the clip that this node was given."
             )
-        samples = joined(clip_of(before), clip_of(after), overlap)
-        made = f"{(samples.shape[2] - 1) * FRAMES_STEP + 1} frames"
-        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, [made]))
+        samples = joined(*clips, overlap)
+        lines = [f"{(samples.shape[2] - 1) * FRAMES_STEP + 1} frames"]
+        if not is_seam(*clips, overlap):
+            lines.append("after does not begin as before ends: is before the clip that Wan Continue Clip was given?")
+        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))

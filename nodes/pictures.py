@@ -9,8 +9,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
-from ..wan.conditioning import with_options
-from ..wan.config import SIZE_STEP
+from ..wan.conditioning import SEEN, with_options
+from ..wan.config import IMAGE_ROWS, SIZE_STEP
 from ..wan.image_encoder import ImageRows, encode_with, rows_of
 from ..wan.pictures import AREAS, COVER, FITS, Known, fitted_video, known_ends, seen_ends, size_for
 from ..wan.vae import LATENT_FORMAT
@@ -312,9 +312,14 @@ def _seen(clip_vision: Any, output: Any, first: Tensor | None, last: Tensor | No
     if clip_vision is not None and output is not None:
         raise ValueError("clip_vision and clip_vision_output are both connected: disconnect one of them.")
     if output is not None:
-        count = sum(pictures is not None for pictures in (first, last))
+        count, rows = sum(pictures is not None for pictures in (first, last)), rows_of(output)
+        if len(rows) < count and rows.shape[1] < count * IMAGE_ROWS:
+            raise ValueError(
+                "clip_vision_output has seen one picture, and a first and a last one are given: encode both in a batch "
+                "(Batch Images, CLIP Vision Encode), or connect the image encoder to clip_vision instead."
+            )
         # ComfyUI's Wan takes the first entry of a batch alone.
-        return ImageRows(rows_of(output)[:count].flatten(0, 1)[None])
+        return ImageRows(rows[:count].flatten(0, 1)[None])
     if clip_vision is None:
         return None
     return ImageRows(seen_ends(partial(encode_with, clip_vision), first, last))
@@ -329,7 +334,7 @@ def _prepared(
     lines: list[str],
 ) -> io.NodeOutput:
     """Return both prompts with the pictures, and an empty latent of the clip's size."""
-    options: Mapping[str, Any] = known.options() | ({"clip_vision_output": seen} if seen else {})
+    options: Mapping[str, Any] = known.options() | ({SEEN: seen} if seen else {})
     positive, negative = (None if prompt is None else with_options(prompt, options) for prompt in prompts)
     samples = torch.zeros(batch_size, LATENT_FORMAT.channels, *known.latents.shape[2:])
     return io.NodeOutput(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.weights.reader import GGUF, PICKLES, SAFETENSORS
 from ..loading import DEMO_FOLDER
+from ..wan.family import LATENT_FORMAT
 
 CATEGORY = "WanQwen"
 
@@ -20,6 +21,10 @@ QwenTextEncoder = io.Custom("WANQWEN_QWEN_TEXT_ENCODER")  # carries a qwen_image
 
 FINISH = "wanqwen_finish"  # in a LATENT of ours: a core.picture.Finish, which VAE Decode carries out
 
+OTHER_VAE = (
+    "This VAE is for other models: use Load Wan / Qwen-Image VAE, or Load VAE with wan_2.1_vae.safetensors or "
+    "qwen_image_vae.safetensors."
+)
 READABLE = (SAFETENSORS, GGUF, *PICKLES)
 DEMO_PREFIX = "demo/"
 # ComfyUI's name of a folder -> the miniatures that are listed with its files.
@@ -123,15 +128,14 @@ def clip_of(latent: dict[str, Any]) -> Tensor:
 def check_is_for_video(vae: Any) -> None:
     """Raise ValueError for a VAE of ComfyUI's that is not of the kind that Wan and Qwen-Image have."""
     if vae.latent_dim != 3:
-        raise ValueError(
-            "This VAE is for other models: use Load Wan / Qwen-Image VAE, or Load VAE with wan_2.1_vae.safetensors or "
-            "qwen_image_vae.safetensors."
-        )
+        raise ValueError(OTHER_VAE)
 
 
 def check_is_rgb(vae: Any) -> None:
     """Raise ValueError for a VAE that is not one of Wan's or Qwen-Image's kind, or is that of layers with alpha."""
     check_is_for_video(vae)
+    if vae.latent_channels != LATENT_FORMAT.channels:  # that of Wan 2.2 has more
+        raise ValueError(OTHER_VAE)
     if vae.output_channels != 3:
         raise ValueError(
             f"This VAE makes pictures of {vae.output_channels} channels, as the layers of Qwen-Image-Layered have "

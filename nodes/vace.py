@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
-from ..wan.controls import Source, encode, with_control
+from ..wan.controls import Source, encode, lead_of, with_control
 from ..wan.family import LATENT_FORMAT, SIZE_STEP
 from .types import CATEGORY, check_is_rgb, dropped_alpha, tell
 from .wan import FRAMES_STEP, fitted
@@ -101,10 +101,12 @@ class WanVACE(io.ComfyNode):
             notices += [] if images is None else dropped_alpha(images, vae)
         made = f"{width} x {height}, {frames} frames, {len(references)} reference image(s)"
         samples = torch.zeros(LATENT_FORMAT.shape(batch_size, frames, height, width))
-        before = samples[:, :, :1].expand(-1, -1, encoded.lead, -1, -1)
+        prompts = [with_control(each, encoded, strength) for each in (positive, negative)]
+        lead = max(map(lead_of, prompts))  # a node before this one may have more references
+        before = samples[:, :, :1].expand(-1, -1, lead, -1, -1)
         return io.NodeOutput(
-            *(with_control(prompts, encoded, strength) for prompts in (positive, negative)),
+            *prompts,
             {"samples": torch.cat((before, samples), dim=2)},
-            encoded.lead,
+            lead,
             ui=tell(cls.hidden.unique_id, [made, *notices, *encoded.notices]),
         )

@@ -75,11 +75,12 @@ def test_generate_says_in_one_line_what_is_wrong(
 
 @pytest.fixture(scope="module")
 def pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of an I2V and an FLF2V model, pictures and a video."""
+    """Files of an I2V, an FLF2V and a VACE model, pictures and a video."""
     image = pytest.importorskip("PIL").Image
     home = tmp_path_factory.mktemp("pictures")
     i2v = replace(tiny.MODEL, in_dim=36, image_dim=tiny.IMAGE.dim)
     tiny.write_model(home / "i2v.safetensors", i2v)
+    tiny.write_model(home / "vace.safetensors", tiny.VACE)
     tiny.write_model(home / "flf2v.safetensors", replace(i2v, image_positions=2 * tiny.IMAGE.num_positions))
     image.new("RGB", (60, 40), "red").save(home / "red.png")
     image.new("RGBA", (32, 32), "blue").save(home / "blue.png")
@@ -109,6 +110,8 @@ def from_pictures(folder: Path, pictures: Path, out: Path, line: str) -> int:
         ("--model flf2v.safetensors --image red.png --last-image blue.png --fit official", (5, 32, 32, 3)),
         ("--model flf2v.safetensors --last-image blue.png --size 48x32x1", (1, 32, 48, 3)),
         ("--video video.mp4 --denoise 0.5", (5, 32, 32, 3)),
+        ("--model i2v.safetensors --image red.png --size 48x32", (81, 32, 48, 3)),
+        ("--video video.mp4 --size 48x32", (5, 32, 48, 3)),
         ("--video red.png", (1, 32, 32, 3)),
     ],
 )
@@ -145,6 +148,8 @@ def test_the_pictures_reach_both_prompts_and_the_video_the_latent(
         ("--denoise 0.5", "give --video too"),
         ("--video text.mp4", "is no video that PyAV can read"),
         ("--video video.mp4 --denoise 2", "denoise"),
+        ("--video video.mp4 --denoise 0", "denoise is 0.0: it must be above 0"),
+        ("--model vace.safetensors", "use the node Wan VACE in ComfyUI, or a T2V file"),
     ],
 )
 def test_pictures_that_can_t_be_used_are_said_in_one_line(

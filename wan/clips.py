@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
+from .pictures import LATENTS, MASK
 
-LATENTS, MASK = "concat_latent_image", "concat_mask"  # ComfyUI's options of pictures that a clip is made from
+ROUNDING = 0.1  # of raw latents, whose standard deviations are 1 to 3, where they pass through half precision
 
 
 def continued(before_BCThw: Tensor, latent_frames: int, overlap: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +49,21 @@ def joined(before_BCThw: Tensor, after_BCThw: Tensor, overlap: int) -> Tensor:
             "Clip, and what the sampler made of its latent."
         )
     return torch.cat((before_BCThw, after_BCThw[:, :, overlap:].to(before_BCThw)), dim=2)
+
+
+def is_seam(before_BCThw: Tensor, after_BCThw: Tensor, overlap: int) -> bool:
+    """Say whether a clip begins with the last latents of another, up to rounding; both as `joined` takes them."""
+    end, start = before_BCThw[:, :, -overlap:], after_BCThw[:, :, :overlap].to(before_BCThw)
+    return torch.allclose(end, start, rtol=0, atol=ROUNDING)
+
+
+def overlap_of(before_BCThw: Tensor, after_BCThw: Tensor) -> int:
+    """Return how many first latent frames of a clip are another's last ones, the most if several fit; 0 if none."""
+    one, other = before_BCThw.shape, after_BCThw.shape
+    if one[:2] + one[3:] != other[:2] + other[3:]:
+        return 0
+    most = min(one[2], other[2] - 1)
+    return next((count for count in range(most, 0, -1) if is_seam(before_BCThw, after_BCThw, count)), 0)
 
 
 def _starting_with(options: dict, start_BCThw: Tensor, latent_frames: int) -> dict:

@@ -14,11 +14,11 @@ from .config import LATENT_CHANNELS, TEXT_LEN, WanConfig
 from .controls import OPTIONS as CONTROL_OPTIONS
 from .controls import controls_of
 from .image_encoder import rows_of
-from .pictures import Known
+from .pictures import LATENTS, MASK, Known
 
 log = logging.getLogger(__name__)
 
-PICTURE_OPTIONS = ("concat_latent_image", "concat_mask", "clip_vision_output")
+SEEN = "clip_vision_output"  # ComfyUI's option for what an image encoder made of pictures
 MASK_CHANNELS = 4  # pixel frames in a latent frame
 
 
@@ -34,11 +34,11 @@ def from_comfy(conditioning: ComfyConditioning, config: WanConfig) -> list[Condi
     check_rows(conditioning, config.text_dim, "umT5 for Wan 2.1: `Wan Text Encode`, or a CLIP Loader of type wan")
     prompts = []
     for rows_BSE, options in conditioning:
-        check_options(options, (*PICTURE_OPTIONS, *CONTROL_OPTIONS))
+        check_options(options, (LATENTS, MASK, SEEN, *CONTROL_OPTIONS))
         mask_BS = rows_BSE.ne(0).any(-1) & valid_rows(rows_BSE, options.get("attention_mask"))
         texts = [_text(rows[valid]) for rows, valid in zip(rows_BSE, mask_BS, strict=True)]
-        images = _for_each(len(texts), "clip_vision_output", _image_rows(options, config, len(texts)))
-        extras = _for_each(len(texts), "concat_latent_image", _known(options))
+        images = _for_each(len(texts), SEEN, _image_rows(options, config, len(texts)))
+        extras = _for_each(len(texts), LATENTS, _known(options))
         controls = controls_of(options)
         prompts += [
             Conditioning(text=text, image=image, extra=extra, controls=controls)
@@ -80,8 +80,8 @@ def _text(rows_SE: Tensor) -> Tensor:
 
 
 def _for_each(count: int, name: str, parts_BX: Tensor | None) -> list[Tensor | None]:
-    """Return what belongs to each of so many prompts: its own, or the one of all."""
-    if parts_BX is None or len(parts_BX) == 1:
+    """Return what belongs to each of so many prompts: its own, or the one of all; one prompt has all there is."""
+    if parts_BX is None or 1 in (count, len(parts_BX)):
         return [parts_BX] * count
     if len(parts_BX) != count:
         raise ValueError(
@@ -92,7 +92,7 @@ def _for_each(count: int, name: str, parts_BX: Tensor | None) -> list[Tensor | N
 
 def _image_rows(options: Mapping[str, Any], config: WanConfig, count: int) -> Tensor | None:
     """Return image encoder rows [B, N, E] for so many prompts; of a batch of pictures one prompt takes what it can."""
-    output = options.get("clip_vision_output")
+    output = options.get(SEEN)
     if output is None:
         return None
     rows_BNE = rows_of(output)
@@ -106,7 +106,7 @@ def _image_rows(options: Mapping[str, Any], config: WanConfig, count: int) -> Te
 
 def _known(options: Mapping[str, Any]) -> Tensor | None:
     """Return mask and normalised latents [B, 20, T, h, w]; a mask that is missing, or too short, gives nothing."""
-    latents = options.get("concat_latent_image")
+    latents = options.get(LATENTS)
     if latents is None:
         return None
     if latents.dim() != 5 or latents.shape[1] != LATENT_CHANNELS:
@@ -116,7 +116,7 @@ def _known(options: Mapping[str, Any]) -> Tensor | None:
             "not carried out."
         )
     latents = latents.to("cpu", torch.float32)
-    given = options.get("concat_mask")
+    given = options.get(MASK)
     mask = latents.new_zeros(len(latents), MASK_CHANNELS, *latents.shape[2:])
     if given is None:
         return Known(latents=latents, mask=mask).channels

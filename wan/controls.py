@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning
 from ..core.types import Conditioning, Control, Identity, SampleRequest
 from .config import LATENT_CHANNELS
-from .pictures import GREY, cover
+from .pictures import GREY, NEGLIGIBLE, cover
 from .vae import LATENT_FORMAT
 
 WHITE = 1.0  # around reference pictures
@@ -83,12 +83,19 @@ def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[T
     if given > num_frames:
         notices.append(f"control_video has {given} frames: the last {given - num_frames} are left out.")
     elif given < num_frames:
-        notices.append(f"control_video has {given} frames: the other {num_frames - given} are made anew.")
+        lacking = f"control_video has {given} frames: the other {num_frames - given} are made anew"
+        whole = ", and so are its own, without a mask: a black one keeps them." if source.mask is None else "."
+        notices.append(lacking + whole)
     given = min(given, num_frames)
     for i, frame in enumerate(source.video[:given]):
         clip[i] = cover(frame[None, ..., :3], width, height)[0]
     if source.mask is not None:
-        masks = source.mask.reshape(-1, *source.mask.shape[-2:], 1)
+        high, wide = source.mask.shape[-2:]
+        if abs(wide * rows / (high * columns) - 1) > NEGLIGIBLE:
+            notices.append(
+                f"The mask of {wide} x {high} has another shape than control_video: it may not lie where it is meant."
+            )
+        masks = source.mask.reshape(-1, high, wide, 1)
         masks = masks.expand(given, -1, -1, -1) if len(masks) == 1 else masks[:given]
         if len(masks) < given:
             notices.append(f"The mask has {len(masks)} frames: those of control_video after them are made anew.")
@@ -146,6 +153,11 @@ def with_control(conditioning: ComfyConditioning, encoded: Encoded, strength: fl
         lists = {name: [*(leads if name == LEAD else options.get(name, ())), value] for name, value in added.items()}
         changed.append([rows, {**options, **lists}])
     return changed
+
+
+def lead_of(conditioning: ComfyConditioning) -> int:
+    """Return how many latent frames come before the clip, as far as the prompts' controls say."""
+    return max((lead for _, options in conditioning for lead in options.get(LEAD, ())), default=0)
 
 
 def controls_of(options: dict[str, Any]) -> tuple[Control, ...]:
@@ -213,7 +225,8 @@ def _length(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) 
     for control in controls:
         made, *wanted = control.context.shape[2:]
         # ComfyUI's own node doesn't say how many reference frames it has: as many as fit the others.
-        fits = made in (length + control.lead, length + lead) and frames in (length, length + lead)
+        fits = made == length + control.lead or (not control.lead and made == length + lead)
+        fits = fits and frames in (length, length + lead)
         if place != wanted or not fits:
             raise ValueError(
                 f"The latent has {frames} frames of {place[1]} x {place[0]} positions, a control of VACE "

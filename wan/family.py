@@ -120,7 +120,18 @@ def prepare(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, 
     Raises ValueError for prompts that the model does not take, and for pictures or controls that it lacks.
     """
     check_request(identity, request)
-    return controlled(identity, request)
+    request, notices = controlled(identity, request)
+    return request, notices + _apart(request)
+
+
+def _apart(request: SampleRequest) -> list[str]:
+    positive, negative = request.positive, request.negative
+    if negative is None or _are_same(positive, replace(negative, text=positive.text)):
+        return []
+    return [
+        "positive and negative come with different pictures, where Wan expects the same ones: connect both outputs of "
+        "each node between the prompts and the sampler."
+    ]
 
 
 def block_operations(config: WanConfig, latent_shape: tuple[int, ...], conditioning: Conditioning) -> tuple[int, int]:

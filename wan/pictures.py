@@ -16,6 +16,8 @@ from .vae import LATENT_FORMAT
 AREAS = {"480p": 480 * 832, "720p": 720 * 1280}  # pixels that the published models were made for
 GREY = 0.5  # in [0, 1], the official 0 in [-1, 1]: what stands where no frame is given
 COVER, OFFICIAL = "cover", "official"
+# ComfyUI's options of a conditioning for the frames that are given: raw latents, and 1 where frames are to be made.
+LATENTS, MASK = "concat_latent_image", "concat_mask"
 NEGLIGIBLE = 0.03  # share of a picture: what rounding to multiples of 16 costs
 
 
@@ -77,7 +79,7 @@ class Known:
 
     def options(self) -> dict[str, Any]:
         """Return what ComfyUI's own Wan nodes write into a CONDITIONING; its mask is 1 where frames are to be made."""
-        return {"concat_latent_image": self.latents, "concat_mask": 1 - self.mask}
+        return {LATENTS: self.latents, MASK: 1 - self.mask}
 
 
 def known_frames(vae: Any, given: Mapping[int, Tensor], frames: int, height: int, width: int) -> Known:

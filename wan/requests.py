@@ -57,6 +57,11 @@ def _check_known(config: WanConfig, extra_BCTHW: Tensor | None, latent_shape: tu
             f"{who} has {extra_BCTHW.shape[1]} channels of an encoded picture, and this file takes {config.extra_dim}: "
             "it was made for another kind of control, which is not carried out here."
         )
+    if len(extra_BCTHW) not in (1, latent_shape[0]):
+        raise ValueError(
+            f"{who} has encoded pictures for {len(extra_BCTHW)} videos, and the latent is {latent_shape[0]} of them: "
+            "give one for all, or connect the latent that comes out of the same node as the prompts."
+        )
     found, wanted = (_size(shape) for shape in (tuple(extra_BCTHW.shape), latent_shape))
     if found != wanted:
         raise ValueError(

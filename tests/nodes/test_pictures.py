@@ -154,6 +154,13 @@ def test_the_rows_of_comfyui_s_clip_vision_encode_do_as_well(nodes, vae, prompts
     assert torch.equal(read(one).image, output.penultimate_hidden_states[:1])
     both, *_ = nodes.WanFirstLastFrameToVideo.execute(first_image=picture(0), last_image=picture(1), **given).values
     assert torch.equal(read(both).image, output.penultimate_hidden_states.flatten(0, 1)[None])
+    ends = {"first_image": picture(0), "last_image": picture(1)}
+    together = SimpleNamespace(penultimate_hidden_states=read(both).image)  # as ComfyUI's own node joins two of them
+    again, *_ = nodes.WanFirstLastFrameToVideo.execute(**ends, **given | {"clip_vision_output": together}).values
+    assert torch.equal(read(again).image, read(both).image)
+    one_picture = Eye().encode_image(picture(0), crop=False)
+    with pytest.raises(ValueError, match="has seen one picture, and a first and a last one are given"):
+        nodes.WanFirstLastFrameToVideo.execute(**ends, **given | {"clip_vision_output": one_picture})
     with pytest.raises(ValueError, match="both connected: disconnect one"):
         nodes.WanImageToVideo.execute(image=picture(0), clip_vision=Eye(), **given)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from wanqwen.core import runtime
 
 SETTINGS = {"seed": 1, "steps": 2, "guidance": 2.0, "shift": 0.0, "solver": "euler", "denoise": 1.0}
 PLAIN = ("auto", 256, 64)  # tiling of VAE Decode
@@ -224,7 +225,8 @@ def test_transparency_of_a_picture_to_inpaint_is_dropped_aloud(nodes, vae):
     assert output.ui == {"text": ["32 x 32, 100% of it made anew", "The image's alpha channel was dropped."]}
 
 
-def test_a_noisy_latent_with_a_mask_is_refused(nodes, model, prompts):
+def test_a_noisy_latent_with_a_mask_is_refused_before_weights_are_read(nodes, model, prompts, monkeypatch):
+    monkeypatch.setattr(runtime, "opened", None)
     half = torch.arange(48).ge(24).float().expand(1, 1, 32, 48)
     latent = empty(nodes) | {"noise_mask": half}
     with pytest.raises(ValueError, match="has a mask and add_noise is off"):

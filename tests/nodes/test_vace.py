@@ -92,6 +92,16 @@ def test_nodes_in_a_row_guide_together(nodes, model, vae, prompts):
     assert torch.equal(sampled(nodes, model, *both.values[:2], first.values[2])["samples"], made)
 
 
+@pytest.mark.parametrize("references", [(2, 1), (1, 2), (2, 0)])
+def test_the_last_of_nodes_in_a_row_gives_the_latent_of_all(nodes, model, vae, prompts, references):
+    values = prompts
+    for count in references:
+        images = {"reference_images": torch.rand(count, 32, 48, 3)} if count else {}
+        *values, latent, trim = guided(nodes, values, vae, **images).values
+    assert trim == 2 and latent["samples"].shape == (1, 16, 4, 4, 6)
+    assert sampled(nodes, model, *values, latent)["samples"].shape == (1, 16, 2, 4, 6)
+
+
 def test_what_was_made_to_fit_is_said(nodes, vae, prompts, caplog):
     output = guided(nodes, prompts, vae, width=50, frames=6, control_video=torch.rand(3, 64, 64, 4))
     assert output.values[2]["samples"].shape == (1, 16, 2, 4, 6)
@@ -101,7 +111,8 @@ def test_what_was_made_to_fit_is_said(nodes, vae, prompts, caplog):
         "frames 6 changed to 5: Wan makes 4n + 1 frames.",
         "The image's alpha channel was dropped.",
         "control_video of 64 x 64 was made to cover 48 x 32.",
-        "control_video has 3 frames: the other 2 are made anew.",
+        "control_video has 3 frames: the other 2 are made anew, and so are its own, without a mask: a black one keeps "
+        "them.",
     ]
 
 
@@ -125,15 +136,23 @@ def test_a_clip_of_another_size_than_the_control_is_an_error(nodes, model, vae, 
 
 def test_a_vae_of_pictures_with_alpha_is_refused(nodes, prompts):
     class Layers:
-        latent_dim, output_channels = 3, 4
+        latent_dim, latent_channels, output_channels = 3, 16, 4
 
     with pytest.raises(ValueError, match="pictures of 4 channels"):
         guided(nodes, prompts, Layers())
 
 
+def test_a_vae_of_wan_2_2_is_refused(nodes, prompts):
+    class Larger:
+        latent_dim, latent_channels, output_channels = 3, 48, 3
+
+    with pytest.raises(ValueError, match=r"VAE is for other models: .* wan_2\.1_vae\.safetensors"):
+        guided(nodes, prompts, Larger(), reference_images=torch.rand(1, 32, 48, 3))
+
+
 def test_the_vae_of_comfyui_serves_as_well(nodes, vae, prompts):
     class Stock:
-        latent_dim, output_channels = 3, 3
+        latent_dim, latent_channels, output_channels = 3, 16, 3
 
         def encode(self, pixels):
             return vae.encode(pixels).half()

@@ -193,6 +193,14 @@ def test_each_prompt_of_a_batch_has_its_own_pictures_or_all_the_same():
         assert torch.equal(prompt.image, output.penultimate_hidden_states[i : i + 1])
     one = known()
     assert all(torch.equal(p.extra, one.channels) for p in from_comfy([[batch, one.options()]], PICTURE))
+    with pytest.raises(ValueError, match=r"concat_latent_image is a batch of 3 for 2 prompt"):
+        from_comfy([[batch, known(3).options()]], PICTURE)
+
+
+def test_one_prompt_has_the_pictures_of_a_whole_batch_of_clips():
+    given = known(3)
+    [prompt] = from_comfy([[rows(3), given.options()]], PICTURE)
+    assert torch.equal(prompt.extra, given.channels)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,6 @@ def test_each_prompt_of_a_batch_has_its_own_pictures_or_all_the_same():
             {"concat_mask": torch.ones(1, 1, 3, 4, 8)},
             r"concat_mask is \[1, 1, 3, 4, 8\], its concat_latent_image \[1, 16",
         ),
-        (known(3).options(), r"concat_latent_image is a batch of 3 for 1 prompt"),
         ({"clip_vision_output": seen(257, 24)}, r"CLIP vision output holds no rows .* but \(257, 24\)"),
         ({"concat_mask_index": 16}, "option 'concat_mask_index', which this sampler does not carry out"),
     ],

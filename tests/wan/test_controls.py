@@ -120,6 +120,14 @@ def test_videos_and_masks_of_another_size_cover_the_one_that_is_made() -> None:
     assert clip[0, : HEIGHT // 2 - 2].max() < 0.01 and clip[0, HEIGHT // 2 + 2 :].min() > 0.99
 
 
+@pytest.mark.parametrize(("size", "is_told"), [((64, 64), True), ((2 * HEIGHT, 2 * WIDTH), False), ((31, 48), True)])
+def test_a_mask_of_another_shape_than_the_video_is_told(size: tuple[int, int], is_told: bool) -> None:
+    _, mask, notices = lay_out(Source(video=video(), mask=torch.zeros(1, *size)), WIDTH, HEIGHT, FRAMES)
+    told = f"The mask of {size[1]} x {size[0]} has another shape than control_video: it may not lie where it is meant"
+    assert [notice[: len(told)] for notice in notices] == [told] * is_told
+    assert mask.shape == (FRAMES, HEIGHT, WIDTH) and not mask.any()
+
+
 def test_reference_images_lie_whole_on_a_white_canvas_and_come_first() -> None:
     tall, exact = torch.rand(64, 32, 4), torch.rand(HEIGHT, WIDTH, 3)
     found, (_, *pictures) = encoded(Source(references=(tall, exact)))
@@ -279,6 +287,7 @@ def test_a_negative_prompt_without_controls_takes_those_of_the_positive_one() ->
         (request(control(lead=1), frames=5), "latent has 5 frames of 6 x 4 positions, a control of VACE 3 "),
         (request(control(), control(lead=2, frames=4), frames=4), "a control of VACE 3 "),
         (request(control(lead=1), control(lead=2, frames=5), frames=5), "a control of VACE 3 "),
+        (request(control(lead=1, frames=4), control(lead=2)), "a control of VACE 4 "),
         (replace(request(control()), latent=torch.zeros(1, 16, 3, 4, 8)), "3 frames of 8 x 4 .* 3 .* of 6 x 4"),
     ],
 )

@@ -19,14 +19,17 @@ EXTRA = torch.zeros(1, 20, 3, 4, 6)
 PICTURED = replace(TEXT_ONLY, image=torch.zeros(1, 257, 24), extra=EXTRA)
 
 
-def ask(config: WanConfig, positive: Conditioning, negative: Conditioning | None = None) -> SampleRequest:
+def ask(
+    config: WanConfig, positive: Conditioning, negative: Conditioning | None = None, said: str | None = None
+) -> SampleRequest:
+    """Return the request as it is run, of which exactly this is said."""
     identity = Identity(
         family="wan21", role="diffusion_model", variant=VARIANTS[config], weight_format="fp32", spelling="official",
         config=config, names={},
     )  # fmt: skip
     request = SampleRequest(latent=torch.zeros(1, 16, 3, 4, 6), positive=positive, negative=negative)
     prepared, notices = prepare(identity, request)
-    assert not notices
+    assert notices == ([] if said is None else [said])
     return prepared
 
 
@@ -62,6 +65,7 @@ def test_what_a_model_was_made_for_passes_unchanged(config, conditioning):
             "encoded for 48 x 64 pixels, 9 frames, and the latent is 48 x 32 pixels, 9 frames: connect the latent",
         ),
         (PICTURE, {"extra": torch.zeros(1, 20, 2, 4, 6)}, "for 48 x 32 pixels, 5 frames, and the latent is 48 x 32"),
+        (PICTURE, {"extra": EXTRA.expand(2, -1, -1, -1, -1)}, "encoded pictures for 2 videos, and the latent is 1 of"),
         (PICTURE, {"text": torch.zeros(1, 3, 77)}, "text rows of width 77, where 40"),
         (PICTURE, {"references": (torch.zeros(1, 16, 1, 4, 6),)}, "i2v-14B takes no reference pictures"),
     ],
@@ -74,3 +78,14 @@ def test_what_does_not_fit_is_refused_with_what_would(config, change, said, whic
     with pytest.raises(ValueError, match=said) as caught:
         ask(config, *prompts)
     assert "takes no reference" in said or f"the sampler's {which} input" in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"extra": EXTRA + 1}, {"image": torch.ones(1, 257, 24)}])
+def test_prompts_that_start_from_different_pictures_are_told(change):
+    said = (
+        "positive and negative come with different pictures, where Wan expects the same ones: connect both outputs of "
+        "each node between the prompts and the sampler."
+    )
+    ask(PICTURE, PICTURED, replace(PICTURED, **change), said)
+    equal = replace(PICTURED, extra=EXTRA.clone(), image=torch.zeros(1, 257, 24), text=torch.ones(1, 2, 40))
+    ask(PICTURE, PICTURED, equal)
