@@ -1,28 +1,49 @@
-"""Train the miniature Wan and write its three files: wan_vae, wan_text_encoder (tokenizer inside) and wan_dit."""
+"""Train the miniature Wan and write its six files: wan_vae, wan_text_encoder (tokenizer inside) and wan_dit; and of
+the models of pictures wan_image_encoder, wan_i2v_dit and wan_flf2v_dit.
+"""
 
 import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ...core.weights.assemble import assemble
 from ...core.weights.identity import METADATA_KEY
 from ...core.weights.keymap import Renamer, inverse, table
+from ...loading import load_model, load_text_encoder, load_vae
+from ...wan.config import WanConfig
 from ...wan.family import LATENT_FORMAT, keep_float32
 from ...wan.keymap import TEXT_ENCODER
+from ...wan.transformer import WanTransformer
 from ...wan.vae import WanVAE
 from .. import vae as shared
 from ..training import Schedule, write
+from .pictures import SHOWN, draw_clips, image_rows
 from .train_dit import CONFIG as DIT_CONFIG
 from .train_dit import TextToVideo, train_dit, train_tokenizer
+from .train_image_encoder import train_image_encoder
+from .train_pictures import FLF2V, I2V, train_from_pictures
 from .train_vae import CONFIG as VAE_CONFIG
 from .train_vae import sample_clips, train_vae
 
 VAE_SCHEDULE = Schedule(steps=3050, rate=2e-3, warmup=50)
 DIT_SCHEDULE = Schedule(steps=7000, rate=1.5e-3)
+IMAGE_ENCODER_SCHEDULE = Schedule(steps=600, rate=1e-3, warmup=50)
+I2V_SCHEDULE = Schedule(steps=3000, rate=1e-3)
+FLF2V_SCHEDULE = Schedule(steps=1200, rate=7e-4)
+
+TEXT_TO_VIDEO = ("wan_vae", "wan_text_encoder", "wan_dit")
 
 
 def train(work: Path, out: Path) -> None:
-    """Train what `work` does not hold yet, then write the checkpoints to `out`."""
+    """Train what `work` and `out` do not hold yet, and write the checkpoints to `out`."""
+    if not all((out / f"{name}.safetensors").exists() for name in TEXT_TO_VIDEO):
+        _train_text_to_video(work, out)
+    _train_from_pictures(work, out)
+
+
+def _train_text_to_video(work: Path, out: Path) -> None:
 
     def finished_vae() -> WanVAE:
         vae = train_vae(work, VAE_SCHEDULE)
@@ -52,3 +73,27 @@ def _write_checkpoints(folder: Path, vae: WanVAE, pair: TextToVideo, tokenizer: 
     write(folder / "wan_vae.safetensors", {name: t.half() for name, t in vae.state_dict().items()}, {})
     write(folder / "wan_text_encoder.safetensors", text, {})
     write(folder / "wan_dit.safetensors", transformer, facts)
+
+
+def _train_from_pictures(work: Path, out: Path) -> None:
+    """Train the models of pictures, which start from the files of text to video."""
+    vae = load_vae(out / "wan_vae.safetensors").first_stage_model
+    text_encoder = load_text_encoder(out / "wan_text_encoder.safetensors")
+    model = load_model(out / "wan_dit.safetensors")
+    t2v = assemble(
+        lambda: WanTransformer(DIT_CONFIG), model.identity.names, model.checkpoint, float32=keep_float32,
+        dtype=torch.float32,
+    )  # fmt: skip
+    clips = draw_clips(vae, work / "clips_from_pictures.pt")
+    pictures, scenes = clips.pictures.flatten(0, 1), [scene for scene in clips.scenes for _ in SHOWN]
+    encoder = train_image_encoder(pictures, scenes, work / "clips_image_encoder.pt", IMAGE_ENCODER_SCHEDULE)
+    rows = image_rows(encoder, clips, work / "clips_image_rows.pt")
+
+    def trained(config: WanConfig, before: WanTransformer, name: str, schedule: Schedule) -> WanTransformer:
+        def encode(text: str) -> Tensor:
+            return text_encoder.encode([text])[0].text[0]
+
+        return train_from_pictures(config, before, clips, rows, encode, work / f"clips_{name}.pt", schedule)
+
+    i2v = trained(I2V, t2v, "i2v", I2V_SCHEDULE)
+    trained(FLF2V, i2v, "flf2v", FLF2V_SCHEDULE)

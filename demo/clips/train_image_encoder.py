@@ -1,0 +1,117 @@
+"""Train the miniature CLIP image encoder: its rows learn to tell what a picture shows and where.
+
+The published models, too, take theirs from an encoder that had learned to see before, and stays as it is.
+"""
+# N pictures, H W pixels, S rows, E width
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..training import Schedule, resume, save
+from . import corpus
+from .corpus import Scene
+
+log = logging.getLogger(__name__)
+
+WIDTH, NUM_HEADS, NUM_LAYERS = 96, 3, 4  # of which Wan uses all but the last
+PICTURE, PATCH = 224, 14
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+BATCH = 32
+# What the class row and the mean of the others have to tell: how many answers there are to each question.
+QUESTIONS = {
+    "colour": list(corpus.COLOURS),
+    "shape": list(corpus.SHAPES),
+    "background": list(corpus.BACKGROUNDS),
+}
+
+
+def build() -> nn.Module:
+    """Return the encoder with weights to be trained."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
+        image_size=PICTURE, patch_size=PATCH, hidden_act="gelu",
+    )  # fmt: skip
+    return CLIPVisionModel(config)
+
+
+def seen(pictures_NHWC: Tensor) -> Tensor:
+    """Return pictures [N, H, W, 3] in [0, 1] as the encoder sees them [N, 3, 224, 224]."""
+    pixels = F.interpolate(pictures_NHWC.movedim(-1, 1).float(), (PICTURE, PICTURE), mode="bicubic")
+    mean, std = (torch.tensor(row).view(3, 1, 1) for row in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def rows(encoder: nn.Module, pictures_NHWC: Tensor) -> Tensor:
+    """Return the rows [N, 257, E] that Wan takes: what comes out of all blocks but the last."""
+    return encoder(pixel_values=seen(pictures_NHWC), output_hidden_states=True).hidden_states[-2].float()
+
+
+class Witness(nn.Module):
+    """The encoder with the questions it learns by, which are thrown away afterwards.
+
+    The class row and the mean of the others are asked about the whole picture, each patch about its mean colour.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = build()
+        answers = sum(len(of) for of in QUESTIONS.values()) + 2
+        self.whole = nn.ModuleList(nn.Linear(WIDTH, answers) for _ in range(2))
+        self.patch = nn.Linear(WIDTH, 3)
+
+    def forward(self, pictures_NHWC: Tensor, scenes: list[Scene], places_N2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss, and what the class row and the mean tell: shares of right answers, then the error in place.
+
+        `places` are the middles of the objects, 0 to 1.
+        """
+        with torch.autocast("cpu", torch.bfloat16):
+            seen_NSE = rows(self.encoder, pictures_NHWC)
+        loss, told = torch.zeros(()), []
+        for probe, row in zip(self.whole, (seen_NSE[:, 0], seen_NSE[:, 1:].mean(dim=1)), strict=True):
+            *answers, place = probe(row).split([*(len(of) for of in QUESTIONS.values()), 2], dim=1)
+            for (name, of), logits in zip(QUESTIONS.items(), answers, strict=True):
+                wanted = torch.tensor([of.index(getattr(scene, name)) for scene in scenes])
+                loss = loss + F.cross_entropy(logits, wanted)
+                told.append((logits.argmax(dim=1) == wanted).float().mean())
+            off = (place - places_N2).norm(dim=1)
+            loss = loss + 10 * off.square().mean()
+            told.append(off.mean())
+        colours = F.adaptive_avg_pool2d(pictures_NHWC.movedim(-1, 1), PICTURE // PATCH).flatten(2).mT
+        return loss + 10 * F.mse_loss(self.patch(seen_NSE[:, 1:]), colours), torch.stack(told)
+
+
+def places(pictures_NHWC: Tensor) -> Tensor:
+    """Return the middles [N, 2] of the objects, 0 to 1: of what differs from the corner that differs least."""
+    corners = pictures_NHWC[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    paper = corners.median(dim=1).values[:, None, None]
+    share = (pictures_NHWC - paper).norm(dim=-1)
+    share = share / share.sum(dim=(1, 2), keepdim=True)
+    axis = (torch.arange(pictures_NHWC.shape[1]) + 0.5) / pictures_NHWC.shape[1]
+    return torch.stack(((share.sum(dim=1) * axis).sum(dim=1), (share.sum(dim=2) * axis).sum(dim=1)), dim=1)
+
+
+def train_image_encoder(pictures: Tensor, scenes: list[Scene], path: Path, schedule: Schedule) -> nn.Module:
+    """Return the encoder, trained on pictures [N, H, W, 3] of bytes; resumes from `path` and saves there as it goes."""
+    torch.manual_seed(0)
+    witness = Witness()
+    optimizer = torch.optim.AdamW(witness.parameters(), lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(resume(path, witness, [optimizer]), schedule.steps):
+        chosen = torch.randint(len(pictures), (BATCH,), generator=torch.Generator().manual_seed(step))
+        batch = pictures[chosen].float() / 255
+        loss, told = witness(batch, [scenes[i] for i in chosen.tolist()], places(batch))
+        schedule.apply(optimizer, step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(witness.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            log.info("image encoder step %d told: %s", step + 1, " ".join(f"{share:.2f}" for share in told.tolist()))
+        if (step + 1) % 250 == 0 or step + 1 == schedule.steps:
+            save(path, witness, [optimizer], step + 1)
+    return witness.encoder.requires_grad_(False).eval()
