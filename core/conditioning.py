@@ -26,6 +26,7 @@ NOT_CARRIED_OUT: dict[str, tuple[Any, ...]] = {
     "hooks": (),
     "concat_latent_image": (),
     "concat_mask": (),
+    "concat_mask_index": (0,),
     "clip_vision_output": (),
     "vace_frames": (),
     "vace_mask": (),

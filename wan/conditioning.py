@@ -1,33 +1,42 @@
 """Conditioning of Wan as ComfyUI passes it around: a list of [rows [B, S, E], options] per prompt."""
-# B batch, S rows, E width
+# B batch, S text rows, N image rows, E width, C channels, T latent frames, h w latent positions
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning, check_options, check_rows, valid_rows
 from ..core.types import Conditioning
-from .config import TEXT_LEN, WanConfig
+from .config import IMAGE_ROWS, LATENT_CHANNELS, TEXT_LEN, WanConfig
+from .pictures import Known
 
 log = logging.getLogger(__name__)
 
+PICTURE_OPTIONS = ("concat_latent_image", "concat_mask", "clip_vision_output")
+MASK_CHANNELS = 4  # pixel frames in a latent frame
+
 
 def from_comfy(conditioning: ComfyConditioning, config: WanConfig) -> list[Conditioning]:
-    """Return one `Conditioning` per prompt, each row of a batch being one; text [1, S, text_dim] float32 on the CPU.
+    """Return one `Conditioning` per prompt, each row of a batch being one; all float32 on the CPU.
 
     ComfyUI's Wan text nodes fill up to 512 rows with zeros (and don't cut longer prompts); zero rows are dropped here,
     since the transformer adds its own. Attention has no order among text rows, so this changes nothing, also for
-    zeros in between as "ConditioningConcat" leaves them. Raises ValueError for rows of another width than the model's
-    (4096 for umt5-xxl) and for options that we do not carry out.
+    zeros in between as "ConditioningConcat" leaves them. What image to video nodes add, ours and ComfyUI's, becomes
+    `image` and `extra`. Raises ValueError for rows of another width than the model's (4096 for umt5-xxl), for pictures
+    of another shape than those nodes give, and for options that we do not carry out.
     """
     check_rows(conditioning, config.text_dim, "umT5 for Wan 2.1: `Wan Text Encode`, or a CLIP Loader of type wan")
     prompts = []
     for rows_BSE, options in conditioning:
-        check_options(options)
+        check_options(options, PICTURE_OPTIONS)
         mask_BS = rows_BSE.ne(0).any(-1) & valid_rows(rows_BSE, options.get("attention_mask"))
-        prompts += [_prompt(rows[valid]) for rows, valid in zip(rows_BSE, mask_BS, strict=True)]
+        texts = [_text(rows[valid]) for rows, valid in zip(rows_BSE, mask_BS, strict=True)]
+        images = _for_each(len(texts), "clip_vision_output", _image_rows(options, config, len(texts)))
+        extras = _for_each(len(texts), "concat_latent_image", _known(options))
+        prompts += [Conditioning(text=t, image=i, extra=e) for t, i, e in zip(texts, images, extras, strict=True)]
     return prompts
 
 
@@ -45,7 +54,12 @@ def to_comfy(conditioning: Sequence[Conditioning], text_len: int = TEXT_LEN) -> 
     return filled
 
 
-def _prompt(rows_SE: Tensor) -> Conditioning:
+def with_options(conditioning: ComfyConditioning, options: Mapping[str, Any]) -> ComfyConditioning:
+    """Return the same prompts with more options; what was given is not changed."""
+    return [[rows, {**given, **options}] for rows, given in conditioning]
+
+
+def _text(rows_SE: Tensor) -> Tensor:
     if rows_SE.shape[0] > TEXT_LEN:
         cut = rows_SE.shape[0] - TEXT_LEN
         log.warning(
@@ -55,4 +69,64 @@ def _prompt(rows_SE: Tensor) -> Conditioning:
         rows_SE = rows_SE[:TEXT_LEN]
     if not rows_SE.shape[0]:  # "ConditioningZeroOut": one zero row, which the transformer's own zeros then join
         rows_SE = rows_SE.new_zeros(1, rows_SE.shape[1])
-    return Conditioning(text=rows_SE[None].to("cpu", torch.float32))
+    return rows_SE[None].to("cpu", torch.float32)
+
+
+def _for_each(count: int, name: str, parts_BX: Tensor | None) -> list[Tensor | None]:
+    """Return what belongs to each of so many prompts: its own, or the one of all."""
+    if parts_BX is None or len(parts_BX) == 1:
+        return [parts_BX] * count
+    if len(parts_BX) != count:
+        raise ValueError(
+            f"The conditioning's {name} is a batch of {len(parts_BX)} for {count} prompt(s): give one clip or picture."
+        )
+    return list(parts_BX.split(1))
+
+
+def _image_rows(options: Mapping[str, Any], config: WanConfig, count: int) -> Tensor | None:
+    """Return image encoder rows [B, N, E] for so many prompts; of a batch of pictures one prompt takes what it can."""
+    output = options.get("clip_vision_output")
+    if output is None:
+        return None
+    rows_BNE = output.penultimate_hidden_states
+    if not isinstance(rows_BNE, Tensor) or rows_BNE.dim() != 3:
+        shape = list(rows_BNE.shape) if isinstance(rows_BNE, Tensor) else type(rows_BNE).__name__
+        raise ValueError(
+            f"The conditioning's clip_vision_output holds {shape}, expected [1, rows, width]: connect a CLIP Vision "
+            "Encode that uses clip_vision_h (CLIP ViT-H)."
+        )
+    rows_BNE = rows_BNE.to("cpu", torch.float32)
+    if len(rows_BNE) in (1, count):
+        return rows_BNE
+    pictures = max(1, config.image_rows // IMAGE_ROWS)
+    if len(rows_BNE) > pictures:
+        log.warning("clip_vision_output holds %d pictures, this model takes the first %d.", *(len(rows_BNE), pictures))
+    return rows_BNE[:pictures].flatten(0, 1)[None]
+
+
+def _known(options: Mapping[str, Any]) -> Tensor | None:
+    """Return mask and normalised latents [B, 20, T, h, w]; a mask that is missing, or too short, gives nothing."""
+    latents = options.get("concat_latent_image")
+    if latents is None:
+        return None
+    if latents.dim() != 5 or latents.shape[1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"The conditioning's concat_latent_image is {list(latents.shape)}, expected [1, {LATENT_CHANNELS}, frames, "
+            "height / 8, width / 8], as Wan Image to Video with the Wan 2.1 VAE gives it; other kinds of control are "
+            "not carried out."
+        )
+    latents = latents.to("cpu", torch.float32)
+    given = options.get("concat_mask")
+    mask = latents.new_zeros(len(latents), MASK_CHANNELS, *latents.shape[2:])
+    if given is None:
+        return Known(latents=latents, mask=mask).channels
+    if given.dim() != 5 or given.shape[3:] != latents.shape[3:] or len(given) not in (1, len(latents)):
+        raise ValueError(
+            f"The conditioning's concat_mask is {list(given.shape)}, its concat_latent_image {list(latents.shape)}: "
+            "the same size is expected, with 1 or 4 channels. Connect Wan Image to Video instead of changing them."
+        )
+    if given.shape[1] != MASK_CHANNELS:
+        given = given.mean(1, keepdim=True)  # as ComfyUI's own Wan
+    known = min(given.shape[2], latents.shape[2])
+    mask[:, :, :known] = 1 - given.to("cpu", torch.float32)[:, :, :known]
+    return Known(latents=latents, mask=mask).channels

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its number of heads
 TEXT_LEN = 512  # umT5 rows the transformer was trained with, zero-padded and attended without a mask
 LATENT_CHANNELS = 16
+SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
 IMAGE_ROWS = 257  # of the image encoder for each picture: a class token and 16 x 16 patches
 
 # The official negative prompt of T2V and VACE; source: wan/configs/shared_config.py of the official repository.
@@ -14,6 +15,9 @@ NEGATIVE_PROMPT = (
     "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
     "倒着走"
 )
+# What image to video puts before it, and first and last frame before that; source: wan/configs of the same repository.
+I2V_NEGATIVE_PROMPT = "镜头晃动，" + NEGATIVE_PROMPT
+FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

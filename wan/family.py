@@ -9,13 +9,13 @@ from torch import Tensor
 from ..core.blocks import Run
 from ..core.types import Conditioning, Denoiser, Family, Identity, SampleRequest, Schedule, same
 from .conditioning import from_comfy
-from .config import WanConfig
+from .config import SIZE_STEP, WanConfig
+from .requests import check_request
 from .transformer import Prompt, WanTransformer
 from .vae import LATENT_FORMAT
 
 NAME = "wan21"
-SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
-
+SMALLER_SIDES = [60, 104]  # latent positions of 480 x 832 pixels, for which image to video has a shift of its own
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
 FLOAT32_PARTS = (
@@ -30,13 +30,9 @@ def keep_float32(name: str) -> bool:
 
 
 def denoiser(model: WanTransformer, run: Run, conditionings: list[Conditioning], device: torch.device) -> Denoiser:
-    """Return the velocities of conditionings as a function; equal ones share one prompt, with its keys and values.
-
-    Raises ValueError for text of another encoder, and for pictures that the model does not take or that it lacks.
-    """
+    """Return the velocities of conditionings as a function; equal ones share one prompt, with its keys and values."""
     prompts: list[Prompt] = []
     for i, conditioning in enumerate(conditionings):
-        _check_conditioning(model.config, conditioning)
         parts = _parts(conditioning)
         twin = next((j for j in range(i) if all(map(same, _parts(conditionings[j]), parts))), None)
         if twin is not None:
@@ -55,29 +51,6 @@ def _parts(conditioning: Conditioning) -> tuple[Tensor, Tensor | None, Tensor | 
     return conditioning.text, conditioning.image, conditioning.extra
 
 
-def _check_conditioning(config: WanConfig, conditioning: Conditioning) -> None:
-    width = conditioning.text.shape[-1]
-    if width != config.text_dim:
-        raise ValueError(
-            f"This Wan model takes text rows of width {config.text_dim} (UMT5), the conditioning has {width}:"
-            " encode the prompt with the text encoder that belongs to this model."
-        )
-    image = None if conditioning.image is None else tuple(conditioning.image.shape[1:])
-    extra = None if conditioning.extra is None else conditioning.extra.shape[1]
-    wanted_image = (config.image_rows, config.image_dim) if config.image_dim else None
-    wanted_extra = config.extra_dim or None
-    if (image, extra) != (wanted_image, wanted_extra):
-        raise ValueError(
-            f"This Wan model takes {_pictured(wanted_image, wanted_extra)}, the conditioning has "
-            f"{_pictured(image, extra)}: give a picture to a model that is made for one, and to no other."
-        )
-
-
-def _pictured(image: tuple[int, ...] | None, extra: int | None) -> str:
-    rows = "no image rows" if image is None else f"image rows of shape {image}"
-    return f"{rows} and {extra or 'no'} channels beside the latent's"
-
-
 def planned(config: WanConfig, latent_shape: tuple[int, ...], conditioning: Conditioning) -> Conditioning:
     """Return a prompt with the image rows and extra channels of zeros that the model takes for latents of a shape."""
     image = torch.zeros(1, config.image_rows, config.image_dim) if config.image_dim else None
@@ -93,32 +66,30 @@ def fit_clip(width: int, height: int, frames: int) -> tuple[int, int, int]:
 
 
 def schedule(config: WanConfig, latent_shape: tuple[int, ...]) -> Schedule:
-    """Return the published schedule: shift 5 at every size (generate.py); the README advises 8 to 12 for the 1.3B."""
-    return Schedule(shift=5.0)
+    """Return the published schedule (generate.py): shift 5; the README advises 8 to 12 for the 1.3B.
+
+    Models of a first picture take 3 at 480p, models of a first and a last one 16.
+    """
+    if config.image_positions:
+        return Schedule(shift=16.0)
+    at_480p = sorted(latent_shape[3:]) == SMALLER_SIDES
+    return Schedule(shift=3.0 if config.extra_dim and at_480p else 5.0)
 
 
 def check(identity: Identity, to_plan: bool = False) -> None:
     """Raise ValueError for a model of the family that can't be run yet, or with `to_plan` not even planned."""
-    config = identity.config
-    if identity.variant.startswith("vace") or (not to_plan and (config.image_dim or config.extra_dim)):
+    if identity.variant.startswith("vace"):
         raise ValueError(
-            f"this is Wan 2.1 {identity.variant}, which also takes an image or a control video; this version runs text "
-            "to video only, and can plan what image to video would take. Choose a T2V file (wan2.1_t2v_1.3B or "
-            "wan2.1_t2v_14B)."
+            f"this is Wan 2.1 {identity.variant}, which also takes a control video; this version runs text to video, "
+            "image to video and first and last frame only. Choose such a file (wan2.1_t2v_1.3B, wan2.1_t2v_14B, "
+            "wan2.1_i2v_480p_14B, wan2.1_flf2v_720p_14B)."
         )
 
 
 def prepare(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, list[str]]:
-    """Return the request as it is run, and nothing to say.
-
-    Raises ValueError for a model that can only be planned, and for reference pictures.
-    """
+    """Return the request as it is run, and nothing to say. Raises ValueError for prompts that the model can't take."""
     check(identity)
-    if any(c is not None and c.references for c in (request.positive, request.negative)):
-        raise ValueError(
-            f"Wan 2.1 {identity.variant} takes no reference pictures, and the conditioning has some: encode the prompt "
-            "with Wan Text Encode, or choose a Qwen-Image-Edit model."
-        )
+    check_request(identity, request)
     return request, []
 
 

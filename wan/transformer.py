@@ -71,15 +71,11 @@ class Prompt:
         return made
 
     def join(self, x_BCTHW: Tensor) -> Tensor:
-        """Return the latent with the prompt's extra channels after its own. Raises ValueError for another size."""
+        """Return the latent with the prompt's extra channels after its own."""
         extra = self.extra_BCTHW
         if extra is None:
             return x_BCTHW
-        if extra.shape[2:] != x_BCTHW.shape[2:]:
-            raise ValueError(
-                f"The latent is {tuple(x_BCTHW.shape[2:])} (frames, height / 8, width / 8), the picture was encoded "
-                f"for {tuple(extra.shape[2:])}: encode it for the size that is sampled."
-            )
+        assert extra.shape[2:] == x_BCTHW.shape[2:]
         return torch.cat((x_BCTHW, extra.expand(x_BCTHW.shape[0], -1, -1, -1, -1)), dim=1)
 
 
@@ -184,7 +180,10 @@ class PatchEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Turn rows of the image encoder into tokens that blocks attend to; rows of two pictures have positions."""
+    """Turn rows of the image encoder into tokens that blocks attend to.
+
+    Rows of the models of two pictures have positions; one picture's rows take the first of them.
+    """
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -198,7 +197,9 @@ class ImageEmbedding(nn.Module):
     def forward(self, rows_BSC: Tensor, dtype: torch.dtype) -> Tensor:
         """Return tokens [B, S, E] in `dtype`, in which the products are computed."""
         norm_in, widen, activation, narrow, norm_out = self.proj
-        rows = rows_BSC.float() if self.emb_pos is None else rows_BSC.float() + self.emb_pos.float()
+        rows = rows_BSC.float()
+        if self.emb_pos is not None:
+            rows = rows + self.emb_pos[:, : rows.shape[1]].float()
         return norm_out(narrow(activation(widen(norm_in(rows).to(dtype))))).to(dtype)
 
 

@@ -1,17 +1,23 @@
 """Prompts to and from ComfyUI's CONDITIONING."""
 
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from wanqwen.core.blocks import Run
 from wanqwen.core.types import Conditioning
-from wanqwen.wan.conditioning import from_comfy, to_comfy
+from wanqwen.wan.conditioning import from_comfy, to_comfy, with_options
 from wanqwen.wan.config import WanConfig
+from wanqwen.wan.pictures import Known
 from wanqwen.wan.transformer import WanTransformer
+from wanqwen.wan.vae import LATENT_FORMAT
 
 WIDTH = 12
 CONFIG = WanConfig(dim=16, ffn_dim=16, num_heads=1, num_layers=1, text_dim=WIDTH)
+PICTURE = replace(CONFIG, in_dim=36, image_dim=24)
+TWO_PICTURES = replace(PICTURE, image_positions=514)
 
 
 def rows(num: int, seed: int = 0) -> torch.Tensor:
@@ -112,3 +118,96 @@ def test_neutral_options_pass_and_unknown_ones_are_reported(caplog):
         assert not caplog.records
         from_comfy([[rows(3), {"mystery": 1}]], CONFIG)
     assert "'mystery'" in caplog.text
+
+
+# Pictures
+
+
+def seen(*shape: int) -> SimpleNamespace:
+    """What CLIP Vision Encode gives."""
+    return SimpleNamespace(penultimate_hidden_states=torch.randn(*shape))
+
+
+def known(num: int = 1) -> Known:
+    mask = torch.zeros(num, 4, 3, 4, 6)
+    mask[:, :, 0] = 1
+    return Known(latents=torch.randn(num, 16, 3, 4, 6), mask=mask)
+
+
+def test_what_was_encoded_comes_through_the_options_unchanged():
+    given = known()
+    prompts = with_options([[rows(3), {"pooled_output": None}]], given.options())
+    [prompt] = from_comfy(prompts, PICTURE)
+    assert torch.equal(prompt.extra, given.channels) and prompt.image is None and not prompt.references
+    assert torch.equal(prompt.extra[:, 4:], LATENT_FORMAT.normalise(given.latents))
+
+
+def test_options_are_added_to_a_copy():
+    prompts = [[rows(3), {"pooled_output": None}], [rows(4), {"strength": 1.0}]]
+    found = with_options(prompts, {"mystery": 1})
+    assert [options for _, options in found] == [
+        {"pooled_output": None, "mystery": 1},
+        {"strength": 1.0, "mystery": 1},
+    ]
+    assert [options for _, options in prompts] == [{"pooled_output": None}, {"strength": 1.0}]
+
+
+def test_the_mask_of_whole_latent_frames_covers_each_of_its_pixel_frames():
+    mask = torch.ones(1, 1, 3, 4, 6)
+    mask[:, :, 0] = 0  # as ComfyUI's WanImageToVideo says that the first is given
+    [prompt] = from_comfy([[rows(3), known().options() | {"concat_mask": mask}]], PICTURE)
+    assert torch.equal(prompt.extra[:, :4], known().mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "given"), [(None, 0), (torch.zeros(1, 1, 2, 4, 6), 2), (torch.zeros(1, 4, 5, 4, 6), 3)]
+)
+def test_a_mask_that_lacks_or_is_short_gives_nothing_where_it_is_not(mask, given):
+    [prompt] = from_comfy([[rows(3), known().options() | {"concat_mask": mask}]], PICTURE)
+    assert prompt.extra[:, :4, :given].eq(1).all() and not prompt.extra[:, :4, given:].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "taken"),
+    [
+        (PICTURE, (1, 257, 24), (1, 257, 24)),
+        (PICTURE, (1, 514, 24), (1, 514, 24)),  # of ComfyUI's WanFirstLastFrameToVideo
+        (PICTURE, (5, 257, 24), (1, 257, 24)),
+        (TWO_PICTURES, (2, 257, 24), (1, 514, 24)),
+        (TWO_PICTURES, (3, 257, 24), (1, 514, 24)),
+    ],
+)
+def test_image_rows_of_so_many_pictures(config, shape, taken):
+    output = seen(*shape)
+    [prompt] = from_comfy([[rows(3), {"clip_vision_output": output}]], config)
+    assert prompt.image.shape == taken
+    assert torch.equal(prompt.image, output.penultimate_hidden_states.flatten(0, 1)[None, : taken[1]])
+
+
+def test_each_prompt_of_a_batch_has_its_own_pictures_or_all_the_same():
+    batch, given, output = torch.cat((rows(3), rows(3, 1))), known(2), seen(2, 257, 24)
+    options = given.options() | {"clip_vision_output": output}
+    prompts = from_comfy([[batch, options]], PICTURE)
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(prompt.extra, given.channels[i : i + 1])
+        assert torch.equal(prompt.image, output.penultimate_hidden_states[i : i + 1])
+    one = known()
+    assert all(torch.equal(p.extra, one.channels) for p in from_comfy([[batch, one.options()]], PICTURE))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"concat_latent_image": torch.zeros(1, 32, 3, 4, 6)}, r"concat_latent_image is \[1, 32, 3, 4, 6\], expected"),
+        (
+            {"concat_mask": torch.ones(1, 1, 3, 4, 8)},
+            r"concat_mask is \[1, 1, 3, 4, 8\], its concat_latent_image \[1, 16",
+        ),
+        (known(3).options(), r"concat_latent_image is a batch of 3 for 1 prompt"),
+        ({"clip_vision_output": seen(257, 24)}, r"clip_vision_output holds \[257, 24\], expected \[1, rows, width\]"),
+        ({"concat_mask_index": 16}, "option 'concat_mask_index', which this sampler does not carry out"),
+    ],
+)
+def test_pictures_of_a_shape_that_no_wan_node_gives_are_refused(option, said):
+    with pytest.raises(ValueError, match=said):
+        from_comfy([[rows(3), known().options() | option]], PICTURE)

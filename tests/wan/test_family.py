@@ -6,9 +6,9 @@ import pytest
 import torch
 from wanqwen.core.blocks import Run
 from wanqwen.core.memory.trace import peak_bytes
-from wanqwen.core.types import Conditioning, Identity, SampleRequest
+from wanqwen.core.types import Conditioning, Identity
 from wanqwen.wan.config import WanConfig
-from wanqwen.wan.family import check, denoiser, keep_float32, planned, prepare
+from wanqwen.wan.family import check, denoiser, keep_float32, planned, schedule
 from wanqwen.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
@@ -17,6 +17,7 @@ CONFIG = WanConfig(dim=48, ffn_dim=112, num_heads=3, num_layers=2, freq_dim=32, 
 
 
 PICTURE = replace(CONFIG, in_dim=36, image_dim=24)
+TWO_PICTURES = replace(PICTURE, image_positions=514)
 
 
 def made(dtype: torch.dtype = torch.float32, config: WanConfig = CONFIG) -> WanTransformer:
@@ -123,33 +124,38 @@ def test_passes_with_a_picture_taken_together_have_the_bits_of_each_alone() -> N
             assert torch.equal(v, denoise(x, t, (k,))[0])
 
 
-@pytest.mark.parametrize(
-    ("config", "change", "said"),
-    [
-        (PICTURE, {"image": None}, r"takes image rows of shape \(257, 24\) and 20 .* has no image rows and 20"),
-        (PICTURE, {"extra": None}, r"has image rows of shape \(257, 24\) and no channels"),
-        (PICTURE, {"image": torch.zeros(1, 514, 24)}, r"has image rows of shape \(514, 24\)"),
-        (replace(PICTURE, image_positions=514), {}, r"takes image rows of shape \(514, 24\)"),
-        (CONFIG, {}, "takes no image rows and no channels"),
-    ],
-)
-def test_a_picture_that_lacks_or_that_nobody_wants_is_an_error(config: WanConfig, change: dict, said: str) -> None:
-    (conditioning,) = pictured(7)
-    with pytest.raises(ValueError, match=said):
-        denoiser(made(config=config), Run(), [replace(conditioning, **change)], CPU)
-
-
-def test_a_picture_of_another_size_than_the_latent_is_an_error() -> None:
-    denoise = denoiser(made(config=PICTURE), Run(), pictured(7), CPU)
-    with pytest.raises(ValueError, match=r"latent is \(3, 4, 8\) .* encoded for \(3, 4, 6\)"):
-        denoise(torch.randn(1, 16, 3, 4, 8), torch.tensor([400.0]), (0,))
-
-
-@pytest.mark.parametrize("config", [CONFIG, PICTURE, replace(PICTURE, image_positions=514), replace(CONFIG, in_dim=36)])
+@pytest.mark.parametrize("config", [CONFIG, PICTURE, TWO_PICTURES, replace(CONFIG, in_dim=36)])
 def test_a_planned_prompt_has_what_the_model_takes(config: WanConfig) -> None:
     prompt = planned(config, (1, 16, 3, 4, 6), *conditionings(7))
     denoise = denoiser(made(config=config), Run(), [prompt], CPU)
     assert denoise(torch.randn(1, 16, 3, 4, 6), torch.tensor([400.0]), (0,))[0].shape == (1, 16, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "shift"),
+    [
+        (CONFIG, (60, 104), 5.0),
+        (CONFIG, (90, 160), 5.0),
+        (PICTURE, (60, 104), 3.0),
+        (PICTURE, (104, 60), 3.0),
+        (PICTURE, (58, 104), 5.0),
+        (PICTURE, (90, 160), 5.0),
+        (replace(CONFIG, in_dim=36), (60, 104), 3.0),  # of Wan 2.2, which has no image encoder
+        (TWO_PICTURES, (90, 160), 16.0),
+        (TWO_PICTURES, (60, 104), 16.0),
+    ],
+)
+def test_the_schedule_is_the_published_one_of_each_kind_and_size(config, size, shift) -> None:
+    assert schedule(config, (1, 16, 21, *size)).shift == shift
+
+
+def test_rows_of_one_picture_take_the_first_positions_of_two() -> None:
+    model, run = made(config=TWO_PICTURES), Run()
+    rows, text = torch.randn(1, 257, 24), torch.randn(1, 3, 40)
+    extra = torch.randn(1, 20, 1, 4, 4)
+    one = model.prompt(text, run, None, rows, extra).image_BSE
+    both = model.prompt(text, run, None, torch.cat((rows, rows), dim=1), extra).image_BSE
+    assert torch.equal(one, both[:, :257]) and not torch.equal(one, both[:, 257:])
 
 
 def identity(variant: str, config: WanConfig) -> Identity:
@@ -159,16 +165,6 @@ def identity(variant: str, config: WanConfig) -> Identity:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "config"), [("i2v-custom", PICTURE), ("custom", replace(CONFIG, in_dim=36))])
-def test_models_of_pictures_are_planned_and_not_sampled(variant: str, config: WanConfig) -> None:
-    found = identity(variant, config)
-    check(found, to_plan=True)
-    with pytest.raises(ValueError, match="Choose a T2V file"):
-        check(found)
-    with pytest.raises(ValueError, match="Choose a T2V file"):
-        prepare(found, SampleRequest(latent=torch.zeros(1, 16, 1, 4, 4), positive=conditionings(3)[0]))
-
-
 def test_vace_is_not_even_planned() -> None:
-    with pytest.raises(ValueError, match=r"vace-14B.*Choose a T2V file"):
+    with pytest.raises(ValueError, match=r"vace-14B.*Choose such a file"):
         check(identity("vace-14B", CONFIG), to_plan=True)
