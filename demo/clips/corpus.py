@@ -12,6 +12,7 @@ from torch import Tensor
 SIZE = 64  # pixels, both sides
 FRAMES = 9
 LONG_FRAMES = 13  # of clips that begin with any picture: one that goes on where another ended has four frames before it
+START = (-17, 0)  # pixels from the middle along its way: where an object is that a picture shows
 
 # Object and background colours are two disjoint lists, so that a caption never names one colour in two roles.
 COLOURS = {
@@ -92,7 +93,7 @@ def render(batch: list[Scene], generator: torch.Generator) -> Tensor:
 
 
 def render_from(
-    batch: list[Scene], generator: torch.Generator, frames: int = LONG_FRAMES, start: tuple[float, float] = (-17, 0)
+    batch: list[Scene], generator: torch.Generator, frames: int = LONG_FRAMES, start: tuple[float, float] = START
 ) -> Tensor:
     """Return clips [B, 3, F, H, W] in [-1, 1] whose first picture leaves open where its object goes.
 

@@ -3,10 +3,11 @@ the models of pictures wan_image_encoder, wan_i2v_dit and wan_flf2v_dit.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.weights.assemble import assemble
 from ...core.weights.identity import METADATA_KEY
@@ -18,11 +19,11 @@ from ...wan.keymap import TEXT_ENCODER
 from ...wan.transformer import WanTransformer
 from ...wan.vae import WanVAE
 from .. import vae as shared
-from ..training import Schedule, write
+from ..training import Schedule, in_fp8, write
 from .pictures import SHOWN, draw_clips, image_rows
 from .train_dit import CONFIG as DIT_CONFIG
 from .train_dit import TextToVideo, train_dit, train_tokenizer
-from .train_image_encoder import train_image_encoder
+from .train_image_encoder import NUM_HEADS, train_image_encoder
 from .train_pictures import FLF2V, I2V, train_from_pictures
 from .train_vae import CONFIG as VAE_CONFIG
 from .train_vae import sample_clips, train_vae
@@ -34,17 +35,18 @@ I2V_SCHEDULE = Schedule(steps=3000, rate=1e-3)
 FLF2V_SCHEDULE = Schedule(steps=1200, rate=7e-4)
 
 TEXT_TO_VIDEO = ("wan_vae", "wan_text_encoder", "wan_dit")
+FROM_PICTURES = ("wan_image_encoder", "wan_i2v_dit", "wan_flf2v_dit")
 
 
 def train(work: Path, out: Path) -> None:
-    """Train what `work` and `out` do not hold yet, and write the checkpoints to `out`."""
+    """Train what neither `out` nor `work` holds yet, and write the checkpoints to `out`."""
     if not all((out / f"{name}.safetensors").exists() for name in TEXT_TO_VIDEO):
         _train_text_to_video(work, out)
-    _train_from_pictures(work, out)
+    if not all((out / f"{name}.safetensors").exists() for name in FROM_PICTURES):
+        _train_from_pictures(work, out)
 
 
 def _train_text_to_video(work: Path, out: Path) -> None:
-
     def finished_vae() -> WanVAE:
         vae = train_vae(work, VAE_SCHEDULE)
         mean, std = (torch.tensor(row) for row in (LATENT_FORMAT.mean, LATENT_FORMAT.std))
@@ -56,10 +58,10 @@ def _train_text_to_video(work: Path, out: Path) -> None:
     if not tokenizer.exists():
         tokenizer.write_bytes(train_tokenizer())
     pair = train_dit(vae, LATENT_FORMAT, tokenizer.read_bytes(), work, DIT_SCHEDULE)
-    _write_checkpoints(out, vae, pair, tokenizer.read_bytes())
+    _write_text_to_video(out, vae, pair, tokenizer.read_bytes())
 
 
-def _write_checkpoints(folder: Path, vae: WanVAE, pair: TextToVideo, tokenizer: bytes) -> None:
+def _write_text_to_video(folder: Path, vae: WanVAE, pair: TextToVideo, tokenizer: bytes) -> None:
     """Write the three files: large matrices in bfloat16, the VAE in float16, what must be exact in float32."""
     to_official = Renamer(inverse(table(TEXT_ENCODER)))
     text = {to_official(name): t.half() for name, t in pair.text_encoder.state_dict().items() if to_official(name)}
@@ -96,4 +98,30 @@ def _train_from_pictures(work: Path, out: Path) -> None:
         return train_from_pictures(config, before, clips, rows, encode, work / f"clips_{name}.pt", schedule)
 
     i2v = trained(I2V, t2v, "i2v", I2V_SCHEDULE)
-    trained(FLF2V, i2v, "flf2v", FLF2V_SCHEDULE)
+    flf2v = trained(FLF2V, i2v, "flf2v", FLF2V_SCHEDULE)
+    _write_from_pictures(out, encoder, {"i2v": i2v, "flf2v": flf2v}, model.checkpoint.metadata)
+
+
+def _write_from_pictures(
+    folder: Path, encoder: nn.Module, transformers: dict[str, WanTransformer], facts: Mapping[str, str]
+) -> None:
+    """Write the three files: matrices of the blocks in fp8, those around them as the other files have them.
+
+    `facts` are the metadata of the transformer that these began as.
+    """
+    # As ComfyUI's clip_vision_h has them; this transformers' module leaves the first part of the names out.
+    tensors = {f"vision_model.{name}": tensor.half() for name, tensor in encoder.state_dict().items()}
+    write(folder / "wan_image_encoder.safetensors", tensors, {METADATA_KEY: json.dumps({"num_heads": NUM_HEADS})})
+    for kind, transformer in transformers.items():
+        write(folder / f"wan_{kind}_dit.safetensors", stored(transformer), facts)
+
+
+def stored(transformer: WanTransformer) -> dict[str, Tensor]:
+    """Return the tensors of the file of a transformer of pictures."""
+    tensors = {}
+    for name, tensor in transformer.state_dict().items():
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.dim() == 2:
+            tensors |= in_fp8(name, tensor)
+        else:
+            tensors[name] = tensor.float() if keep_float32(name) else tensor.bfloat16()
+    return tensors

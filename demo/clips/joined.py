@@ -1,0 +1,117 @@
+"""Join clips of the miniature in latent space and through pixels, and measure what happens at the join.
+
+python -m wanqwen.demo.clips.joined [--count 40] [--seed 20000]
+"""
+# F frames, H W pixels
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...core import runtime
+from ...wan.pictures import GREY, Known, known_frames
+from . import corpus, score, show_pictures
+from .show_pictures import Pipeline, Wanted
+
+NEAR = 4  # frames on each side of a join that it is held against
+ROOM = (-17.0, -14.0)  # where objects start, so that two clips later they are still there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Join:
+    """What happens between two clips: mean changes from frame to frame, 0 to 255, and the background's drift.
+
+    `change` is that at the join, `around` those of the frames before and after it. `drift` is how far the mean colour
+    of the background moves from the frames before the join to those after it.
+    """
+
+    change: float
+    around: tuple[float, ...]
+    drift: float
+
+    @property
+    def is_within(self) -> bool:
+        """Say whether the change at the join lies within the range of those around it."""
+        return min(self.around) <= self.change <= max(self.around)
+
+
+def measure(frames_FHWC: Tensor, first_new: int = corpus.FRAMES) -> Join:
+    """Return what happens before frame `first_new` of a clip [F, H, W, 3] in [0, 1]."""
+    near = frames_FHWC[first_new - NEAR : first_new + NEAR].float() * 255
+    changes = (near[1:] - near[:-1]).abs().mean(dim=(1, 2, 3)).tolist()
+    at_join = changes.pop(NEAR - 1)
+    is_paper = ~score.objects(frames_FHWC)[1][first_new - NEAR : first_new + NEAR].any(dim=0)
+    before, after = (part[:, is_paper].mean(dim=(0, 1)) for part in near.split(NEAR))
+    return Join(change=at_join, around=tuple(changes), drift=(after - before).norm().item())
+
+
+def in_latent_space(pipeline: Pipeline, wanted: Wanted, seed: int) -> Tensor:
+    """Return two clips [F, H, W, 3] of which the second goes on from the last latent frame of the first."""
+    model, picture = pipeline.models["i2v"], {0: wanted.frames[0]}
+    first = _first(pipeline, wanted, seed)
+    grey = pipeline.vae.encode(torch.full((corpus.FRAMES, corpus.SIZE, corpus.SIZE, 3), GREY))
+    latents = torch.cat((first[:, :, -1:], grey[:, :, 1:]), dim=2)
+    is_given = torch.zeros_like(latents[:, :1])
+    is_given[:, :, 0] = 1
+    known = Known(latents=latents, mask=is_given.expand(-1, 4, -1, -1, -1))
+    request = pipeline.request(wanted.caption, picture, known, seed + 1)
+    second = runtime.generate(model, replace(request, latent=latents * is_given, mask=1 - is_given))
+    return pipeline.vae.decode(torch.cat((first, second[:, :, 1:]), dim=2))[0]
+
+
+def through_pixels(pipeline: Pipeline, wanted: Wanted, seed: int) -> Tensor:
+    """Return two clips [F, H, W, 3] of which the second goes on from the last picture of the first."""
+    first = pipeline.vae.decode(_first(pipeline, wanted, seed))[0]
+    picture = {0: first[-1]}
+    known = known_frames(pipeline.vae, picture, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
+    request = pipeline.request(wanted.caption, picture, known, seed + 1)
+    second = pipeline.vae.decode(runtime.generate(pipeline.models["i2v"], request))[0]
+    return torch.cat((first, second[1:]))
+
+
+WAYS = {"in latent space": in_latent_space, "through pixels": through_pixels}
+
+
+def _first(pipeline: Pipeline, wanted: Wanted, seed: int) -> Tensor:
+    picture = {0: wanted.frames[0]}
+    known = known_frames(pipeline.vae, picture, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
+    return runtime.generate(pipeline.models["i2v"], pipeline.request(wanted.caption, picture, known, seed))
+
+
+def joins(count: int, seed: int) -> dict[str, list[Join]]:
+    """Return what happens at the joins of `count` unseen scenes, each joined in every way."""
+    pipeline, wanted = Pipeline(), show_pictures.unseen(count, seed, ROOM)
+    return {
+        name: [measure(way(pipeline, one, seed + 2 * i)) for i, one in enumerate(wanted)] for name, way in WAYS.items()
+    }
+
+
+def report(found: dict[str, list[Join]]) -> str:
+    """Return how the ways to join compare, as a table."""
+    lines = []
+    for name, row in found.items():
+        lowest, mean, highest = (
+            sum(pick(join.around) for join in row) / len(row) for pick in (min, lambda x: sum(x) / len(x), max)
+        )
+        lines.append(
+            f"  {name:<16} change at the join {sum(j.change for j in row) / len(row):5.2f}, around it {lowest:.2f} to "
+            f"{highest:.2f} (mean {mean:.2f}); within the range {sum(j.is_within for j in row)} of {len(row)}; "
+            f"background drifts {sum(j.drift for j in row) / len(row):.2f} (at worst {max(j.drift for j in row):.2f})"
+        )
+    return f"{len(row)} pairs of clips joined; changes from frame to frame of 255\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Join clips and print what happens at the joins."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=20_000)
+    options = parser.parse_args()
+    sys.stdout.write(report(joins(options.count, options.seed)))
+
+
+if __name__ == "__main__":
+    main()
