@@ -30,7 +30,7 @@ from .train_vae import sample_clips, train_vae
 
 VAE_SCHEDULE = Schedule(steps=3050, rate=2e-3, warmup=50)
 DIT_SCHEDULE = Schedule(steps=7000, rate=1.5e-3)
-IMAGE_ENCODER_SCHEDULE = Schedule(steps=600, rate=1e-3, warmup=50)
+IMAGE_ENCODER_SCHEDULE = Schedule(steps=500, rate=2e-3, warmup=50)
 I2V_SCHEDULE = Schedule(steps=3000, rate=1e-3)
 FLF2V_SCHEDULE = Schedule(steps=1200, rate=7e-4)
 
@@ -109,8 +109,11 @@ def _write_from_pictures(
 
     `facts` are the metadata of the transformer that these began as.
     """
-    # As ComfyUI's clip_vision_h has them; this transformers' module leaves the first part of the names out.
-    tensors = {f"vision_model.{name}": tensor.half() for name, tensor in encoder.state_dict().items()}
+    # As ComfyUI's clip_vision_h has them; newer versions of transformers leave the first part of the names out.
+    tensors = {
+        f"vision_model.{name.removeprefix('vision_model.')}": tensor.half()
+        for name, tensor in encoder.state_dict().items()
+    }
     write(folder / "wan_image_encoder.safetensors", tensors, {METADATA_KEY: json.dumps({"num_heads": NUM_HEADS})})
     for kind, transformer in transformers.items():
         write(folder / f"wan_{kind}_dit.safetensors", stored(transformer), facts)

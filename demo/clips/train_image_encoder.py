@@ -37,7 +37,20 @@ def build() -> nn.Module:
         hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
         image_size=PICTURE, patch_size=PATCH, hidden_act="gelu",
     )  # fmt: skip
-    return CLIPVisionModel(config)
+    encoder = CLIPVisionModel(config)
+    # From small noise, the usual start, it takes long until positions are heard beside what the patches show.
+    encoder.get_parameter(next(n for n, _ in encoder.named_parameters() if "position_embedding" in n)).data[1:] = (
+        _waves()
+    )
+    return encoder
+
+
+def _waves() -> Tensor:
+    """Return places of patches [256, E] as sines and cosines of x and y, as loud as the patches themselves."""
+    side = PICTURE // PATCH
+    angles = torch.pi / 3 * torch.outer(torch.arange(side) / side, torch.arange(1, WIDTH // 4 + 1))
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    return torch.cat((axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)), dim=1) / 2
 
 
 def seen(pictures_NHWC: Tensor) -> Tensor:
