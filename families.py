@@ -25,6 +25,12 @@ STRANGERS = (
     ("transformer_blocks.0.img_mod.", "a part of a Qwen-Image model, or one repacked in a way that is not known"),
     ("visual.blocks.0.mlp.fc1.", "Qwen2-VL, not the Qwen2.5-VL of Qwen-Image"),
     ("visual.blocks.0.mlp.linear_fc1.", "Qwen3-VL, not the Qwen2.5-VL of Qwen-Image"),
+    (
+        "vision_model.encoder.layers.0.",
+        "an image encoder, but no CLIP: Wan takes clip_vision_h.safetensors",
+    ),
+    ("visual.transformer.resblocks.", "a CLIP in open_clip's own naming: Wan takes clip_vision_h.safetensors"),
+    (".layer_scale2.lambda1", "a DINOv2 image encoder: Wan takes clip_vision_h.safetensors"),
     ("layers.0.self_attn.q_proj.", "a language model, but not the Qwen2.5-VL of Qwen-Image"),
     ("double_blocks.0.", "a Flux or Hunyuan model"),
     (

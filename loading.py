@@ -1,4 +1,4 @@
-"""Open a file as what it is meant to be: diffusion model, VAE or text encoder. Shared by nodes and commands."""
+"""Open a file as what it is meant to be: diffusion model, VAE, text or image encoder. Shared by nodes and commands."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from .qwen_image.text_encoder import TextEncoder as QwenVL
 from .qwen_image.tokenizer import Tokenizer as QwenTokenizer
 from .wan.family import LATENT_FORMAT
 from .wan.family import NAME as WAN
+from .wan.image_encoder import ImageEncoder
 from .wan.text_encoder import TextEncoder as UMT5
 from .wan.tokenizer import Tokenizer as WanTokenizer
 from .wan.vae import WanVAE
@@ -29,7 +30,7 @@ ROLES = {
     "diffusion_model": "a diffusion model (Load Wan Model, Load Qwen-Image Model)",
     "vae": "a VAE (Load Wan / Qwen-Image VAE)",
     "text_encoder": "a text encoder (Load Wan Text Encoder, Load Qwen-Image Text Encoder)",
-    "image_encoder": "an image encoder",
+    "image_encoder": "an image encoder (Load Wan Image Encoder)",
 }
 HUB = "hub"
 SHOWN = 5  # names in an error
@@ -104,8 +105,7 @@ def load_text_encoder(
     `tokenizer` is a folder, a file (`spiece.model` for Wan, `tokenizer.json` for Qwen-Image), or "hub" to download the
     published one; None takes the one that came with the file.
     """
-    if device not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"text encoder device is {device!r}: choose auto, cpu or gpu.")
+    where = _device("text encoder", device)
     checkpoint, identity = _opened(path, "text_encoder", family)
     check_formats(checkpoint, identity.names)
     encoder, tokenizers = TEXT_ENCODERS[identity.family]
@@ -120,10 +120,25 @@ def load_text_encoder(
         pieces = tokenizers.from_file(Path(tokenizer))
     else:
         raise ValueError(f"There is no tokenizer at {tokenizer}: give a folder, a file, or {HUB}.")
-    where = torch.device("cpu") if device == "cpu" else host.device()
-
     placement = Placement(device=where, max_vram_bytes=max_vram_bytes)
     return encoder(checkpoint, identity, pieces, dtype=dtype, placement=placement)
+
+
+def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> ImageEncoder:
+    """Open the CLIP of Wan; its weights are read at the first new picture. Raises ValueError for any other file.
+
+    `device` is cpu, gpu, or auto (the device the models run on).
+    """
+    where = _device("image encoder", device)
+    checkpoint, identity = _opened(path, "image_encoder")
+    check_formats(checkpoint, identity.names)
+    return ImageEncoder(checkpoint, identity, dtype=dtype, placement=Placement(device=where))
+
+
+def _device(what: str, name: str) -> torch.device:
+    if name not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"{what} device is {name!r}: choose auto, cpu or gpu.")
+    return torch.device("cpu") if name == "cpu" else host.device()
 
 
 def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:

@@ -26,6 +26,7 @@ from .memory.supply import Source
 from .ops import formats
 from .types import Checkpoint, Conditioning, Identity, MemoryOptions
 from .weights.assemble import Recipe, prepare
+from .weights.keymap import Share
 from .weights.reader import read_tensors
 
 log = logging.getLogger(__name__)
@@ -265,14 +266,23 @@ class Design:
     table: str | None = None
 
     def open(
-        self, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype: torch.dtype, ignored: Collection[str] = ()
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        *,
+        dtype: torch.dtype,
+        ignored: Collection[str] = (),
+        shares: Mapping[str, Share] | None = None,
     ) -> "Part":
         """Return the part with the weights of a checkpoint, in `dtype`; none of them is read.
 
         `names` maps the names of the module's parameters to the file's, `ignored` are names of the file that belong
-        elsewhere. Raises ValueError for missing, unexpected or misshapen weights.
+        elsewhere, `shares` parameters that are a part of a tensor. Raises ValueError for missing, unexpected or
+        misshapen weights.
         """
-        weights = prepare(self.build, names, checkpoint, float32=lambda name: False, dtype=dtype, ignored=ignored)
+        weights = prepare(
+            self.build, names, checkpoint, float32=lambda name: False, dtype=dtype, ignored=ignored, shares=shares
+        )
         table = TokenTable(checkpoint, weights.recipes.pop(f"{self.table}.weight")) if self.table else None
         self._without_table(weights.module)
         return Part(name=self.name, loaded=Loaded(weights, weights.module.get_submodule(self.blocks)), table=table)

@@ -3,7 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .decode import InpaintLatent, VAEDecode, VAEEncode
-from .load import LoadQwenImageModel, LoadQwenImageTextEncoder, LoadWanModel, LoadWanTextEncoder, LoadWanVAE
+from .load import (
+    LoadQwenImageModel,
+    LoadQwenImageTextEncoder,
+    LoadWanImageEncoder,
+    LoadWanModel,
+    LoadWanTextEncoder,
+    LoadWanVAE,
+)
 from .options import BlockSwap
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
@@ -26,6 +33,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     EmptyQwenImageLatent,
     InpaintLatent,
     BlockSwap,
+    LoadWanImageEncoder,
 )
 
 

@@ -1,10 +1,10 @@
-"""Loaders: from a file in a dropdown to a model, text encoder or VAE. They read headers; weights wait for first use."""
+"""Loaders: from a file in a dropdown to a model, encoder or VAE. They read headers; weights wait for first use."""
 
 import torch
 from comfy_api.latest import io
 
 from ..families import recognised_by
-from ..loading import HUB, load_model, load_text_encoder, load_vae
+from ..loading import HUB, load_image_encoder, load_model, load_text_encoder, load_vae
 from ..qwen_image.config import VARIANTS
 from ..qwen_image.family import NAME as QWEN_IMAGE
 from ..wan.family import NAME as WAN
@@ -25,6 +25,7 @@ from .types import (
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODEL_PRECISIONS = {"auto": None, **DTYPES}
 VAE_PRECISIONS = {"auto": torch.float32, **DTYPES}
+IMAGE_ENCODER_PRECISIONS = {"auto": None, **DTYPES}
 TOKENIZERS = {"auto": None, "hub": HUB}
 QWEN_PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # float16 overflows
 QWEN_VARIANTS = ("auto", *VARIANTS)
@@ -153,6 +154,58 @@ class LoadWanVAE(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
         return io.NodeOutput(load_vae(find_file("vae", file), VAE_PRECISIONS[precision]))
+
+
+class LoadWanImageEncoder(io.ComfyNode):
+    """The CLIP of Wan's image-to-video models; its output fits ComfyUI's own CLIP Vision nodes too."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenLoadWanImageEncoder",
+            display_name="Load Wan Image Encoder",
+            category=CATEGORY,
+            description="Opens the image encoder of Wan's image-to-video models (CLIP ViT-H). The weights are read "
+            "when a new picture comes; pictures seen before cost nothing. ComfyUI's CLIP Vision Encode can use it.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_files("clip_vision", "wan_"),
+                    tooltip="A CLIP ViT-H file from models/clip_vision: clip_vision_h.safetensors or the official .pth "
+                    "(open-clip-xlm-roberta-large-vit-huge-14). demo/... is the miniature that comes with this pack.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(IMAGE_ENCODER_PRECISIONS),
+                    default="auto",
+                    tooltip="What the encoder computes in. auto: on a GPU fp16, as the official code does (bf16 for a "
+                    "file stored so), on a CPU fp32.",
+                ),
+            ],
+            outputs=[
+                io.ClipVision.Output(
+                    display_name="clip_vision",
+                    tooltip="For the nodes that make video from pictures, ours or ComfyUI's, and for CLIP Vision "
+                    "Encode.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None, precision: str | None) -> bool | str:
+        return verdict(
+            check_file("clip_vision", file),
+            check_choice("precision", precision, IMAGE_ENCODER_PRECISIONS),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, precision: str | None) -> str:
+        return file_stamp("clip_vision", file)
+
+    @classmethod
+    def execute(cls, file: str, precision: str) -> io.NodeOutput:
+        path = find_file("clip_vision", file)
+        return io.NodeOutput(load_image_encoder(path, IMAGE_ENCODER_PRECISIONS[precision]))
 
 
 class LoadQwenImageModel(io.ComfyNode):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from wanqwen.loading import load_model, load_text_encoder, load_vae
+from wanqwen.loading import load_image_encoder, load_model, load_text_encoder, load_vae
 
 from .nodes import tiny
 
@@ -31,6 +31,18 @@ def test_each_loader_takes_its_own_file_only(folder: Path, loader: str, file: st
         return
     with pytest.raises(ValueError, match=rf"{of}{file}.safetensors is a .*Expected a .*Load Wan"):
         LOADERS[loader](path)
+
+
+@pytest.mark.parametrize("file", ["model", "vae", "text", "qwen_model", "qwen_text"])
+def test_the_image_encoder_s_loader_takes_its_own_file_only(folder: Path, file: str) -> None:
+    path = folder / "image.safetensors"
+    assert load_image_encoder(path).identity.role == "image_encoder"
+    with pytest.raises(ValueError, match=rf"{file}.safetensors is a .*Expected an image encoder .Load Wan Image Enc"):
+        load_image_encoder(folder / f"{file}.safetensors")
+    with pytest.raises(ValueError, match=r"image.safetensors is an image encoder .*Expected a VAE"):
+        load_vae(path)
+    with pytest.raises(ValueError, match="image encoder device is 'tpu': choose auto, cpu or gpu"):
+        load_image_encoder(path, device="tpu")
 
 
 @pytest.mark.parametrize("of", FAMILIES)

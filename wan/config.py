@@ -1,6 +1,7 @@
 """Hyperparameters of the published Wan 2.1 models, and the numbers their checkpoints do not carry."""
 
 from dataclasses import dataclass
+from math import isqrt
 
 HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its number of heads
 TEXT_LEN = 512  # umT5 rows the transformer was trained with, zero-padded and attended without a mask
@@ -94,8 +95,25 @@ class ImageEncoderConfig:
     dim: int = 1280
     dim_ffn: int = 5120
     num_layers: int = 32
+    num_heads: int = 16
     patch_size: int = 14
     num_positions: int = IMAGE_ROWS
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"an image encoder of width {self.dim} does not split into {self.num_heads} heads")
+        if self.num_layers < 2:
+            raise ValueError(f"an image encoder of {self.num_layers} blocks has none before the last one")
+        if isqrt(self.num_positions - 1) ** 2 != self.num_positions - 1:
+            raise ValueError(
+                f"an image encoder has a position for its class and one for each patch of a square, not "
+                f"{self.num_positions}"
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of what it looks at."""
+        return self.patch_size * isqrt(self.num_positions - 1)
 
 
 # The published sizes: (task, in_dim, dim, ffn_dim, num_layers) -> variant. The 480P and 720P files of I2V are alike in
@@ -107,5 +125,13 @@ VARIANTS = {
     ("flf2v", 36, 5120, 13824, 40): "flf2v-14B",
     ("vace", 16, 1536, 8960, 30): "vace-1.3B",
     ("vace", 16, 5120, 13824, 40): "vace-14B",
+}
+# The CLIP towers that people have, by their width: variant, number of heads. Wan was trained with the first.
+IMAGE_ENCODER_VARIANTS = {
+    1280: ("clip-vit-h", 16),
+    768: ("clip-vit-b", 12),
+    1024: ("clip-vit-l", 16),
+    1408: ("clip-vit-g", 16),
+    1664: ("clip-vit-bigg", 16),
 }
 VAE_VARIANTS = {3: "vae", 4: "vae-rgba"}  # by channels of a pixel

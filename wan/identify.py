@@ -6,8 +6,26 @@ import torch
 
 from ..core.types import Checkpoint, Identity
 from ..core.weights import keymap
-from ..core.weights.identity import METADATA_KEY, count, identity, own_values, positive, shapes
-from .config import HEAD_WIDTH, VAE_VARIANTS, VARIANTS, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from ..core.weights.identity import (
+    METADATA_KEY,
+    converted,
+    count,
+    identity,
+    own_values,
+    positive,
+    read_json,
+    shapes,
+)
+from .config import (
+    HEAD_WIDTH,
+    IMAGE_ENCODER_VARIANTS,
+    VAE_VARIANTS,
+    VARIANTS,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
 from .family import FAMILY
 from .keymap import (
     DIFFUSION_MODEL_IGNORED,
@@ -15,6 +33,7 @@ from .keymap import (
     IMAGE_ENCODER_HUGGINGFACE,
     IMAGE_ENCODER_IGNORED,
     IMAGE_ENCODER_OFFICIAL,
+    IMAGE_ENCODER_PREFIXES,
     IMAGE_ENCODER_SPELLINGS,
     TASKS,
     TEXT_ENCODER,
@@ -25,6 +44,11 @@ from .keymap import (
 from .vae import WanVAE
 
 METADATA_FIELDS = {"num_heads": positive, "text_len": positive, "eps": float}
+IMAGE_ENCODER_FIELDS = {"num_heads": positive}
+
+CONFIG_FILE = "config.json"
+CLIP_MODEL_TYPES = ("clip_vision_model", "clip")  # of transformers' config.json: the tower, or a whole CLIP
+ACTIVATION = "gelu"  # of the CLIP that Wan was trained with
 
 IMAGE_WIDTH, IMAGE_POSITIONS = "img_emb.proj.0.bias", "img_emb.emb_pos"
 # The name that only this task's models have, the most particular first.
@@ -50,11 +74,11 @@ IMAGE_ENCODERS = {
     "huggingface": (
         IMAGE_ENCODER_HUGGINGFACE,
         (
-            "vision_model.encoder.layers",
-            "vision_model.embeddings.patch_embedding.weight",
-            "vision_model.embeddings.position_embedding.weight",
-            "vision_model.encoder.layers.0.mlp.fc1.bias",
-            "vision_model.embeddings.class_embedding",
+            "encoder.layers",
+            "embeddings.patch_embedding.weight",
+            "embeddings.position_embedding.weight",
+            "encoder.layers.0.mlp.fc1.bias",
+            "embeddings.class_embedding",
         ),
     ),
 }
@@ -208,7 +232,7 @@ def _text_encoder(checkpoint: Checkpoint) -> Identity | None:
 
 
 def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
-    match = keymap.pick(checkpoint.tensors, IMAGE_ENCODER_SPELLINGS, ("",))
+    match = keymap.pick(checkpoint.tensors, IMAGE_ENCODER_SPELLINGS, IMAGE_ENCODER_PREFIXES)
     if match is None:
         return None
     rows, telling = IMAGE_ENCODERS[match.spelling.name]
@@ -216,14 +240,47 @@ def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
     if patch not in match.names or class_token not in match.names:
         return None
     shape = shapes(checkpoint, match.names, "CLIP image encoder")
-    config = ImageEncoderConfig(
-        dim=shape(patch)[0],
-        dim_ffn=shape(hidden)[0],
-        num_layers=count(match.names, f"{stack}."),
-        patch_size=shape(patch)[-1],
-        num_positions=shape(positions)[-2],
-    )
+    dim = shape(patch)[0]
+    name, heads = IMAGE_ENCODER_VARIANTS.get(dim, ("custom", None))
+    told = _folder_values(checkpoint) | own_values(checkpoint, IMAGE_ENCODER_FIELDS)
+    if heads is None and not told:
+        raise ValueError(
+            f"{checkpoint.path}: looks like a CLIP image encoder, but nothing tells how many heads its width of {dim} "
+            f'has; its metadata needs {METADATA_KEY} = {{"num_heads": N}}, or put the {CONFIG_FILE} of the model '
+            "beside it"
+        )
+    try:
+        config = ImageEncoderConfig(
+            dim=dim,
+            dim_ffn=shape(hidden)[0],
+            num_layers=count(match.names, f"{stack}."),
+            patch_size=shape(patch)[-1],
+            num_positions=shape(positions)[-2],
+            **{"num_heads": heads, **told},
+        )
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
     expected = keymap.expand({path: (path, leaves) for path, leaves in rows.items()}, {stack: config.num_layers})
     found = keymap.account(match, expected, IMAGE_ENCODER_IGNORED)
-    variant = "clip-vit-h" if config == ImageEncoderConfig() else "custom"
+    is_like_it = name == "clip-vit-h" and config != ImageEncoderConfig()
+    variant = f"{name}-custom" if is_like_it else name
     return identity(checkpoint, match, found, family=FAMILY.name, role="image_encoder", variant=variant, config=config)
+
+
+def _folder_values(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return what the config.json of a Hugging Face folder tells of an image encoder; nothing for other files.
+
+    Raises ValueError where it tells of another activation than Wan's encoder has.
+    """
+    file = checkpoint.path.parent / CONFIG_FILE
+    top = read_json(file)
+    if top.get("model_type") not in CLIP_MODEL_TYPES:
+        return {}
+    vision = top.get("vision_config") or top
+    activation = vision.get("hidden_act", "quick_gelu")  # transformers' default, and OpenAI's
+    if activation != ACTIVATION:
+        raise ValueError(
+            f"{file}: this image encoder was trained with {activation}, the CLIP ViT-H of Wan with {ACTIVATION}: use "
+            "that one (clip_vision_h.safetensors)"
+        )
+    return converted({"num_heads": vision.get("num_attention_heads")}, IMAGE_ENCODER_FIELDS, str(file))

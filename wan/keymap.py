@@ -86,33 +86,32 @@ TEXT_ENCODER = {
 TEXT_ENCODER_IGNORED = ("spiece_model", "encoder.embed_tokens.weight", "decoder.*", "lm_head.weight")
 
 
-# The CLIP visual tower has q, k and v fused in one spelling and apart in the other: each has rows of its own.
-IMAGE_ENCODER_OFFICIAL = {
-    "visual.cls_embedding": BARE,
-    "visual.pos_embedding": BARE,
-    "visual.patch_embedding": WEIGHT,
-    "visual.pre_norm": LAYER,
-    "visual.transformer.{}.norm1": LAYER,
-    "visual.transformer.{}.attn.to_qkv": LAYER,
-    "visual.transformer.{}.attn.proj": LAYER,
-    "visual.transformer.{}.norm2": LAYER,
-    "visual.transformer.{}.mlp.0": LAYER,
-    "visual.transformer.{}.mlp.2": LAYER,
+# Official and transformers' names of the CLIP visual tower. q, k and v are fused in the one and apart in the other, so
+# that each has rows of its own.
+_TOWER = {
+    "visual.cls_embedding": ("embeddings.class_embedding", BARE),
+    "visual.pos_embedding": ("embeddings.position_embedding.weight", BARE),
+    "visual.patch_embedding": ("embeddings.patch_embedding", WEIGHT),
+    "visual.pre_norm": ("pre_layrnorm", LAYER),  # sic
+    **under(
+        "visual.transformer.{}",
+        "encoder.layers.{}",
+        {
+            "norm1": ("layer_norm1", LAYER),
+            "attn.proj": ("self_attn.out_proj", LAYER),
+            "norm2": ("layer_norm2", LAYER),
+            "mlp.0": ("mlp.fc1", LAYER),
+            "mlp.2": ("mlp.fc2", LAYER),
+        },
+    ),
 }
-IMAGE_ENCODER_HUGGINGFACE = {
-    "vision_model.embeddings.class_embedding": BARE,
-    "vision_model.embeddings.position_embedding": WEIGHT,
-    "vision_model.embeddings.patch_embedding": WEIGHT,
-    "vision_model.pre_layrnorm": LAYER,  # sic
-    "vision_model.encoder.layers.{}.layer_norm1": LAYER,
-    "vision_model.encoder.layers.{}.self_attn.q_proj": LAYER,
-    "vision_model.encoder.layers.{}.self_attn.k_proj": LAYER,
-    "vision_model.encoder.layers.{}.self_attn.v_proj": LAYER,
-    "vision_model.encoder.layers.{}.self_attn.out_proj": LAYER,
-    "vision_model.encoder.layers.{}.layer_norm2": LAYER,
-    "vision_model.encoder.layers.{}.mlp.fc1": LAYER,
-    "vision_model.encoder.layers.{}.mlp.fc2": LAYER,
-}
+IMAGE_ENCODER = table(_TOWER)
+IMAGE_ENCODER_FUSED = "visual.transformer.{}.attn.to_qkv"
+IMAGE_ENCODER_APART = tuple(f"encoder.layers.{{}}.self_attn.{name}_proj" for name in "qkv")  # in the fused order
+IMAGE_ENCODER_OFFICIAL = {path: leaves for path, (_, leaves) in _TOWER.items()} | {IMAGE_ENCODER_FUSED: LAYER}
+IMAGE_ENCODER_HUGGINGFACE = dict(_TOWER.values()) | dict.fromkeys(IMAGE_ENCODER_APART, LAYER)
+# What transformers puts before its names, by its version and by what else is in the file.
+IMAGE_ENCODER_PREFIXES = ("", "vision_model.")
 # Wan takes the rows before the last norm and never compares them with a text.
 IMAGE_ENCODER_IGNORED = (
     "textual.*",
@@ -122,8 +121,8 @@ IMAGE_ENCODER_IGNORED = (
     "text_model.*",
     "logit_scale",
     "text_projection.weight",
-    "vision_model.post_layernorm.*",
-    "vision_model.embeddings.position_ids",
+    "post_layernorm.*",
+    "embeddings.position_ids",
     "visual_projection.weight",
 )
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import host
 from ..ops import formats
 from ..ops.linear import Linear
-from ..types import Checkpoint, TensorInfo
+from ..types import Checkpoint
+from .keymap import Share
 from .ranges import Range, read_ranges
 from .reader import read_tensors
 
@@ -22,11 +23,25 @@ SCALE = "weight_scale"  # the buffer of a `Linear` whose weight stays in fp8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How one parameter comes about: the file's tensor, times the file's `scale` if any, in `dtype`."""
+    """How one parameter comes about: the file's tensor, times the file's `scale` if any, in `dtype`.
+
+    Where `rows` are given, it is those of the tensor, each of the shape `row`.
+    """
 
     tensor: str
     scale: str | None
     dtype: torch.dtype
+    rows: slice | None = None
+    row: tuple[int, ...] = ()
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """Return the parameter's part of the file's tensor, which shares its memory."""
+        return tensor if self.rows is None else tensor.reshape(-1, *self.row)[self.rows]
+
+    def part_of_scale(self, scale: Tensor | None) -> Tensor | None:
+        """Return the scales of the rows that the parameter has; one number is that of all rows."""
+        whole = self.rows is None or scale is None or scale.numel() == 1
+        return scale if whole else scale.reshape(-1)[self.rows]
 
 
 class Weights:
@@ -52,21 +67,20 @@ class Weights:
             info = self.checkpoint.tensors[recipe.tensor]
             stored = target
             if recipe.scale is not None or formats.STORAGE[info.dtype][0] != target.dtype:
-                stored = torch.empty(info.shape, dtype=formats.STORAGE[info.dtype][0])
+                stored = torch.empty(target.shape, dtype=formats.STORAGE[info.dtype][0])
                 converted.append((name, stored))
             if info.start is None:
-                stored.copy_(self._pickled[recipe.tensor])
+                stored.copy_(recipe.part_of(self._pickled[recipe.tensor]))
             else:
+                start = info.start + (recipe.rows.start * stored[:1].nbytes if recipe.rows else 0)
                 file = self.checkpoint.location[recipe.tensor]
-                ranges.append(Range(file=file, start=info.start, name=recipe.tensor, out=stored))
+                ranges.append(Range(file=file, start=start, name=recipe.tensor, out=stored))
         read_ranges(ranges, go_on)
         for name, stored in converted:
             go_on()
-            scale = self._scales.get(self.recipes[name].scale)
-            target = out[name]
-            target.copy_(
-                stored.view(target.shape) if scale is None else formats.dequantise(stored, scale, target.dtype)
-            )
+            recipe, target = self.recipes[name], out[name]
+            scale = recipe.part_of_scale(self._scales.get(recipe.scale))
+            target.copy_(stored if scale is None else formats.dequantise(stored, scale, target.dtype))
 
     def materialise(self, names: Collection[str] | None = None) -> nn.Module:
         """Give the module, or its tensors of these names, real memory on the CPU; return the module.
@@ -82,8 +96,8 @@ class Weights:
         for tensor_name, stored in read_tensors(self.checkpoint, wanted):
             for name in wanted[tensor_name]:
                 recipe = self.recipes[name]
-                scale = self._scales.get(recipe.scale)
-                _register(self.module, name, formats.dequantise(stored, scale, recipe.dtype))
+                scale = recipe.part_of_scale(self._scales.get(recipe.scale))
+                _register(self.module, name, formats.dequantise(recipe.part_of(stored), scale, recipe.dtype))
         return self.module
 
     @cached_property
@@ -125,20 +139,22 @@ def prepare(
     float32: Callable[[str], bool],
     dtype: torch.dtype,
     ignored: Collection[str] = (),
+    shares: Mapping[str, Share] | None = None,
 ) -> Weights:
     """Return a module on the meta device and how to fill it, in eval mode and without gradients.
 
     `build` makes it; `names` maps its parameters, and the scales of quantised ones, to the file's names. Parameters for
     which `float32` holds are stored in float32; fp8 weights of a `Linear` stay as they are, with their scale in its
     `weight_scale`; all others are stored in `dtype`. `ignored` are names of the file that are known and not needed.
+    `shares` names the parameters that are a part of the tensor that `names` gives them, and says which part.
     Raises ValueError, without reading a weight, for parameters the file lacks, tensors that nothing takes, other
     shapes, or a format that can't be read.
     """
     with torch.device("meta"):
         module = build()
-    parameters = dict(module.named_parameters())
+    parameters, shares = dict(module.named_parameters()), shares or {}
     check_formats(checkpoint, names)
-    _check_account(parameters, names, checkpoint, ignored)
+    _check_account(parameters, names, checkpoint, ignored, shares)
     scales = {o.rpartition(".")[0]: file for o, file in names.items() if o.endswith(formats.WEIGHT_SCALES)}
     recipes: dict[str, Recipe] = {}
     for name, parameter in parameters.items():
@@ -146,14 +162,18 @@ def prepare(
         owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
         stored, _ = formats.STORAGE[checkpoint.tensors[names[name]].dtype]
         wanted = torch.float32 if float32(name) else dtype
-        if isinstance(owner, Linear) and leaf == "weight" and stored in formats.FLOAT8 and not float32(name):
+        is_kept = isinstance(owner, Linear) and leaf == "weight" and stored in formats.FLOAT8 and name not in shares
+        if is_kept and not float32(name):
             wanted = stored
             if scale is not None:
                 owner.weight_scale = torch.empty(checkpoint.tensors[scale].shape, device="meta")
                 recipes[f"{path}.{SCALE}"] = Recipe(tensor=scale, scale=None, dtype=torch.float32)
                 scale = None
         owner.register_parameter(leaf, nn.Parameter(parameter.to(wanted), requires_grad=False))
-        recipes[name] = Recipe(tensor=names[name], scale=scale, dtype=wanted)
+        rows = _rows(parameter, shares.get(name))
+        recipes[name] = Recipe(
+            tensor=names[name], scale=scale, dtype=wanted, rows=rows, row=tuple(parameter.shape[1:]) if rows else ()
+        )
     return Weights(module.eval(), checkpoint, recipes)
 
 
@@ -182,16 +202,24 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
         setattr(owner, leaf, tensor.clone())
 
 
+def _rows(parameter: Tensor, share: Share | None) -> slice | None:
+    count = parameter.shape[0] if share else 0
+    return slice(share.index * count, (share.index + 1) * count) if share else None
+
+
 def _check_account(
-    parameters: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint, ignored: Collection[str]
+    parameters: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    ignored: Collection[str],
+    shares: Mapping[str, Share],
 ) -> None:
     used = {file for official, file in names.items() if official in parameters or _layer(official) in parameters}
     known = {name for name in checkpoint.tensors if name.endswith(formats.SCALED_MARKER)} | set(ignored)
-    found = {official: checkpoint.tensors[names[official]] for official in parameters if official in names}
     problems = [
         ("missing", [name for name in parameters if name not in names]),
         ("not part of this model", [name for name in checkpoint.tensors if name not in used and name not in known]),
-        ("of another shape", list(_other_shapes(parameters, found))),
+        ("of another shape", list(dict.fromkeys(_other_shapes(parameters, names, checkpoint, shares)))),
     ]
     lines = [
         f"{len(rows)} {what}: {', '.join(rows[:SHOWN])}{', ...' * (len(rows) > SHOWN)}"
@@ -212,10 +240,20 @@ def _layer(official: str) -> str | None:
     return official.removesuffix(suffix) + ".weight" if suffix else None
 
 
-def _other_shapes(parameters: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> Iterator[str]:
-    for name, info in found.items():
-        if tuple(parameters[name].shape) != info.shape:
-            yield f"{name} is {list(info.shape)} instead of {list(parameters[name].shape)}"
+def _other_shapes(
+    parameters: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint, shares: Mapping[str, Share]
+) -> Iterator[str]:
+    for name, parameter in parameters.items():
+        if name not in names:
+            continue
+        stored, wanted = checkpoint.tensors[names[name]].shape, tuple(parameter.shape)
+        shape, shown = stored, name
+        if share := shares.get(name):
+            wanted, shown = (wanted[0] * share.count, *wanted[1:]), names[name]
+            more = len(stored) - len(wanted)
+            shape = stored[more:] if more > 0 and set(stored[:more]) == {1} else stored
+        if shape != wanted:
+            yield f"{shown} is {list(stored)} instead of {list(wanted)}"
 
 
 def _unreadable(names: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:

@@ -76,6 +76,17 @@ def expand(rows: Rows, layers: Mapping[str, int]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which rows of a file's tensor are a parameter: part `index` of `count` equal parts.
+
+    The tensor may have more dimensions than the parameter, all of them 1 and before the others.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Match:
     """How a file spells an architecture. `names` maps official to file names; `unmatched` are the others."""
 

@@ -1,12 +1,16 @@
 """As much of ComfyUI as our schemas use: records in place of its input classes, and folders in place of its models."""
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-SOCKETS = ("Combo", "Int", "Float", "String", "Boolean", "Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask")
+SOCKETS = (
+    *("Combo", "Int", "Float", "String", "Boolean"),
+    *("Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask", "ClipVision"),
+)
 
 
 @dataclass
@@ -69,7 +73,7 @@ def modules(models: Path) -> dict[str, ModuleType | SimpleNamespace]:
         Input=Slot,
         Output=Slot,
         Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
-        **{name: _socket(name.upper()) for name in SOCKETS},
+        **{name: _socket(re.sub("(?<=[a-z])(?=[A-Z])", "_", name).upper()) for name in SOCKETS},
     )
     latest = ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, type("ComfyExtension", (), {})

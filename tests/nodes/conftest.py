@@ -16,6 +16,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(root / "diffusion_models" / "tiny.safetensors")
     tiny.write_vae(root / "vae" / "tiny.safetensors")
     tiny.write_text_encoder(root / "text_encoders" / "tiny.safetensors")
+    tiny.write_image_encoder(root / "clip_vision" / "tiny.safetensors")
     for variant in ("t2i", "edit", "edit-2509", "edit-2511"):
         tiny.write_qwen_model(root / "diffusion_models" / f"qwen_{variant}.safetensors", variant)
     tiny.write_qwen_vae(root / "vae" / "qwen.safetensors")

@@ -36,6 +36,9 @@ def test_validation_covers_every_fixed_list(nodes):
     assert nodes.LoadWanModel.validate_inputs(None, None) is True
     assert "choose one of auto, bf16, fp16, fp32" in nodes.LoadWanModel.validate_inputs("tiny.safetensors", "fp8")
     assert "was not found" in nodes.LoadWanVAE.validate_inputs("gone.safetensors", "auto")
+    assert "choose one of auto, bf16" in nodes.LoadWanImageEncoder.validate_inputs("tiny.safetensors", "fp8")
+    assert "was not found" in nodes.LoadWanImageEncoder.validate_inputs("gone.safetensors", "auto")
+    assert nodes.LoadWanImageEncoder.validate_inputs("tiny.safetensors", "auto") is True
     assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu", "auto")
     assert "choose one of unipc" in nodes.Sampler.validate_inputs("heun", "cpu")
     assert "choose one of none, lightning-4" in nodes.Sampler.validate_inputs("euler", "cpu", "turbo")
@@ -66,6 +69,7 @@ LOADERS = {
     "LoadWanModel": ("diffusion_models", ("auto",)),
     "LoadWanVAE": ("vae", ("auto",)),
     "LoadWanTextEncoder": ("text_encoders", ("cpu", 0.0, "auto")),
+    "LoadWanImageEncoder": ("clip_vision", ("auto",)),
     "LoadQwenImageModel": ("diffusion_models", ("auto", "auto")),
     "LoadQwenImageTextEncoder": ("text_encoders", ("cpu", 0.0, "auto")),
 }
@@ -78,6 +82,8 @@ LOADERS = {
         ("LoadWanVAE", "text_encoders/tiny.safetensors", "is a text encoder.* Expected a VAE"),
         ("LoadWanVAE", "text_encoders/qwen.safetensors", "is a text encoder.* Expected a VAE"),
         ("LoadWanTextEncoder", "diffusion_models/tiny.safetensors", "is a diffusion model.* Expected a text encoder"),
+        ("LoadWanImageEncoder", "vae/tiny.safetensors", r"is a VAE.* Expected an image encoder \(Load Wan Image"),
+        ("LoadWanVAE", "clip_vision/tiny.safetensors", r"is an image encoder \(Load Wan Image.* Expected a VAE"),
         ("LoadWanModel", "diffusion_models/qwen_edit.safetensors", "belongs to qwen-image .edit.*is for wan21"),
         ("LoadQwenImageModel", "diffusion_models/tiny.safetensors", "belongs to wan21 .custom.*is for qwen-image"),
         ("LoadQwenImageModel", "vae/qwen.safetensors", "is a VAE.* Expected a diffusion model"),
@@ -102,3 +108,23 @@ def test_precision_reaches_the_model_and_the_vae(nodes):
     assert (handle.dtype, codec.dtype) == (torch.float16, torch.bfloat16)
     [codec] = nodes.LoadWanVAE.execute("tiny.safetensors", "auto").values
     assert codec.dtype == torch.float32
+    [encoder] = nodes.LoadWanImageEncoder.execute("tiny.safetensors", "fp16").values
+    assert encoder.dtype_on(torch.device("cpu")) == torch.float16
+    [encoder] = nodes.LoadWanImageEncoder.execute("tiny.safetensors", "auto").values
+    assert encoder.dtype_on(torch.device("cpu")) == torch.float32
+
+
+def test_a_replaced_image_encoder_is_loaded_again(nodes, models):
+    before = nodes.LoadWanImageEncoder.fingerprint_inputs("tiny.safetensors", "auto")
+    other = models / "clip_vision" / "other.safetensors"
+    other.write_bytes(b"another")
+    assert before != nodes.LoadWanImageEncoder.fingerprint_inputs("other.safetensors", "auto")
+    other.unlink()
+    assert nodes.LoadWanImageEncoder.fingerprint_inputs(None, "auto") == ""
+
+
+def test_the_miniature_image_encoder_is_listed_with_the_files(types, tmp_path, monkeypatch):
+    monkeypatch.setattr(types, "DEMO_FOLDER", tmp_path)
+    assert types.list_files("clip_vision", "wan_") == ["tiny.safetensors"]
+    (tmp_path / "wan_image_encoder.safetensors").touch()
+    assert types.list_files("clip_vision", "wan_") == ["tiny.safetensors", "demo/wan_image_encoder.safetensors"]

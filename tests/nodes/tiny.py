@@ -15,14 +15,15 @@ from wanqwen.qwen_image.tokenizer import EMBEDDED_NAME
 from wanqwen.qwen_image.transformer import QwenImageTransformer
 from wanqwen.qwen_image.vl_config import VisionConfig, VLConfig
 from wanqwen.tests.qwen_image.test_tokenizer import tiny_tokenizer
-from wanqwen.wan import text_encoder
-from wanqwen.wan.config import TextEncoderConfig, VAEConfig, WanConfig
+from wanqwen.wan import image_encoder, text_encoder
+from wanqwen.wan.config import ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wanqwen.wan.keymap import vae_spellings
 from wanqwen.wan.transformer import WanTransformer
 from wanqwen.wan.vae import WanVAE
 
 TEXT = TextEncoderConfig(vocab_size=48, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=2)
 MODEL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=TEXT.dim, freq_dim=32)
+IMAGE = ImageEncoderConfig(dim=24, dim_ffn=40, num_heads=2, num_layers=3, patch_size=4, num_positions=26)
 VAE = VAEConfig(dim=8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 # Pictures are 56 x 56 pixels to this encoder, four rows each. Its width is another than that of Wan's above.
 VL = VLConfig(
@@ -57,6 +58,12 @@ def write_text_encoder(path: Path) -> Path:
     state = filled(text_encoder.build(TEXT)).state_dict()
     state = {name: tensor.clone() for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
     return _write(path, state | {"spiece_model": torch.frombuffer(bytearray(_spiece()), dtype=torch.uint8)})
+
+
+def write_image_encoder(path: Path) -> Path:
+    """Write an image encoder in the names that the installed transformers gives it."""
+    metadata = {"wanqwen": json.dumps({"num_heads": IMAGE.num_heads})}
+    return _write(path, filled(image_encoder.build(IMAGE)).state_dict(), metadata)
 
 
 def write_qwen_model(path: Path, variant: str = "t2i") -> Path:
@@ -95,10 +102,11 @@ def write_qwen_vae(path: Path) -> Path:
 
 
 def write_all(folder: Path) -> Path:
-    """Write model, vae, text, qwen_model, qwen_vae and qwen_text (.safetensors), and return the folder."""
+    """Write model, vae, text, image, qwen_model, qwen_vae and qwen_text (.safetensors), and return the folder."""
     write_model(folder / "model.safetensors")
     write_vae(folder / "vae.safetensors")
     write_text_encoder(folder / "text.safetensors")
+    write_image_encoder(folder / "image.safetensors")
     write_qwen_model(folder / "qwen_model.safetensors")
     write_qwen_vae(folder / "qwen_vae.safetensors")
     write_qwen_text_encoder(folder / "qwen_text.safetensors")

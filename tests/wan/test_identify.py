@@ -62,7 +62,7 @@ OTHERS = {
     "wan21_diffusers_vace_1.3B": ("vace-1.3B", "mixed", "diffusers"),
     "wan21_diffusers_vace_14B": ("vace-14B", "mixed", "diffusers"),
     "wan21_official_clip_xlm_roberta_vit_h_14": ("clip-vit-h", "fp32", "official"),
-    "wan21_comfy_clip_vision_h": ("clip-vit-h", "fp16", "huggingface"),
+    "wan21_comfy_clip_vision_h": ("clip-vit-h", "fp16", "huggingface, prefix vision_model."),
     "wan21_kijai_clip_visual_fp16_INFERRED": ("clip-vit-h", "fp16", "official"),
 }
 ALL = T2V | VAE | UMT5 | PICTURES | OTHERS

@@ -10,7 +10,7 @@ from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
 from wanqwen.core.weights.assemble import assemble, prepare
-from wanqwen.core.weights.keymap import Renamer
+from wanqwen.core.weights.keymap import Renamer, Share
 from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.families import identify
 from wanqwen.wan.config import VAEConfig, WanConfig
@@ -257,3 +257,74 @@ def test_ram_that_does_not_suffice_is_said_before_anything_is_read(tmp_path, sta
         load(path)
     monkeypatch.setattr(host, "available_ram", lambda: 0)
     load(save(tmp_path / "whole.safetensors", state))  # used as it is
+
+
+FUSED = ("q", "k", "v")
+
+
+def fused_state(dtype):
+    """Return layers whose rows lie together in one tensor, a table with a dimension too many, and both as meant."""
+    generator = torch.Generator().manual_seed(0)
+    meant = {f"{name}.weight": torch.randn(4, 6, generator=generator).to(dtype) for name in FUSED}
+    meant |= {f"{name}.bias": torch.randn(4, generator=generator).to(dtype) for name in FUSED}
+    meant |= {"table.weight": torch.randn(5, 6, generator=generator).to(dtype)}
+    stored = {f"qkv.{leaf}": torch.cat([meant[f"{name}.{leaf}"] for name in FUSED]) for leaf in ("weight", "bias")}
+    return stored | {"table": meant["table.weight"][None]}, meant
+
+
+def prepare_fused(checkpoint, dtype, more=None):
+    names = {f"{name}.{leaf}": f"qkv.{leaf}" for name in FUSED for leaf in ("weight", "bias")}
+    shares = {f"{name}.{leaf}": Share(index=i, count=3) for i, name in enumerate(FUSED) for leaf in ("weight", "bias")}
+    return prepare(
+        lambda: nn.ModuleDict({**{name: nn.Linear(6, 4) for name in FUSED}, "table": nn.Embedding(5, 6)}),
+        names | {"table.weight": "table"} | (more or {}),
+        checkpoint,
+        float32=lambda name: False,
+        dtype=dtype,
+        shares=shares | {"table.weight": Share()},
+    )
+
+
+def filled(weights):
+    out = {name: torch.empty_like(tensor, device="cpu") for name, tensor in weights.module.state_dict().items()}
+    weights.fill(out)
+    return out
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layers_that_share_a_tensor_get_their_own_rows(tmp_path, stored, dtype, ending):
+    tensors, meant = fused_state(stored)
+    path = tmp_path / f"m.{ending}"
+    torch.save(tensors, path) if ending == "pth" else save(path, tensors)
+    weights = prepare_fused(open_checkpoint(path), dtype)
+    for found in (filled(weights), weights.materialise().state_dict()):
+        assert found.keys() == meant.keys()
+        assert all(torch.equal(found[name], meant[name].to(dtype)) for name in meant)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.arange(1.0, 13.0)], ids=["one", "per row"])
+def test_layers_that_share_a_scaled_tensor_get_their_own_scales(tmp_path, scale):
+    tensors, _ = fused_state(torch.float32)
+    tensors |= {"qkv.weight": tensors["qkv.weight"].to(FP8), "qkv.scale_weight": scale}
+    checkpoint = open_checkpoint(save(tmp_path / "m.safetensors", tensors))
+    weights = prepare_fused(checkpoint, torch.float32, {f"{name}.scale_weight": "qkv.scale_weight" for name in FUSED})
+    whole = formats.dequantise(tensors["qkv.weight"], scale, torch.float32)
+    for found in (filled(weights), weights.materialise().state_dict()):
+        assert torch.equal(torch.cat([found[f"{name}.weight"] for name in FUSED]), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("qkv.weight", (8, 6), r"1 of another shape: qkv\.weight is \[8, 6\] instead of \[12, 6\]"),
+        ("table", (2, 5, 6), r"table is \[2, 5, 6\] instead of \[5, 6\]"),
+        ("table", (1, 6, 5), r"table is \[1, 6, 5\] instead of \[5, 6\]"),
+    ],
+)
+def test_a_shared_tensor_of_another_shape_is_named_once(tmp_path, name, shape, said):
+    tensors, _ = fused_state(torch.float32)
+    checkpoint = open_checkpoint(save(tmp_path / "m.safetensors", tensors | {name: torch.zeros(shape)}))
+    with pytest.raises(ValueError, match=said):
+        prepare_fused(checkpoint, torch.float32)
