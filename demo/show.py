@@ -9,7 +9,9 @@ from .clips import show_pictures as clips_from_pictures
 
 
 def run(count: int, seed: int, out: Path, *, blind: bool = False) -> Iterator[str]:
-    """Make `count` clips of text, of a picture, of two; then pictures and edits; videos and contact sheets go to `out`, scores are given as text.
+    """Make `count` clips from text, as many from a picture and from two, then pictures and edits.
+
+    Videos and contact sheets go to `out`, scores are given as text.
 
     All follows from `seed`. `blind` zeroes the text, to show that it is the text that steers.
     """

@@ -23,7 +23,8 @@ from ..training import Schedule, in_fp8, write
 from .pictures import SHOWN, draw_clips, image_rows
 from .train_dit import CONFIG as DIT_CONFIG
 from .train_dit import TextToVideo, train_dit, train_tokenizer
-from .train_image_encoder import NUM_HEADS, train_image_encoder
+from .train_image_encoder import CONFIG as IMAGE_ENCODER
+from .train_image_encoder import train_image_encoder
 from .train_pictures import FLF2V, I2V, train_from_pictures
 from .train_vae import CONFIG as VAE_CONFIG
 from .train_vae import sample_clips, train_vae
@@ -114,7 +115,11 @@ def _write_from_pictures(
         f"vision_model.{name.removeprefix('vision_model.')}": tensor.half()
         for name, tensor in encoder.state_dict().items()
     }
-    write(folder / "wan_image_encoder.safetensors", tensors, {METADATA_KEY: json.dumps({"num_heads": NUM_HEADS})})
+    write(
+        folder / "wan_image_encoder.safetensors",
+        tensors,
+        {METADATA_KEY: json.dumps({"num_heads": IMAGE_ENCODER.num_heads})},
+    )
     for kind, transformer in transformers.items():
         write(folder / f"wan_{kind}_dit.safetensors", stored(transformer), facts)
 

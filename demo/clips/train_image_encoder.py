@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...wan.config import ImageEncoderConfig
+from ...wan.image_encoder import build, preprocess
 from ..training import Schedule, resume, save
 from . import corpus
 from .corpus import Scene
 
 log = logging.getLogger(__name__)
 
-WIDTH, NUM_HEADS, NUM_LAYERS = 96, 3, 4  # of which Wan uses all but the last
-PICTURE, PATCH = 224, 14
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+CONFIG = ImageEncoderConfig(dim=96, dim_ffn=192, num_heads=3, num_layers=4)  # of which Wan uses all layers but the last
+PATCHES = CONFIG.image_size // CONFIG.patch_size  # along a side
 BATCH = 32
 # What the class row and the mean of the others have to tell: how many answers there are to each question.
 QUESTIONS = {
@@ -29,40 +30,26 @@ QUESTIONS = {
 }
 
 
-def build() -> nn.Module:
+def untrained() -> nn.Module:
     """Return the encoder with weights to be trained."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
-        image_size=PICTURE, patch_size=PATCH, hidden_act="gelu",
-    )  # fmt: skip
-    encoder = CLIPVisionModel(config)
+    encoder = build(CONFIG).train()
     # From small noise, the usual start, it takes long until positions are heard beside what the patches show.
-    encoder.get_parameter(next(n for n, _ in encoder.named_parameters() if "position_embedding" in n)).data[1:] = (
-        _waves()
-    )
+    name = next(name for name, _ in encoder.named_parameters() if "position_embedding" in name)
+    encoder.get_parameter(name).data[1:] = _waves()
     return encoder
 
 
 def _waves() -> Tensor:
     """Return places of patches [256, E] as sines and cosines of x and y, as loud as the patches themselves."""
-    side = PICTURE // PATCH
-    angles = torch.pi / 3 * torch.outer(torch.arange(side) / side, torch.arange(1, WIDTH // 4 + 1))
+    angles = torch.pi / 3 * torch.outer(torch.arange(PATCHES) / PATCHES, torch.arange(1, CONFIG.dim // 4 + 1))
     axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-    return torch.cat((axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)), dim=1) / 2
-
-
-def seen(pictures_NHWC: Tensor) -> Tensor:
-    """Return pictures [N, H, W, 3] in [0, 1] as the encoder sees them [N, 3, 224, 224]."""
-    pixels = F.interpolate(pictures_NHWC.movedim(-1, 1).float(), (PICTURE, PICTURE), mode="bicubic")
-    mean, std = (torch.tensor(row).view(3, 1, 1) for row in (MEAN, STD))
-    return (pixels - mean) / std
+    return torch.cat((axis.repeat(PATCHES, 1), axis.repeat_interleave(PATCHES, dim=0)), dim=1) / 2
 
 
 def rows(encoder: nn.Module, pictures_NHWC: Tensor) -> Tensor:
     """Return the rows [N, 257, E] that Wan takes: what comes out of all blocks but the last."""
-    return encoder(pixel_values=seen(pictures_NHWC), output_hidden_states=True).hidden_states[-2].float()
+    seen = torch.cat([preprocess(picture, CONFIG.image_size, "official") for picture in pictures_NHWC])
+    return encoder(pixel_values=seen, output_hidden_states=True).hidden_states[-2].float()
 
 
 class Witness(nn.Module):
@@ -73,10 +60,10 @@ class Witness(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = build()
+        self.encoder = untrained()
         answers = sum(len(of) for of in QUESTIONS.values()) + 2
-        self.whole = nn.ModuleList(nn.Linear(WIDTH, answers) for _ in range(2))
-        self.patch = nn.Linear(WIDTH, 3)
+        self.whole = nn.ModuleList(nn.Linear(CONFIG.dim, answers) for _ in range(2))
+        self.patch = nn.Linear(CONFIG.dim, 3)
 
     def forward(self, pictures_NHWC: Tensor, scenes: list[Scene], places_N2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, and what the class row and the mean tell: shares of right answers, then the error in place.
@@ -95,7 +82,7 @@ class Witness(nn.Module):
             off = (place - places_N2).norm(dim=1)
             loss = loss + 10 * off.square().mean()
             told.append(off.mean())
-        colours = F.adaptive_avg_pool2d(pictures_NHWC.movedim(-1, 1), PICTURE // PATCH).flatten(2).mT
+        colours = F.adaptive_avg_pool2d(pictures_NHWC.movedim(-1, 1), PATCHES).flatten(2).mT
         return loss + 10 * F.mse_loss(self.patch(seen_NSE[:, 1:]), colours), torch.stack(told)
 
 

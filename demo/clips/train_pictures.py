@@ -20,10 +20,10 @@ from .. import flow
 from ..training import Schedule
 from .pictures import FIRST, LAST, LENGTH, Clips
 from .train_dit import CONFIG, initialise, with_zeros
-from .train_image_encoder import WIDTH
+from .train_image_encoder import CONFIG as IMAGE_ENCODER
 
 BATCH = 64
-I2V = replace(CONFIG, in_dim=36, image_dim=WIDTH)
+I2V = replace(CONFIG, in_dim=36, image_dim=IMAGE_ENCODER.dim)
 FLF2V = replace(I2V, image_positions=2 * IMAGE_ROWS)
 GIVEN_WEIGHT = 3.0  # of the loss where a latent frame is given: it has to be copied, not only resembled
 MOTION_ALONE = 0.5  # share of captions that say where to and nothing else
