@@ -12,7 +12,8 @@ from torch import Tensor
 SIZE = 64  # pixels, both sides
 FRAMES = 9
 LONG_FRAMES = 13  # of clips that begin with any picture: one that goes on where another ended has four frames before it
-START = (-17, 0)  # pixels from the middle along its way: where an object is that a picture shows
+Range = tuple[float, float]
+START, ASIDE = (-17, 0), (-12, 12)  # pixels from the middle, along its way and across: where a picture's object is
 
 # Object and background colours are two disjoint lists, so that a caption never names one colour in two roles.
 COLOURS = {
@@ -93,19 +94,23 @@ def render(batch: list[Scene], generator: torch.Generator) -> Tensor:
 
 
 def render_from(
-    batch: list[Scene], generator: torch.Generator, frames: int = LONG_FRAMES, start: tuple[float, float] = START
+    batch: list[Scene],
+    generator: torch.Generator,
+    frames: int = LONG_FRAMES,
+    start: Range = START,
+    aside: Range = ASIDE,
 ) -> Tensor:
     """Return clips [B, 3, F, H, W] in [-1, 1] whose first picture leaves open where its object goes.
 
-    It begins `start` pixels from the middle along its way, moves 14 to 18 in 8 frames, and is whole on most frames.
+    It begins `start` pixels from the middle along its way and `aside` across it, moves 14 to 18 in 8 frames, and is
+    whole on most frames.
     """
-    ranges = ((11, 14), (-12, 12), (14, 18), start)
-    radius, aside, travel, begin = _draw(len(batch), ranges, generator)
+    radius, aside_B1, travel, begin = _draw(len(batch), ((11, 14), aside, (14, 18), start), generator)
     progress = torch.arange(frames)[None, :, None] / (FRAMES - 1)
-    return _paint(batch, radius, _path(batch, begin[:, None] + travel[:, None] * progress, aside))
+    return _paint(batch, radius, _path(batch, begin[:, None] + travel[:, None] * progress, aside_B1))
 
 
-def _draw(count: int, ranges: tuple[tuple[float, float], ...], generator: torch.Generator) -> list[Tensor]:
+def _draw(count: int, ranges: tuple[Range, ...], generator: torch.Generator) -> list[Tensor]:
     """Return a number [B, 1] in each of the ranges for each clip."""
     return [low + (high - low) * torch.rand(count, 1, generator=generator) for low, high in ranges]
 

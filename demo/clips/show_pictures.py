@@ -67,20 +67,25 @@ class Pipeline:
         )  # fmt: skip
 
 
-def unseen(count: int, seed: int, start: tuple[float, float] = corpus.START) -> list[Wanted]:
-    """Return clips of scenes held out of the training; every other caption says where to and nothing else."""
-    rng, wanted = random.Random(seed), []
-    clips = render([scene for scene, _ in show.unseen_prompts(count, seed)], seed, start)
-    for i, (scene, caption) in enumerate(show.unseen_prompts(count, seed)):
+def unseen(
+    count: int,
+    seed: int,
+    *,
+    start: corpus.Range = corpus.START,
+    aside: corpus.Range = corpus.ASIDE,
+    frames: int = corpus.FRAMES,
+) -> list[Wanted]:
+    """Return clips of scenes held out of the training; every other caption says where to and nothing else.
+
+    Objects begin within `start` and `aside` of the middle, in pixels along their way and across it.
+    """
+    prompts, rng, wanted = show.unseen_prompts(count, seed), random.Random(seed), []
+    generator, scenes = torch.Generator().manual_seed(seed), [scene for scene, _ in prompts]
+    clips = corpus.render_from(scenes, generator, frames, start, aside).movedim(1, -1) / 2 + 0.5
+    for i, (scene, caption) in enumerate(prompts):
         motion = scene.motion(rng, chinese=i % 3 == 2)
         wanted.append(Wanted(scene=scene, caption=caption if i % 2 else motion, frames=clips[i]))
     return wanted
-
-
-def render(scenes: list[Scene], seed: int, start: tuple[float, float]) -> Tensor:
-    """Return clips [B, F, H, W, 3] in [0, 1] of scenes."""
-    clips = corpus.render_from(scenes, torch.Generator().manual_seed(seed), corpus.FRAMES, start)
-    return clips.movedim(1, -1) / 2 + 0.5
 
 
 def generate_clips(kind: str, wanted: list[Wanted], seed: int, blind: bool = False) -> list[Clip]:

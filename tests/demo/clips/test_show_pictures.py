@@ -1,14 +1,14 @@
 """The miniatures of pictures through the whole pipeline: do clips keep what is given, and does the prompt move it?"""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from wanqwen.demo.clips import corpus, joined, score, show_pictures
+from wanqwen.demo.clips import corpus, joined, score, show, show_pictures
+from wanqwen.demo.clips.corpus import DIRECTIONS
 from wanqwen.demo.clips.show import Clip
-from wanqwen.demo.clips.show_pictures import LAST, Pipeline, Wanted
-from wanqwen.demo.clips.train_image_encoder import places
-from wanqwen.loading import DEMO_FOLDER, load_image_encoder
+from wanqwen.demo.clips.show_pictures import LAST, Wanted
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("transformers")
@@ -50,3 +50,51 @@ def test_objects_end_where_the_last_picture_has_them(clips: dict[str, list[Clip]
     assert sum(away) / len(away) < 1.0
     elsewhere = show_pictures.misses(clips["flf2v"], wanted[1:] + wanted[:1])
     assert sum(elsewhere) / len(elsewhere) > 8.0
+
+
+def test_one_picture_moves_each_way_it_is_told() -> None:
+    """Pictures of objects in the middle, which say nothing of where to, each told all four ways."""
+    wanted = show_pictures.unseen(6, SEED, start=(-2, 0), aside=(-2, 2))
+    told = [
+        replace(one, scene=(scene := replace(one.scene, direction=direction)), caption=f"moving {scene.direction}")
+        for one in wanted
+        for direction in DIRECTIONS
+    ]
+    made = rates(show_pictures.generate_clips("i2v", told, SEED))
+    assert made["direction"] >= 0.9 and made["colour"] >= 0.9
+
+
+def test_without_its_text_a_picture_does_not_know_where_to(wanted: list[Wanted]) -> None:
+    blind = rates(show_pictures.generate_clips("i2v", wanted[:24], SEED, blind=True))
+    assert blind["colour"] >= 0.9 and blind["background"] >= 0.9, "the picture still shows these"
+    assert blind["direction"] < 0.7
+
+
+def test_a_join_in_latent_space_is_not_seen_and_drifts_no_more_than_one_through_pixels() -> None:
+    found = joined.joins(12, SEED)
+    inside, outside = (joined.averages(found[name]) for name in ("in latent space", "through pixels"))
+    assert inside.is_within
+    assert inside.drift <= outside.drift
+
+
+def test_clips_from_pictures_are_written_with_their_pictures(
+    clips: dict[str, list[Clip]], wanted: list[Wanted], tmp_path: Path
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    show.write_sheet(tmp_path / "flf2v.png", clips["flf2v"][:3])
+    show.write_sheet(tmp_path / "i2v.png", clips["i2v"][:3])
+    with image.open(tmp_path / "flf2v.png") as both, image.open(tmp_path / "i2v.png") as one:
+        assert both.width > one.width
+    text = show_pictures.report("flf2v", clips["flf2v"], wanted)
+    assert "chance" in text and "frame 1:" in text and "frame 9:" in text and "pixels from its place" in text
+
+
+def test_a_flash_and_a_drift_are_measured() -> None:
+    """What the measure of joins must see, made by hand: a clip of even changes, brightened after its join."""
+    training, _ = corpus.scenes()
+    even = corpus.render_from(training[:1], torch.Generator().manual_seed(0), 17, joined.ROOM)[0].movedim(0, -1) / 2
+    assert joined.measure(even + 0.5).is_within and joined.measure(even + 0.5).drift < 0.01
+    brighter = even + 0.5
+    brighter[corpus.FRAMES :] += 0.05
+    found = joined.measure(brighter)
+    assert not found.is_within and found.drift == pytest.approx(0.05 * 255 * 3**0.5, rel=0.05)
