@@ -107,8 +107,8 @@ def report(found: dict[str, list[Join]]) -> str:
     for name, row in found.items():
         mean, worst = averages(row), max(join.drift for join in row)
         lines.append(
-            f"  {name:<16} at the join {mean.change:.2f}, around it {mean.around[0]:.2f} to {mean.around[1]:.2f}; within "
-            f"its range in {sum(join.is_within for join in row) / len(row):.0%}; the background drifts by "
+            f"  {name:<16} at the join {mean.change:.2f}, around it {mean.around[0]:.2f} to {mean.around[1]:.2f}; "
+            f"within its range in {sum(join.is_within for join in row) / len(row):.0%}; the background drifts by "
             f"{mean.drift:.2f} (at worst {worst:.2f})"
         )
     return "\n".join(lines) + "\n"
