@@ -16,7 +16,9 @@ from ...wan.pictures import GREY, Known, known_frames
 from . import corpus, score, show_pictures
 from .show_pictures import Pipeline, Wanted
 
-NEAR = 4  # frames on each side of a join that it is held against
+# Frames on each side of a join that it is held against: the VAE changes most from one latent frame to the next, so that
+# one such change on each side is among them.
+NEAR = 5
 ROOM = (-17.0, -14.0)  # where objects start, so that two clips later they are still there
 
 
