@@ -2,10 +2,12 @@
 # N clips, C channels, T latent frames, h w latent positions, S rows, E width
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...wan.family import LATENT_FORMAT
@@ -17,6 +19,7 @@ from .train_image_encoder import rows
 log = logging.getLogger(__name__)
 
 CLIPS_PER_SCENE = 10
+DRAWN = 4  # clips at once
 SHOWN = (0, 4, 8)  # frames that the image encoder sees: the first, the one a clip goes on from, the last
 LENGTH = 3  # latent frames of a clip that is generated
 FIRST, LAST = (1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 1.0)  # mask of a latent frame: pixel frames that are given
@@ -28,7 +31,7 @@ class Clips:
 
     `latents` [N, C, 4, h, w] of the clips; `first` and `both` [N, C, 3, h, w] of nine frames that are grey but for the
     first picture, or the first and the last; `grey` [C, 3, h, w] of nine that are grey; `pictures` [N, 3, H, W, 3] the
-    shown frames as bytes.
+    shown frames as bytes. `objects` [N, 1, 4, h, w] are 1 where the object is in one of the frames.
     """
 
     scenes: list[Scene]
@@ -37,6 +40,7 @@ class Clips:
     both: Tensor
     grey: Tensor
     pictures: Tensor
+    objects: Tensor
 
 
 def draw_clips(vae: WanVAE, path: Path) -> Clips:
@@ -44,16 +48,33 @@ def draw_clips(vae: WanVAE, path: Path) -> Clips:
     training, _ = corpus.scenes()
     scenes = training * CLIPS_PER_SCENE
     if not path.exists():
-        generator, parts = torch.Generator().manual_seed(7), []
-        for begin in range(0, len(scenes), 4):
-            parts.append(_encoded(vae, corpus.render_from(scenes[begin : begin + 4], generator)))
-            if begin % 400 == 0:
-                log.info("clips from pictures %d/%d", begin, len(scenes))
+        parts = []
+        for i, clips in enumerate(_drawn(scenes)):
+            parts.append(_encoded(vae, clips))
+            if i % 100 == 0:
+                log.info("clips from pictures %d/%d", i * DRAWN, len(scenes))
         grey = _normalised(vae, torch.zeros(1, 3, corpus.FRAMES, corpus.SIZE, corpus.SIZE))[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save((*(torch.cat(part) for part in zip(*parts, strict=True)), grey), path)
     latents, first, both, pictures, grey = torch.load(path, weights_only=True)
-    return Clips(scenes=scenes, latents=latents, first=first, both=both, grey=grey, pictures=pictures)
+    objects = torch.cat([_objects(clips) for clips in _drawn(scenes)])
+    return Clips(scenes=scenes, latents=latents, first=first, both=both, grey=grey, pictures=pictures, objects=objects)
+
+
+def _drawn(scenes: list[Scene]) -> Iterator[Tensor]:
+    """Give the pixels of all clips, a few at a time, the same whenever they are asked for."""
+    generator = torch.Generator().manual_seed(7)
+    for begin in range(0, len(scenes), DRAWN):
+        yield corpus.render_from(scenes[begin : begin + DRAWN], generator)
+
+
+def _objects(clips: Tensor) -> Tensor:
+    """Return 1 [B, 1, T, h, w] where something is not of the background's colour in a latent position's pixels."""
+    paper = clips.flatten(2).median(dim=2).values[:, :, None, None, None]
+    contrast = (clips - paper).abs().amax(dim=1, keepdim=True)
+    time, space = LATENT_FORMAT.temporal_factor, LATENT_FORMAT.spatial_factor
+    whole = torch.cat((contrast[:, :, :1].expand(-1, -1, time - 1, -1, -1), contrast), dim=2)
+    return (F.max_pool3d(whole, (time, space, space)) > 0.1).float()
 
 
 def _encoded(vae: WanVAE, clips: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,6 +26,8 @@ BATCH = 64
 I2V = replace(CONFIG, in_dim=36, image_dim=IMAGE_ENCODER.dim)
 FLF2V = replace(I2V, image_positions=2 * IMAGE_ROWS)
 GIVEN_WEIGHT = 3.0  # of the loss where a latent frame is given: it has to be copied, not only resembled
+OBJECT_WEIGHT = 4.0  # of the loss where the object is: a quarter of the frame, and the shape is decided there
+MUON = 1.5  # times the rate of AdamW
 MOTION_ALONE = 0.5  # share of captions that say where to and nothing else
 GOING_ON = 0.3  # share of clips that go on from the last latent frame of the clip before
 KEPT_ROWS = 64  # image rows of a picture that a training step attends to, drawn anew each time: a quarter of the work
@@ -98,15 +100,16 @@ def train_from_pictures(
             if caption not in texts:
                 texts[caption] = encode_text(caption)
         text, bias = with_zeros([texts[caption] for caption in captions])
-        clean, image, extra = given(clips, image_rows, chosen, generator)
+        clean, image, extra, objects = given(clips, image_rows, chosen, generator)
         noisy, sigma, wanted = flow.add_noise(clean, generator)
         kept = torch.randperm(image.shape[1], generator=generator)[: KEPT_ROWS * image.shape[1] // IMAGE_ROWS]
         batch = Batch(clean=clean, text=text, text_bias=bias, image=image, extra=extra)
         velocity = model(noisy, 1000 * sigma, batch, kept)
         is_given = extra[:, :4].amax(dim=1, keepdim=True)
-        return sigma, flow.squared_errors(velocity, wanted, 1 + (GIVEN_WEIGHT - 1) * is_given)
+        weight = 1 + (GIVEN_WEIGHT - 1) * is_given + (OBJECT_WEIGHT - 1) * objects
+        return sigma, flow.squared_errors(velocity, wanted, weight)
 
-    return flow.train(model, path, schedule, errors).transformer
+    return flow.train(model, path, schedule, errors, MUON).transformer
 
 
 def _caption(clips: Clips, i: int, rng: random.Random) -> str:
@@ -116,30 +119,30 @@ def _caption(clips: Clips, i: int, rng: random.Random) -> str:
     return scene.motion(rng, chinese) if rng.random() < MOTION_ALONE else scene.caption(rng, chinese)
 
 
-def _first(clips: Clips, rows: Tensor, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return clean latents, image rows and extra channels of clips from their first frame.
+def _first(clips: Clips, rows: Tensor, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return clean latents, image rows, extra channels and where the object is, of clips from their first frame.
 
     Some begin one latent frame later and go on from that frame, which no picture was encoded to: their image rows are
     those of its last frame, or still those of the picture that it all began with.
     """
     goes_on = torch.rand(len(chosen), generator=generator) < GOING_ON
     shown = (goes_on & (torch.rand(len(chosen), generator=generator) < 0.5)).long()
-    latents = clips.latents[chosen].float()
-    later, clean = latents[:, :, 1:], latents[:, :, :LENGTH]
-    known_later = torch.cat((later[:, :, :1], clips.grey[:, 1:].float().expand(len(chosen), -1, -1, -1, -1)), dim=2)
     pick = goes_on.view(-1, 1, 1, 1, 1)
-    clean = torch.where(pick, later, clean)
-    known = torch.where(pick, known_later, clips.first[chosen].float())
-    return clean, rows[chosen, shown].float(), torch.cat((_mask(known, {0: FIRST}), known), dim=1)
+    clean, objects = (
+        torch.where(pick, whole[:, :, 1:], whole[:, :, :LENGTH])
+        for whole in (clips.latents[chosen].float(), clips.objects[chosen])
+    )
+    grey = clips.grey[:, 1:].float().expand(len(chosen), -1, -1, -1, -1)
+    known = torch.where(pick, torch.cat((clean[:, :, :1], grey), dim=2), clips.first[chosen].float())
+    return clean, rows[chosen, shown].float(), torch.cat((_mask(known, {0: FIRST}), known), dim=1), objects
 
 
-def _first_and_last(
-    clips: Clips, rows: Tensor, chosen: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return clean latents, image rows of two pictures and extra channels of clips from their first and last frame."""
+def _first_and_last(clips: Clips, rows: Tensor, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return the same of clips from their first and last frame, with the image rows of both."""
     known = clips.both[chosen].float()
     extra = torch.cat((_mask(known, {0: FIRST, LENGTH - 1: LAST}), known), dim=1)
-    return clips.latents[chosen, :, :LENGTH].float(), rows[chosen][:, (0, 2)].flatten(1, 2).float(), extra
+    image = rows[chosen][:, (0, 2)].flatten(1, 2).float()
+    return clips.latents[chosen, :, :LENGTH].float(), image, extra, clips.objects[chosen, :, :LENGTH]
 
 
 def _mask(like: Tensor, given: dict[int, tuple[float, ...]]) -> Tensor:
