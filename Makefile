@@ -1,6 +1,6 @@
 # make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
-# make test-oldest   the tests of the text encoders with the oldest transformers that the pack takes
+# make test-oldest   the tests of the encoders with the oldest transformers that the pack takes
 # Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
@@ -25,7 +25,8 @@ test: $(READY)
 # Beside the environment's own packages and before them. pip remarks that others there want newer ones; these tests don't.
 test-oldest: $(READY)
 	@$(PIP) install --upgrade --target $(VENV)/oldest $(OLDEST_TRANSFORMERS)
-	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/pytest -q tests/wan/test_text_encoder.py tests/qwen_image/test_text_encoder.py
+	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/pytest -q tests/wan/test_text_encoder.py tests/wan/test_image_encoder.py \
+	  tests/qwen_image/test_text_encoder.py
 
 setup: $(READY)
 

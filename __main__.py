@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
-from .core.types import SOURCES, MemoryOptions, ModelHandle, SampleRequest
+from .core.types import SOURCES, Conditioning, MemoryOptions, ModelHandle, SampleRequest
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
@@ -19,10 +19,14 @@ from .qwen_image.editing import ALIGNED, CUSTOM, PUBLISHED, SIZES, Edit, lay_out
 from .wan import family as wan
 from .wan.config import NEGATIVE_PROMPT as WAN_NEGATIVE
 from .wan.family import fit_clip
+from .wan.pictures import AREAS, COVER, FITS, fitted_video, known_ends, seen_ends, size_for
 
 if TYPE_CHECKING:
     import torch
 
+    from .core.codec import VideoCodec
+
+VIDEO_DENOISE = 0.6  # keeps layout and motion, and changes what is shown
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -75,7 +79,19 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, help="needed unless the model is a miniature")
     add("--prompt", required=True)
     add("--negative", help="what to steer away from (default: the published one, nothing for Wan's miniature)")
-    add("--image", type=Path, action="append", default=[], help="a picture to edit; once more for each other")
+    add(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="to edit, once more for each other; or Wan's first frame",
+    )
+    add("--last-image", type=Path, help="Wan's last frame")
+    add("--image-encoder", type=Path, help="needed for these two unless the model is a miniature")
+    add("--video", type=Path, help="a video, or a picture, that Wan changes")
+    add("--denoise", type=float, help=f"how much of --video is made anew (default {VIDEO_DENOISE})")
+    add("--fit", choices=list(FITS), default=COVER, help="cut Wan's pictures of another shape, or stretch them")
+    add("--area", choices=list(AREAS), default=next(iter(AREAS)), help="pixels of a video from --image without --size")
     add("--edit-size", choices=SIZES, help="of an edit's result (default: published; custom with --size)")
     add("--out", type=Path, required=True, help="mp4, or png for a single frame")
     add("--size", help="WIDTHxHEIGHTxFRAMES, for pictures WIDTHxHEIGHT (default: the published one)")
@@ -160,6 +176,7 @@ class Defaults:
     edit_size: str = PUBLISHED
     text_encoder: Path | None = None
     vae: Path | None = None
+    image_encoder: Path | None = None
 
 
 DEFAULTS = {
@@ -177,11 +194,14 @@ def _defaults(model: ModelHandle) -> Defaults:
     from .loading import DEMO_FOLDER
 
     name, folder = model.family.name, model.checkpoint.path.resolve().parent
+    defaults = DEFAULTS[name]
+    if name == wan.NAME:
+        defaults = replace(defaults, negative=model.identity.config.negative_prompt)
     if folder != DEMO_FOLDER.resolve():
-        return DEFAULTS[name]
+        return defaults
     prefix = model.checkpoint.path.name.split("_")[0]
-    files = {role: folder / f"{prefix}_{role}.safetensors" for role in ("text_encoder", "vae")}
-    return replace(DEFAULTS[name], **MINIATURES[name], **files)
+    files = {role: folder / f"{prefix}_{role}.safetensors" for role in ("text_encoder", "vae", "image_encoder")}
+    return replace(defaults, **MINIATURES[name], **files)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -194,11 +214,12 @@ def _generate(options: argparse.Namespace) -> int:
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
     model = replace(model, memory=_memory_options(options))
     defaults = _defaults(model)
-    width, height, frames = _size(options.size or defaults.size, model)
+    given = _given(options, model, defaults)
+    width, height, frames = given.size if given else _size(options.size or defaults.size, model)
     out = options.out.with_suffix(".png" if frames == 1 else ".mp4")
     media.check_writable(out)
     text_file, vae_file = _files(options, defaults)
-    edit = _lay_out(options, model, defaults, (width, height)) if options.image else None
+    edit = _lay_out(options, model, defaults, (width, height)) if options.image and not given else None
     vae = load_vae(vae_file, _dtype(options.vae_precision) or torch.float32)
     text_encoder = load_text_encoder(
         text_file,
@@ -214,8 +235,11 @@ def _generate(options: argparse.Namespace) -> int:
         prompts = edit.encode(texts, text_encoder, vae)
         width, height = edit.width, edit.height
     text_encoder.release()
+    latent = torch.zeros(model.family.latent_format.shape(1, frames, height, width))
+    if given is not None:
+        latent, prompts = _begin(given, latent, prompts, vae, options.fit)
     request = SampleRequest(
-        latent=torch.zeros(model.family.latent_format.shape(1, frames, height, width)),
+        latent=latent,
         positive=prompts[0],
         negative=prompts[1],
         seed=options.seed,
@@ -224,6 +248,7 @@ def _generate(options: argparse.Namespace) -> int:
         guidance=tuple(options.guidance or (defaults.guidance,)),
         solver=options.solver or defaults.solver,
         noise_device=options.noise_device,
+        denoise=1.0 if options.video is None else options.denoise or VIDEO_DENOISE,
     )
     if options.preset is not None:
         request, said = runtime.with_preset(model, request, options.preset)
@@ -266,6 +291,86 @@ def _lay_out(options: argparse.Namespace, model: ModelHandle, defaults: Defaults
     for notice in edit.notices:
         sys.stderr.write(f"{notice}\n")
     return edit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Given:
+    """Pictures [F, H, W, C] that a clip of Wan of (width, height, frames) begins and ends with, or is made of.
+
+    `image_encoder` is the file of what sees the first two, None where the model does not need it.
+    """
+
+    size: tuple[int, int, int]
+    first: "torch.Tensor | None" = None
+    last: "torch.Tensor | None" = None
+    video: "torch.Tensor | None" = None
+    image_encoder: Path | None = None
+
+
+def _given(options: argparse.Namespace, model: ModelHandle, defaults: Defaults) -> Given | None:
+    """Read the pictures of a run of Wan; None if it has none. Raises ValueError for what the model does not take."""
+    from . import media
+
+    if options.denoise is not None and options.video is None:
+        raise ValueError("--denoise says how much of a video to make anew: give --video too")
+    if model.family.name != wan.NAME:
+        if options.last_image or options.video:
+            raise ValueError(f"--last-image and --video are for Wan, and {options.model.name} is {model.family.name}")
+        return None
+    _check_pictures(options, model)
+    if options.video:
+        asked = _size(options.size, model) if options.size else (0, 0, 0)
+        pixels, notices = fitted_video(media.read_video(options.video, asked[2] or None), asked, options.fit)
+        for notice in notices:
+            sys.stderr.write(f"{notice}\n")
+        return Given(size=(pixels.shape[2], pixels.shape[1], len(pixels)), video=pixels)
+    if not options.image and options.last_image is None:
+        return None
+    file = options.image_encoder or defaults.image_encoder
+    if model.identity.config.image_dim and file is None:
+        raise ValueError(f"--image-encoder is missing: {options.model.name} needs CLIP ViT-H (clip_vision_h)")
+    first, last = (
+        None if path is None else media.read_image(path)[None]
+        for path in (next(iter(options.image), None), options.last_image)
+    )
+    width, height, frames = _size(options.size or defaults.size, model)
+    if options.size is None and defaults.vae is None:  # a miniature has a size of its own
+        shown = last if first is None else first
+        width, height = size_for(*shown.shape[1:3], AREAS[options.area])
+    encoder = file if model.identity.config.image_dim else None
+    return Given(size=(width, height, frames), first=first, last=last, image_encoder=encoder)
+
+
+def _check_pictures(options: argparse.Namespace, model: ModelHandle) -> None:
+    has_ends, name = bool(options.image or options.last_image), options.model.name
+    if has_ends and options.video:
+        raise ValueError("--video and --image exclude each other: a video is changed, or begins with a picture")
+    if len(options.image) > 1:
+        raise ValueError(f"--image is given {len(options.image)} times, and a video begins with one picture")
+    if has_ends and not model.identity.config.extra_dim:
+        raise ValueError(
+            f"{name} is Wan 2.1 {model.identity.variant}, which takes no --image: choose an I2V file such as "
+            "wan2.1_i2v_480p_14B, or change a picture with --video"
+        )
+    if model.identity.config.extra_dim and not has_ends:
+        raise ValueError(f"{name} is Wan 2.1 {model.identity.variant}, which starts from a picture: give --image")
+
+
+def _begin(
+    given: Given, latent: "torch.Tensor", prompts: list[Conditioning], vae: "VideoCodec", fit: str
+) -> "tuple[torch.Tensor, list[Conditioning]]":
+    """Return what a run starts from: latents, and prompts with what belongs to its pictures."""
+    from .loading import load_image_encoder
+
+    if given.video is not None:
+        return vae.encode(given.video), prompts
+    known, notices = known_ends(vae, given.first, given.last, given.size, fit)
+    for notice in notices:
+        sys.stderr.write(f"{notice}\n")
+    rows = None
+    if given.image_encoder is not None:
+        rows = seen_ends(load_image_encoder(given.image_encoder).encode, given.first, given.last)
+    return latent, [replace(prompt, image=rows, extra=known.channels) for prompt in prompts]
 
 
 def _dtype(name: str) -> "torch.dtype | None":

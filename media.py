@@ -1,13 +1,16 @@
-"""Write pictures as files people can open. PyAV and Pillow are optional packages, asked for when they are needed."""
+"""Pictures and videos from files and to them. PyAV and Pillow are optional packages, asked for when they are needed."""
 # F frames, H W pixels; pixels are RGB in [0, 1]
 
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
@@ -64,6 +67,28 @@ def read_image(path: Path) -> Tensor:
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that Pillow can read: give a PNG, JPEG or WebP file.") from error
     return torch.from_numpy(pixels).float() / 255
+
+
+def read_video(path: Path, frames: int | None = None) -> Tensor:
+    """Return the first frames of a video file, or all of them, as [F, H, W, 3] in [0, 1]; an image is one frame.
+
+    Raises ValueError if it can't be read.
+    """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return read_image(path)[None, ..., :3]
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"Reading {path.name} needs the package PyAV: pip install av") from error
+    try:
+        with av.open(str(path)) as container:
+            shown = itertools.islice(container.decode(video=0), frames)
+            pixels = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in shown]
+    except (av.error.InvalidDataError, IndexError) as error:  # IndexError: no video in it
+        raise ValueError(f"{path} is no video that PyAV can read: give an MP4, WebM or MOV file, or a PNG.") from error
+    if not pixels:
+        raise ValueError(f"{path} holds no frames.")
+    return torch.stack(pixels).float() / 255
 
 
 def write_png(path: Path, image_HWC: Tensor) -> None:

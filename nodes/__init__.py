@@ -12,6 +12,7 @@ from .load import (
     LoadWanVAE,
 )
 from .options import BlockSwap
+from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
 from .text import WanTextEncode
@@ -34,6 +35,10 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     InpaintLatent,
     BlockSwap,
     LoadWanImageEncoder,
+    WanImageSize,
+    WanImageToVideo,
+    WanFirstLastFrameToVideo,
+    WanVideoToVideo,
 )
 
 

@@ -194,8 +194,8 @@ def _inputs() -> list[io.Input]:
         io.Float.Input(
             "shift", default=AUTO_SHIFT, min=AUTO_SHIFT, max=100.0, step=0.1,
             tooltip="More shift spends more of the steps on layout and motion, less on detail. 0 takes the schedule "
-            "that the model was published with (Wan: 5; Qwen-Image: by the size of the picture). Wan for 480p: 3; with "
-            "the 1.3B model: 8 to 12.",
+            "that the model was published with (Wan: 5, image to video at 832 x 480 3, first and last frame 16; "
+            "Qwen-Image: by the size of the picture). Text to video at 480p: 3; with the 1.3B model: 8 to 12.",
         ),
         io.Combo.Input(
             "solver", options=list(SOLVERS), default="unipc",
@@ -204,7 +204,8 @@ def _inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "denoise", default=1.0, min=0.01, max=1.0, step=0.01,
-            tooltip="1 starts from noise alone. Less keeps more of what is in latent: 0.5 redoes half of it.",
+            tooltip="1 starts from noise alone. Less keeps more of what is in latent: 0.5 redoes half of it. For Wan "
+            "Video to Video 0.4 to 0.8.",
         ),
         io.Conditioning.Input(
             "negative", optional=True,

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..wan.conditioning import to_comfy
-from ..wan.config import NEGATIVE_PROMPT, TEXT_LEN
+from ..wan.config import FLF2V_NEGATIVE_PREFIX, I2V_NEGATIVE_PREFIX, NEGATIVE_PROMPT, TEXT_LEN
 from ..wan.text_encoder import TextEncoder
 from .types import CATEGORY, WanTextEncoder, encode_prompts, prompt_inputs, prompt_outputs
 
@@ -25,7 +25,9 @@ class WanTextEncode(io.ComfyNode):
                     positive="What the video shows, in English or Chinese: subject, motion, scene, camera, style. At "
                     "most 511 tokens are read.",
                     negative="What to steer away from. The default is the official one of Wan: garish colours, "
-                    "overexposure, stills, blur, subtitles, bad anatomy, walking backwards...",
+                    "overexposure, stills, blur, subtitles, bad anatomy, walking backwards... For image to video its "
+                    f"authors put {I2V_NEGATIVE_PREFIX} (a shaking camera) before it, for first and last frame "
+                    f"{FLF2V_NEGATIVE_PREFIX} (cuts, a shaking camera).",
                     default_negative=NEGATIVE_PROMPT,
                 ),
             ],

@@ -46,19 +46,24 @@ class EmptyWanLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
-        names, asked = ("width", "height", "frames"), (width, height, frames)
-        fitted = fit_clip(*asked)
-        notices = [
-            f"{name} {wanted} changed to {made}: {RULES[name]}."
-            for name, wanted, made in zip(names, asked, fitted, strict=True)
-            if wanted != made
-        ]
-        for notice in notices:
-            log.warning(notice)
-        width, height, frames = fitted
+        (width, height, frames), notices = fitted(width, height, frames)
         latent = {"samples": torch.zeros(LATENT_FORMAT.shape(batch_size, frames, height, width))}
         made = f"{width} x {height}, {frames} frames"
         return io.NodeOutput(latent, ui=tell(cls.hidden.unique_id, [made, *notices]))
+
+
+def fitted(width: int, height: int, frames: int) -> tuple[tuple[int, int, int], list[str]]:
+    """Return the nearest width, height and frames that Wan can make, and what was changed, which the log says too."""
+    names, asked = ("width", "height", "frames"), (width, height, frames)
+    made = fit_clip(*asked)
+    notices = [
+        f"{name} {wanted} changed to {found}: {RULES[name]}."
+        for name, wanted, found in zip(names, asked, made, strict=True)
+        if wanted != found
+    ]
+    for notice in notices:
+        log.warning(notice)
+    return made, notices
 
 
 RULES = {

@@ -2,12 +2,15 @@
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from wanqwen.core.ops.formats import companion
 from wanqwen.core.types import Checkpoint, Identity, TensorInfo
+from wanqwen.core.weights.reader import DTYPE_BYTES
 
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
 Shapes = dict[str, tuple[int, ...]]
@@ -22,6 +25,26 @@ def checkpoint(name: str, path: Path | None = None) -> Checkpoint:
     """Return the published file of a manifest, as if its header had been read; it lies at `path`."""
     tensors = manifest(name)["tensors"]
     return fake({key: TensorInfo(dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()}, name, path=path)
+
+
+def write_sparse(path: Path, name: str) -> Path:
+    """Write the published file of a manifest: its header, and nothing but holes after it."""
+    return write_header(path, manifest(name)["tensors"])
+
+
+def write_header(path: Path, tensors: Mapping[str, Sequence[Any]], metadata: dict[str, str] | None = None) -> Path:
+    """Write a file of tensors (dtype, shape) in which every byte of them is a hole."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for tensor, (dtype, shape) in tensors.items():
+        size = DTYPE_BYTES[dtype] * prod(shape)
+        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def fake(

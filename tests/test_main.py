@@ -1,11 +1,14 @@
 """The commands, as a terminal would run them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from wanqwen.__main__ import main
+from wanqwen.core import runtime
+from wanqwen.media import write_mp4
 
 from .nodes import tiny
 
@@ -66,6 +69,106 @@ def test_generate_says_in_one_line_what_is_wrong(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("wanqwen generate:") and message in error
     assert not (tmp_path / "clip.mp4").exists()
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of an I2V and an FLF2V model, pictures and a video."""
+    image = pytest.importorskip("PIL").Image
+    home = tmp_path_factory.mktemp("pictures")
+    i2v = replace(tiny.MODEL, in_dim=36, image_dim=tiny.IMAGE.dim)
+    tiny.write_model(home / "i2v.safetensors", i2v)
+    tiny.write_model(home / "flf2v.safetensors", replace(i2v, image_positions=2 * tiny.IMAGE.num_positions))
+    image.new("RGB", (60, 40), "red").save(home / "red.png")
+    image.new("RGBA", (32, 32), "blue").save(home / "blue.png")
+    (home / "text.mp4").write_text("no video")
+    pytest.importorskip("av")
+    write_mp4(home / "video.mp4", torch.rand(7, 40, 60, 3), 16)
+    return home
+
+
+def frames_of(path: Path) -> tuple[int, ...]:
+    from wanqwen.media import read_video
+
+    return tuple(read_video(path).shape)
+
+
+def from_pictures(folder: Path, pictures: Path, out: Path, line: str) -> int:
+    """Run `generate` with the words of a line, names of files standing for their paths."""
+    words = [str(pictures / word) if "." in word and (pictures / word).exists() else word for word in line.split()]
+    return generate(folder, out, *("--image-encoder", str(folder / "image.safetensors")), *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "shape"),
+    [
+        ("--model i2v.safetensors --image red.png", (5, 32, 32, 3)),
+        ("--model i2v.safetensors --image red.png --last-image blue.png", (5, 32, 32, 3)),
+        ("--model flf2v.safetensors --image red.png --last-image blue.png --fit official", (5, 32, 32, 3)),
+        ("--model flf2v.safetensors --last-image blue.png --size 48x32x1", (1, 32, 48, 3)),
+        ("--video video.mp4 --denoise 0.5", (5, 32, 32, 3)),
+        ("--video red.png", (1, 32, 32, 3)),
+    ],
+)
+def test_generate_starts_from_pictures(folder: Path, pictures: Path, tmp_path: Path, line: str, shape: tuple) -> None:
+    assert from_pictures(folder, pictures, tmp_path / "out.mp4", line) == 0
+    [made] = tmp_path.iterdir()
+    assert frames_of(made) == shape
+
+
+def test_the_pictures_reach_both_prompts_and_the_video_the_latent(
+    folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+    generate_for_real = runtime.generate
+    monkeypatch.setattr(runtime, "generate", lambda *a: requests.append(a[1]) or generate_for_real(*a))
+    for line in ("--image red.png", "--image blue.png"):
+        assert from_pictures(folder, pictures, tmp_path / "out.mp4", f"--model i2v.safetensors {line}") == 0
+    red, blue = requests
+    assert not red.latent.any() and red.denoise == 1
+    for part in ("extra", "image"):
+        assert torch.equal(getattr(red.positive, part), getattr(red.negative, part))
+        assert not torch.equal(getattr(red.positive, part), getattr(blue.positive, part))
+    assert from_pictures(folder, pictures, tmp_path / "out.mp4", "--video video.mp4 --denoise 0.3") == 0
+    assert requests[2].latent.any() and requests[2].denoise == 0.3 and requests[2].positive.extra is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--image red.png", "which takes no --image: choose an I2V file"),
+        ("--model i2v.safetensors", "which starts from a picture: give --image"),
+        ("--model i2v.safetensors --image red.png --image blue.png", "--image is given 2 times"),
+        ("--model i2v.safetensors --image red.png --video video.mp4", "exclude each other"),
+        ("--denoise 0.5", "give --video too"),
+        ("--video text.mp4", "is no video that PyAV can read"),
+        ("--video video.mp4 --denoise 2", "denoise"),
+    ],
+)
+def test_pictures_that_can_t_be_used_are_said_in_one_line(
+    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    assert from_pictures(folder, pictures, tmp_path / "out.mp4", line) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_image_encoder_is_said(
+    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ("--model", str(pictures / "i2v.safetensors"), "--image", str(pictures / "red.png"))
+    assert generate(folder, tmp_path / "clip.mp4", *files) == 2
+    assert "--image-encoder is missing: i2v.safetensors needs CLIP" in capsys.readouterr().err
+
+
+def test_a_video_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from wanqwen.media import read_video
+
+    levels = torch.linspace(0.1, 0.9, 6)[:, None, None, None].expand(6, 32, 48, 3)
+    write_mp4(tmp_path / "levels.mp4", levels, 16)
+    assert torch.allclose(read_video(tmp_path / "levels.mp4"), levels, atol=0.02)
+    assert torch.equal(read_video(tmp_path / "levels.mp4", 4), read_video(tmp_path / "levels.mp4")[:4])
 
 
 def test_inspect_reads_the_header_only(

@@ -2,7 +2,6 @@
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from wanqwen.__main__ import main
@@ -10,9 +9,8 @@ from wanqwen.core.types import ModelHandle
 from wanqwen.loading import load_model
 from wanqwen.plans import Question, facts, render
 
-from .manifests import manifest
+from .manifests import write_sparse
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
 MODELS = {
     "t2v-1.3B": "wan21_comfy_t2v_1.3B_fp16",
     "t2v-14B": "wan21_comfy_t2v_14B_fp16_INFERRED",
@@ -37,22 +35,6 @@ SCENES = [
     ("t2i", STILL),
     ("t2i", EDIT),
 ]
-
-
-def write_sparse(path: Path, name: str) -> Path:
-    """Write a file of the published size that holds a header, and nothing but holes after it."""
-    header, end = {}, 0
-    for tensor, (dtype, shape) in manifest(name)["tensors"].items():
-        size = BYTES[dtype]
-        for side in shape:
-            size *= side
-        header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning, check_options, check_rows, valid_rows
 from ..core.types import Conditioning
-from .config import IMAGE_ROWS, LATENT_CHANNELS, TEXT_LEN, WanConfig
+from .config import LATENT_CHANNELS, TEXT_LEN, WanConfig
+from .image_encoder import rows_of
 from .pictures import Known
 
 log = logging.getLogger(__name__)
@@ -88,17 +89,10 @@ def _image_rows(options: Mapping[str, Any], config: WanConfig, count: int) -> Te
     output = options.get("clip_vision_output")
     if output is None:
         return None
-    rows_BNE = output.penultimate_hidden_states
-    if not isinstance(rows_BNE, Tensor) or rows_BNE.dim() != 3:
-        shape = list(rows_BNE.shape) if isinstance(rows_BNE, Tensor) else type(rows_BNE).__name__
-        raise ValueError(
-            f"The conditioning's clip_vision_output holds {shape}, expected [1, rows, width]: connect a CLIP Vision "
-            "Encode that uses clip_vision_h (CLIP ViT-H)."
-        )
-    rows_BNE = rows_BNE.to("cpu", torch.float32)
+    rows_BNE = rows_of(output)
     if len(rows_BNE) in (1, count):
         return rows_BNE
-    pictures = max(1, config.image_rows // IMAGE_ROWS)
+    pictures = config.image_positions // rows_BNE.shape[1] or 1
     if len(rows_BNE) > pictures:
         log.warning("clip_vision_output holds %d pictures, this model takes the first %d.", *(len(rows_BNE), pictures))
     return rows_BNE[:pictures].flatten(0, 1)[None]

@@ -16,9 +16,9 @@ NEGATIVE_PROMPT = (
     "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
     "倒着走"
 )
-# What image to video puts before it, and first and last frame before that; source: wan/configs of the same repository.
-I2V_NEGATIVE_PROMPT = "镜头晃动，" + NEGATIVE_PROMPT
-FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
+# What comes before it, for no shaking camera and no cuts; source: wan/configs of the same repository.
+I2V_NEGATIVE_PREFIX = "镜头晃动，"
+FLF2V_NEGATIVE_PREFIX = "镜头切换，" + I2V_NEGATIVE_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,13 @@ class WanConfig:
     def extra_dim(self) -> int:
         """Channels that the model takes beside the noisy latent's."""
         return self.in_dim - self.out_dim
+
+    @property
+    def negative_prompt(self) -> str:
+        """The official negative prompt of the model's kind."""
+        if self.image_positions:
+            return FLF2V_NEGATIVE_PREFIX + NEGATIVE_PROMPT
+        return (I2V_NEGATIVE_PREFIX if self.extra_dim else "") + NEGATIVE_PROMPT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

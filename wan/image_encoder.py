@@ -7,7 +7,7 @@ read.
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -89,7 +89,7 @@ class ImageEncoder:
         fresh = {key: pixels for key, pixels in zip(keys, shown, strict=True) if rows[key] is None}
         if fresh:
             log.info("Opening the image encoder %s as %s", self.checkpoint.path, dtype)
-            part = load(self.config, self.checkpoint, self.identity, dtype)
+            part = self._load(dtype)
             with torch.no_grad(), part.on(self.placement, lambda: working_bytes(self.config, dtype)) as run:
                 for key, pixels in fresh.items():
                     rows[key] = _finite(run(pixels.to(self.placement.device)).float().cpu(), dtype)
@@ -115,6 +115,9 @@ class ImageEncoder:
         """Return what a picture takes on the device; no weight is read for it."""
         return needed(self.config, self.dtype_on(self.placement.device))
 
+    def _load(self, dtype: torch.dtype) -> Part:
+        return load(self.config, self.checkpoint, self.identity.names, dtype=dtype, ignored=self.identity.ignored)
+
     def _key(self, pixels_1CHW: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
         content = hashlib.sha256(pixels_1CHW.numpy().tobytes()).hexdigest()
         return "image", content, self.checkpoint.identity or str(self.checkpoint.path), str(dtype)
@@ -126,15 +129,16 @@ class VisionModel(Protocol):
     def encode_image(self, image: Tensor, crop: bool) -> Any: ...
 
 
-def encode_with(clip_vision: VisionModel, images_BHWC: Tensor, width: int, crop: bool = False) -> Tensor:
-    """Return the rows [1, B*P, width] of pictures, by an image encoder of ours or of ComfyUI's; see `rows_of`."""
-    return rows_of(clip_vision.encode_image(checked(images_BHWC), crop=crop), width)
+def encode_with(clip_vision: VisionModel, images_BHWC: Tensor) -> Tensor:
+    """Return the rows [1, B*P, E] of pictures, one after the other, by an image encoder of ours or of ComfyUI's."""
+    return rows_of(clip_vision.encode_image(checked(images_BHWC), crop=False)).flatten(0, 1)[None]
 
 
-def rows_of(output: Any, width: int) -> Tensor:
-    """Return the rows [1, B*P, width] of a CLIP_VISION_OUTPUT, float32 on the CPU, one picture after the other.
+def rows_of(output: Any) -> Tensor:
+    """Return the rows [B, P, E] of a CLIP_VISION_OUTPUT, float32 on the CPU.
 
-    `width` is what the model takes (1280 for the published ones). Raises ValueError for an output of another encoder.
+    Raises ValueError for something else, and for NaN or infinite values. Whether a model takes rows of that width is
+    seen where they meet it.
     """
     rows = getattr(output, "penultimate_hidden_states", None)
     if not isinstance(rows, Tensor) or rows.dim() != 3:
@@ -143,18 +147,12 @@ def rows_of(output: Any, width: int) -> Tensor:
             f"The CLIP vision output holds no rows of a picture [pictures, rows, width], but {found}: make it with "
             "CLIP Vision Encode and the image encoder of Wan (Load Wan Image Encoder, clip_vision_h.safetensors)."
         )
-    if rows.shape[-1] != width:
-        raise ValueError(
-            f"The CLIP vision output has rows of width {rows.shape[-1]}, this Wan model takes {width}: encode the "
-            "picture with the image encoder that belongs to the model, which for the published ones is CLIP ViT-H "
-            "(clip_vision_h.safetensors) and gives 257 rows of 1280."
-        )
     rows = rows.to("cpu", torch.float32)
     if not torch.isfinite(rows).all():
         raise ValueError(
             "The CLIP vision output holds NaN or infinite values: load the image encoder in fp32, or its file again."
         )
-    return rows.reshape(1, -1, width)
+    return rows
 
 
 def checked(images_BHWC: Tensor) -> Tensor:
@@ -215,7 +213,7 @@ class _Tower(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig):
         super().__init__()
-        model = build(replace(config, num_layers=config.num_layers - 1))
+        model = build(config, config.num_layers - 1)
         tower = getattr(model, "vision_model", model)  # some versions of transformers have it inside, some outright
         self.embeddings, self.pre_layrnorm, self.encoder = tower.embeddings, tower.pre_layrnorm, tower.encoder
         # No checkpoint carries it, so that it must be real where the parameters are not.
@@ -225,15 +223,15 @@ class _Tower(nn.Module):
         return self.encoder(inputs_embeds=self.pre_layrnorm(self.embeddings(pixels_BCHW))).last_hidden_state
 
 
-def build(config: ImageEncoderConfig) -> nn.Module:
-    """Return transformers' `CLIPVisionModel` of this size, with its own random weights, in float32."""
+def build(config: ImageEncoderConfig, num_layers: int | None = None) -> nn.Module:
+    """Return transformers' `CLIPVisionModel` of this size, or of fewer blocks, with random weights, in float32."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     return CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=config.dim,
             intermediate_size=config.dim_ffn,
-            num_hidden_layers=config.num_layers,
+            num_hidden_layers=config.num_layers if num_layers is None else num_layers,
             num_attention_heads=config.num_heads,
             patch_size=config.patch_size,
             image_size=config.image_size,
@@ -249,15 +247,23 @@ def design(config: ImageEncoderConfig) -> Design:
     return Design(name="image encoder", build=lambda: _Tower(config), blocks=BLOCKS)
 
 
-def load(config: ImageEncoderConfig, checkpoint: Checkpoint, identity: Identity, dtype: torch.dtype) -> Part:
+def load(
+    config: ImageEncoderConfig,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    ignored: Collection[str] = (),
+) -> Part:
     """Return the encoder of a checkpoint in `dtype`, without its last block. No weight is read.
 
-    Raises ValueError for missing, unexpected or misshapen weights.
+    `names` maps the names of either spelling to the file's. Raises ValueError for missing, unexpected or misshapen
+    weights.
     """
-    names, shares = _places(identity.names)
+    places, shares = _places(names)
     last = f"{BLOCKS}.{config.num_layers - 1}."
-    used = {name: file for name, file in names.items() if not name.startswith(last)}
-    ignored = {*identity.ignored, *names.values()} - set(used.values())
+    used = {name: file for name, file in places.items() if not name.startswith(last)}
+    ignored = {*ignored, *names.values()} - set(used.values())
     return design(config).open(checkpoint, used, dtype=dtype, ignored=ignored, shares=shares)
 
 

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from ..core.types import Conditioning, Identity, SampleRequest
-from .config import IMAGE_ROWS, WanConfig
+from .config import WanConfig
 from .vae import LATENT_FORMAT
 
 I2V_FILES = "wan2.1_i2v_480p_14B or wan2.1_i2v_720p_14B"
@@ -50,7 +50,7 @@ def _check_known(config: WanConfig, extra_BCTHW: Tensor | None, latent_shape: tu
     if not config.extra_dim:
         raise ValueError(
             f"{who} has an encoded picture, which a model of this kind does not take: choose a file of image to video, "
-            f"such as {I2V_FILES}, or remove {PICTURE_NODES} before the sampler."
+            f"such as {I2V_FILES}, or remove the node before the sampler that adds it ({PICTURE_NODES})."
         )
     if extra_BCTHW.shape[1] != config.extra_dim:
         raise ValueError(
@@ -86,8 +86,8 @@ def _check_image(config: WanConfig, image_BNE: Tensor | None, who: str) -> None:
         )
     if config.image_positions and rows > config.image_positions:
         raise ValueError(
-            f"{who} has {rows} image rows ({rows / IMAGE_ROWS:g} pictures), and this model has room for "
-            f"{config.image_positions}: give a first and a last picture."
+            f"{who} has {rows} image rows, and this model has room for {config.image_positions}: give a first and a "
+            "last picture, and no more."
         )
 
 

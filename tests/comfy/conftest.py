@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from wanqwen.media import write_mp4
 from wanqwen.tests.nodes import tiny as checkpoints
 
 from .convert import MODEL, SAMPLER, SIZE, TEXT_ENCODER, TINY, VAE, read_workflow, to_prompt
@@ -16,6 +17,7 @@ from .server import Server, find_comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = replace(checkpoints.MODEL, num_layers=16)
+I2V = replace(checkpoints.MODEL, in_dim=36, image_dim=checkpoints.IMAGE.dim)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +62,7 @@ def tiny(demo: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_files(base: Path) -> None:
-    """Write good models and bad ones, two pictures, and a latent of NaN."""
+    """Write good models and bad ones, pictures, and a video, and a latent of NaN."""
     for folder in ("input", "output", "models/unet"):
         (base / folder).mkdir(parents=True)
     models = base / "models"
@@ -68,11 +70,20 @@ def write_files(base: Path) -> None:
     checkpoints.write_model(models / "diffusion_models" / "deep.safetensors", DEEP)
     vae = checkpoints.write_vae(models / "vae" / "tiny.safetensors")
     encoder = checkpoints.write_text_encoder(models / "text_encoders" / "tiny.safetensors")
+    two = replace(I2V, image_positions=2 * checkpoints.IMAGE.num_positions)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_flf2v.safetensors", two)
+    checkpoints.write_image_encoder(models / "clip_vision" / "tiny.safetensors")
     for variant in ("t2i", "edit", "edit-2509", "edit-2511"):
         checkpoints.write_qwen_model(models / "diffusion_models" / f"qwen_{variant}.safetensors", variant)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_i2v.safetensors", I2V)
+    two = replace(I2V, image_positions=2 * checkpoints.IMAGE.num_positions)
+    checkpoints.write_model(models / "diffusion_models" / "tiny_flf2v.safetensors", two)
+    checkpoints.write_image_encoder(models / "clip_vision" / TINY)
     checkpoints.write_qwen_vae(models / "vae" / "qwen.safetensors")
     checkpoints.write_qwen_text_encoder(models / "text_encoders" / "qwen.safetensors")
     painted_picture().save(base / "input" / "example.png")  # the name in our workflows
+    write_mp4(base / "input" / "input.mp4", torch.rand(7, 48, 64, 3), 16)
+    painted_picture().convert("RGB").crop((0, 0, 32, 32)).save(base / "input" / "square.png")
 
     bad = good.parent
     (bad / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])
@@ -87,7 +98,6 @@ def write_files(base: Path) -> None:
         metadata,
     )
     save_file(tensors | {"blocks.1.surprise.weight": torch.zeros(3)}, bad / "extra.safetensors", metadata)
-    save_file(tensors | image_parts(), bad / "i2v.safetensors", metadata)
     save_file(
         {"latent_tensor": torch.full((1, 16, 2, 4, 4), torch.nan), "latent_format_version_0": torch.tensor([])},
         base / "input" / "nan.latent",
@@ -110,21 +120,3 @@ class Touch:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.path,)
-
-
-def image_parts() -> dict[str, torch.Tensor]:
-    """What an image-to-video model has besides."""
-    width, image = checkpoints.MODEL.dim, 1280
-    shapes = {
-        "patch_embedding.weight": (width, 36, 1, 2, 2),
-        **{f"img_emb.proj.{i}.{part}": (image,) for i in (0,) for part in ("weight", "bias")},
-        **{"img_emb.proj.1.weight": (image, image), "img_emb.proj.1.bias": (image,)},
-        **{"img_emb.proj.3.weight": (width, image), "img_emb.proj.3.bias": (width,)},
-        **{f"img_emb.proj.4.{part}": (width,) for part in ("weight", "bias")},
-    }
-    for i in range(checkpoints.MODEL.num_layers):
-        block = f"blocks.{i}.cross_attn"
-        shapes |= {f"{block}.{name}.weight": (width, width) for name in ("k_img", "v_img")}
-        shapes |= {f"{block}.{name}.bias": (width,) for name in ("k_img", "v_img")}
-        shapes[f"{block}.norm_k_img.weight"] = (width,)
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}

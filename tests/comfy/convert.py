@@ -51,7 +51,7 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
                 found[name] = next(values)
             except StopIteration:
                 raise ValueError(f"{node['type']} {node['id']}: no value for {name}") from None
-            if options.get("control_after_generate") or options.get("image_upload"):
+            if options.keys() & {"control_after_generate", "image_upload", "video_upload"}:
                 next(values)  # what becomes of the seed after a run, or the upload button: for the editor alone
     if left := list(values):
         raise ValueError(f"{node['type']} {node['id']}: {left} belong to no widget")

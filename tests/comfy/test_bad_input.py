@@ -6,7 +6,7 @@ from .convert import DECODE, MODEL, PROMPT, SAMPLER, SIZE, TEXT_ENCODER, VAE
 
 BAD_FILES = [
     (MODEL, "a_vae.safetensors", "a_vae.safetensors is a VAE"),
-    (MODEL, "i2v.safetensors", "text to video only"),
+    (MODEL, "tiny_i2v.safetensors", "put Wan Image to Video or Wan First-Last Frame to Video before the sampler"),
     (MODEL, "truncated.safetensors", "is cut off"),
     (MODEL, "missing.safetensors", "blocks.1.ffn.2.weight"),
     (MODEL, "extra.safetensors", "blocks.1.surprise.weight"),

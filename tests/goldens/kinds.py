@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import cfg_loop, qwen_cfg_loop, qwen_mmdit, schedules, umt5, wan_dit, wan_vae
+from . import cfg_loop, clip, qwen_cfg_loop, qwen_mmdit, schedules, umt5, wan_dit, wan_vae
 from .golden import Golden
 
 Pairs = list[tuple[Tensor, Tensor]]  # (ours, the reference)
@@ -36,7 +36,9 @@ def _kind(module) -> Kind:
     )
 
 
-KINDS = tuple(_kind(module) for module in (wan_dit, wan_vae, umt5, schedules, cfg_loop, qwen_mmdit, qwen_cfg_loop))
+KINDS = tuple(
+    _kind(module) for module in (wan_dit, wan_vae, umt5, clip, schedules, cfg_loop, qwen_mmdit, qwen_cfg_loop)
+)
 
 
 def find_kind(golden: Golden) -> Kind:

@@ -15,6 +15,7 @@ NAMES = (
     "wan_cfg_loop_tiny",
     "wan_vae_tiny",
     "umt5_encoder_tiny",
+    "clip_visual_tiny",
     "schedulers",
     "qwen_image_mmdit_tiny",
     "qwen_image_vae_tiny",

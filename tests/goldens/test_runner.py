@@ -99,6 +99,9 @@ def rewritten(source: str, target: Path, change: dict[str, Tensor]) -> Path:
     [
         ("umt5_encoder_tiny", "out/padded/trimmed1", "fp32"),
         ("umt5_encoder_tiny", "out/padded/full", "fp32"),
+        ("clip_visual_tiny", "out/plain/penultimate", "fp32"),
+        ("clip_visual_tiny", "out/interp/penultimate", "fp32"),
+        ("clip_visual_tiny", "mid/wrapper/pixels_normalized", "fp32"),
         ("schedulers", "out/table_unipc_n6_shift5/timesteps", "fp32"),
         ("schedulers", "out/trajectory20/dpmpp", "fp32"),
         ("wan_dit_t2v_tiny", "mid/single/time_projection", "single"),

@@ -9,7 +9,7 @@ from typing import Any
 
 SOCKETS = (
     *("Combo", "Int", "Float", "String", "Boolean"),
-    *("Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask", "ClipVision"),
+    *("Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask", "ClipVision", "ClipVisionOutput"),
 )
 
 

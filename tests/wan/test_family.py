@@ -149,6 +149,14 @@ def test_the_schedule_is_the_published_one_of_each_kind_and_size(config, size, s
     assert schedule(config, (1, 16, 21, *size)).shift == shift
 
 
+@pytest.mark.parametrize(
+    ("config", "begins"),
+    [(CONFIG, "色调艳丽"), (PICTURE, "镜头晃动，色调艳丽"), (TWO_PICTURES, "镜头切换，镜头晃动，色调艳丽")],
+)
+def test_the_negative_prompt_is_the_official_one_of_each_kind(config, begins) -> None:
+    assert config.negative_prompt.startswith(begins) and config.negative_prompt.endswith("倒着走")
+
+
 def test_rows_of_one_picture_take_the_first_positions_of_two() -> None:
     model, run = made(config=TWO_PICTURES), Run()
     rows, text = torch.randn(1, 257, 24), torch.randn(1, 3, 40)

@@ -48,6 +48,9 @@ UMT5 = {
 }
 PICTURES = {
     "wan21_official_i2v_14B_480P_and_720P": ("i2v-14B", "fp32", "official"),
+    "wan21_comfy_i2v_14B_bf16": ("i2v-14B", "bf16", "official"),
+    "wan21_comfy_i2v_14B_fp16": ("i2v-14B", "fp16", "official"),
+    "wan21_comfy_i2v_14B_fp8_e4m3fn": ("i2v-14B", "fp8_e4m3fn", "official"),
     "wan21_comfy_i2v_480p_14B_fp8_scaled": ("i2v-14B", "fp8_scaled", "official"),
     "wan21_kijai_i2v_14B_fp8_e4m3fn": ("i2v-14B", "fp8_e4m3fn", "official"),
     "wan21_kijai_i2v_14B_fp8_e4m3fn_scaled_KJ": ("i2v-14B", "fp8_scaled", "official"),

@@ -1,5 +1,7 @@
 import gzip
 import json
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,10 @@ import torch
 from wanqwen.core.weights.keymap import Renamer, inverse
 from wanqwen.wan.keymap import (
     DIFFUSION_MODEL_SPELLINGS,
+    IMAGE_ENCODER,
+    IMAGE_ENCODER_APART,
+    IMAGE_ENCODER_FUSED,
+    IMAGE_ENCODER_IGNORED,
     IMAGE_ENCODER_SPELLINGS,
     TEXT_ENCODER_SPELLINGS,
     vae_spellings,
@@ -46,6 +52,31 @@ def test_every_published_name_is_renamed_both_ways(key, spelling):
 def test_no_two_modules_share_a_name(spellings):
     for spelling in spellings:
         assert len(inverse(spelling.table)) == len(spelling.table)
+
+
+def unfolded(name):
+    """Return the names that a row of the published map stands for: `{weight,bias}` and the like, without remarks."""
+    name = numbered(name.split(" ")[0], 27)
+    choices = re.search(r"\{([a-z,]+)\}", name)
+    if choices is None:
+        return [name]
+    return [one for word in choices[1].split(",") for one in unfolded(name.replace(choices[0], word, 1))]
+
+
+def test_every_published_name_of_the_image_encoder_has_its_place():
+    whole = Renamer(IMAGE_ENCODER)
+    apart = [Renamer({IMAGE_ENCODER_FUSED: path}) for path in IMAGE_ENCODER_APART]
+    found = {}
+    for official, other in MAPS["clip_visual_official_to_huggingface"].items():
+        names, others = unfolded(official), [name.removeprefix("vision_model.") for name in unfolded(other)]
+        if "to_qkv" in official:
+            assert [rename(name) for rename in apart for name in names] == others
+        elif any(fnmatchcase(names[0], pattern) for pattern in IMAGE_ENCODER_IGNORED):
+            assert all(any(fnmatchcase(name, p) for p in IMAGE_ENCODER_IGNORED) for name in (*names, *others))
+        else:
+            assert [whole(name) for name in names] == others
+            found |= dict(zip(names, others, strict=True))
+    assert len(found) == 15
 
 
 def test_scales_follow_their_layer():
