@@ -2,8 +2,9 @@
 
     python -m wanqwen.demo.train [clips] [cards] [--work FOLDER] [--out demo/checkpoints]
 
-`clips` are the three files of the miniature Wan, `cards` the four of the miniature Qwen-Image; without either, both.
-They are read by the same loaders as the published ones. A run that was stopped goes on where it was.
+`clips` are the six files of the miniature Wan, `cards` the four of the miniature Qwen-Image; without either, both.
+They are read by the same loaders as the published ones. A run that was stopped goes on where it was. Wan's files for
+text to video, and those for pictures, are not trained again where `out` holds them all.
 """
 
 import argparse

@@ -53,6 +53,12 @@ def resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
     return saved["step"]
 
 
+def in_fp8(name: str, matrix: Tensor) -> dict[str, Tensor]:
+    """Return a matrix as a file holds it in fp8: its values, and a scale for each of its rows."""
+    scale = (matrix.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max).clamp_min(1e-12)
+    return {name: (matrix / scale[:, None]).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+
+
 def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Write a checkpoint to publish, with `facts` as its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ READABLE = (SAFETENSORS, GGUF, *PICKLES)
 DEMO_PREFIX = "demo/"
 # ComfyUI's name of a folder -> the miniatures that are listed with its files.
 DEMO_FILES = {
-    "diffusion_models": ("wan_dit", "qwen_dit", "qwen_edit_dit"),
+    "diffusion_models": ("wan_dit", "wan_i2v_dit", "wan_flf2v_dit", "qwen_dit", "qwen_edit_dit"),
     "text_encoders": ("wan_text_encoder", "qwen_text_encoder"),
     "vae": ("wan_vae", "qwen_vae"),
     "clip_vision": ("wan_image_encoder",),

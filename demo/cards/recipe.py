@@ -19,7 +19,7 @@ from ...qwen_image.transformer import QwenImageTransformer
 from ...wan.keymap import vae_spellings
 from ...wan.vae import WanVAE
 from .. import vae as shared
-from ..training import Schedule, write
+from ..training import Schedule, in_fp8, write
 from . import text
 from .train_dit import CONFIG, TASKS, draw_pairs, train_dit
 from .train_text import train_text
@@ -86,13 +86,11 @@ def encoder_facts() -> dict[str, object]:
 
 
 def stored(model: QwenImageTransformer) -> dict[str, Tensor]:
-    """Return the tensors of a transformer's file; an fp8 matrix has a scale for each of its rows."""
+    """Return the tensors of a transformer's file."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith(tuple(f"{layer}.weight" for layer in SMALL)):
-            scale = (tensor.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max).clamp_min(1e-12)
-            tensors[name] = (tensor / scale[:, None]).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale"] = scale
+            tensors |= in_fp8(name, tensor)
         else:
             tensors[name] = tensor.float() if tensor.dim() == 1 and keep_float32(name) else tensor.bfloat16()
     return tensors

@@ -11,6 +11,10 @@ from torch import Tensor
 
 SIZE = 64  # pixels, both sides
 FRAMES = 9
+LONG_FRAMES = 13  # of clips that begin with any picture: one that goes on where another ended has four frames before it
+LARGER = {"star": 1.2}  # than the others, to be of about their area: the miniature VAE makes circles of small stars
+Range = tuple[float, float]
+START, ASIDE = (-17, 0), (-12, 12)  # pixels from the middle, along its way and across: where a picture's object is
 
 # Object and background colours are two disjoint lists, so that a caption never names one colour in two roles.
 COLOURS = {
@@ -48,6 +52,9 @@ CHINESE_TEMPLATES = (
     "{background}背景上,一个{colour}{shape}向{direction}移动",
     "{colour}{shape},{background}背景,向{direction}移动",
 )
+# What to ask for where a picture shows the rest.
+MOTIONS = ("moving {direction}", "moves {direction}")
+CHINESE_MOTIONS = ("向{direction}移动",)
 NUM_HELD_OUT = 120
 
 
@@ -62,10 +69,15 @@ class Scene:
 
     def caption(self, rng: random.Random, chinese: bool) -> str:
         """Return one of the ways to say it."""
+        return self._said(rng.choice(CHINESE_TEMPLATES if chinese else TEMPLATES), chinese)
+
+    def motion(self, rng: random.Random, chinese: bool) -> str:
+        """Return one of the ways to say where it moves, and nothing else."""
+        return self._said(rng.choice(CHINESE_MOTIONS if chinese else MOTIONS), chinese)
+
+    def _said(self, template: str, chinese: bool) -> str:
         names = {field: getattr(self, field) for field in self.__slots__}
-        if chinese:
-            return rng.choice(CHINESE_TEMPLATES).format(**{field: CHINESE[name] for field, name in names.items()})
-        return rng.choice(TEMPLATES).format(**names)
+        return template.format(**{field: CHINESE[name] if chinese else name for field, name in names.items()})
 
 
 def scenes() -> tuple[list[Scene], list[Scene]]:
@@ -77,15 +89,43 @@ def scenes() -> tuple[list[Scene], list[Scene]]:
 
 def render(batch: list[Scene], generator: torch.Generator) -> Tensor:
     """Return clips [B, 3, F, H, W] in [-1, 1]; size, path and speed vary with the generator."""
-    count = len(batch)
-    radius, aside, travel = (
-        low + (high - low) * torch.rand(count, 1, generator=generator) for low, high in ((13, 16), (-7, 7), (22, 28))
-    )
+    radius, aside, travel = _draw(len(batch), ((13, 16), (-7, 7), (22, 28)), generator)
+    progress = torch.linspace(-0.5, 0.5, FRAMES)[None, :, None]
+    return _paint(batch, radius, _path(batch, travel[:, None] * progress, aside))
+
+
+def render_from(
+    batch: list[Scene],
+    generator: torch.Generator,
+    frames: int = LONG_FRAMES,
+    start: Range = START,
+    aside: Range = ASIDE,
+) -> Tensor:
+    """Return clips [B, 3, F, H, W] in [-1, 1] whose first picture leaves open where its object goes.
+
+    It begins `start` pixels from the middle along its way and `aside` across it, moves 14 to 18 in 8 frames, and is
+    whole on most frames.
+    """
+    radius, aside_B1, travel, begin = _draw(len(batch), ((11, 14), aside, (14, 18), start), generator)
+    radius = radius * torch.tensor([[LARGER.get(scene.shape, 1.0)] for scene in batch])
+    progress = torch.arange(frames)[None, :, None] / (FRAMES - 1)
+    return _paint(batch, radius, _path(batch, begin[:, None] + travel[:, None] * progress, aside_B1))
+
+
+def _draw(count: int, ranges: tuple[Range, ...], generator: torch.Generator) -> list[Tensor]:
+    """Return a number [B, 1] in each of the ranges for each clip."""
+    return [low + (high - low) * torch.rand(count, 1, generator=generator) for low, high in ranges]
+
+
+def _path(batch: list[Scene], along_BF1: Tensor, aside_B1: Tensor) -> Tensor:
+    """Return centres [B, F, 2], `along` the scene's direction and `aside` of it from the middle."""
     heading = torch.tensor([DIRECTIONS[scene.direction] for scene in batch], dtype=torch.float32)
     across = heading.flip(1).abs()
-    progress = torch.linspace(-0.5, 0.5, FRAMES)[None, :, None]
-    centre_BF2 = SIZE / 2 + heading[:, None] * travel[:, None] * progress + (across * aside)[:, None]
+    return SIZE / 2 + heading[:, None] * along_BF1 + (across * aside_B1)[:, None]
 
+
+def _paint(batch: list[Scene], radius: Tensor, centre_BF2: Tensor) -> Tensor:
+    """Return clips [B, 3, F, H, W] in [-1, 1] of objects of a radius [B, 1] at centres."""
     pixel = torch.arange(SIZE) + 0.5
     x_BFHW = pixel - centre_BF2[..., 0, None, None]
     y_BFHW = pixel[:, None] - centre_BF2[..., 1, None, None]

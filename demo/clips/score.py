@@ -31,17 +31,33 @@ class Verdict:
 def judge(clip_FHWC: Tensor) -> Verdict:
     """Return what a clip [F, 64, 64, 3] with values in [0, 1] shows."""
     frames = clip_FHWC.float() * 255
-    paper = _median_colour(frames[:, _border_mask(frames.shape[1])])
+    paper, masks_FHW = objects(clip_FHWC)
     background = _nearest(paper, corpus.BACKGROUNDS)
-    contrast_FHW = (frames - paper).norm(dim=-1)
-    masks_FHW = contrast_FHW > OBJECT_SHARE * contrast_FHW.flatten(1).quantile(0.98)
     areas = masks_FHW.flatten(1).sum(dim=1)
     if areas.min() < MIN_OBJECT_PIXELS or areas.max() > 0.6 * masks_FHW[0].numel():
         return Verdict("", background, "", "", 0.0)
     colour = _nearest(_median_colour(frames[masks_FHW]), corpus.COLOURS)
-    centres_F2 = torch.stack([torch.nonzero(mask).float().mean(dim=0).flip(0) + 0.5 for mask in masks_FHW])
+    centres_F2 = centres(masks_FHW)
     shape, overlap = _shape(masks_FHW, centres_F2, areas)
     return Verdict(colour, background, shape, _direction(centres_F2), overlap)
+
+
+def objects(clip_FHWC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the background's colour [3], 0 to 255, and where in each frame the object is [F, H, W]."""
+    frames = clip_FHWC.float() * 255
+    paper = _median_colour(frames[:, _border_mask(frames.shape[1])])
+    contrast_FHW = (frames - paper).norm(dim=-1)
+    return paper, contrast_FHW > OBJECT_SHARE * contrast_FHW.flatten(1).quantile(0.98)
+
+
+def centres(masks_FHW: Tensor) -> Tensor:
+    """Return the middles [F, 2] (x, y) of objects in pixels."""
+    return torch.stack([torch.nonzero(mask).float().mean(dim=0).flip(0) + 0.5 for mask in masks_FHW])
+
+
+def psnr(picture: Tensor, wanted: Tensor) -> float:
+    """Return how alike two pictures or clips in [0, 1] are, in dB."""
+    return -10 * (picture - wanted).square().mean().log10().item()
 
 
 def matches(verdict: Verdict, scene: Scene) -> dict[str, bool]:

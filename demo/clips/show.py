@@ -27,12 +27,16 @@ SHOWN_FRAMES = (0, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One generated clip: what was asked for, how, and the pixels [F, H, W, 3] in [0, 1]."""
+    """One generated clip: what was asked for, how, and the pixels [F, H, W, 3] in [0, 1].
+
+    `given` are the pictures [H, W, 3] that it was made from.
+    """
 
     scene: Scene
     caption: str
     frames: Tensor
     seconds: float
+    given: tuple[Tensor, ...] = ()
 
 
 class Pipeline:
@@ -73,24 +77,24 @@ def generate_clips(count: int, seed: int, blind: bool = False) -> list[Clip]:
     return [pipeline.clip(scene, caption, seed + i, blind) for i, (scene, caption) in enumerate(prompts)]
 
 
-def report(clips: list[Clip]) -> str:
+def report(clips: list[Clip], what: str = "unseen prompts") -> str:
     """Return the score of clips as a table, chance level beside it."""
     verdicts, scenes = [score.judge(clip.frames) for clip in clips], [clip.scene for clip in clips]
     reached = score.rates(verdicts, scenes)
     luck = score.chance(verdicts, scenes) if len(clips) > 1 else dict.fromkeys(reached, float("nan"))
-    lines = [f"{len(clips)} unseen prompts, {sum(c.seconds for c in clips) / len(clips):.2f} s a clip"]
+    lines = [f"{len(clips)} {what}, {sum(c.seconds for c in clips) / len(clips):.2f} s a clip"]
     lines += [f"  {name:<11}{reached[name]:6.1%}   chance {luck[name]:6.1%}" for name in (*score.ATTRIBUTES, "all")]
     return "\n".join(lines)
 
 
 def write_sheet(path: Path, clips: list[Clip]) -> None:
-    """Write a PNG with a row for each clip: three of its frames, its caption, and what the judge saw."""
+    """Write a PNG with a row for each clip: what it was made from, three of its frames, what was asked for and seen."""
     rows = []
     for clip in clips:
         verdict = score.judge(clip.frames)
         wrong = tuple(name for name, right in score.matches(verdict, clip.scene).items() if not right)
         seen = f"{verdict.colour} {verdict.shape}, {verdict.background}, {verdict.direction}"
-        frames = tuple(clip.frames[i] for i in SHOWN_FRAMES)
+        frames = (*clip.given, *(clip.frames[i] for i in SHOWN_FRAMES))
         rows.append(
             sheet.Row(pictures=frames, asked=clip.caption, asked_in_ascii=str(clip.scene), seen=seen, wrong=wrong)
         )

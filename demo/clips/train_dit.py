@@ -71,11 +71,19 @@ class TextToVideo(nn.Module):
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
         valid = torch.arange(longest) < lengths[:, None]
         rows = self.text_encoder(input_ids=padded, attention_mask=valid.long()).last_hidden_state
-        rows = F.pad(rows.float() * valid[..., None], (0, 0, 0, 1))
-        # The model attends 512 - L zero rows; the few that are here stand for all of them, each for its share.
-        zeros = longest + 1 - lengths
-        bias = torch.log((TEXT_LEN - lengths) / zeros)[:, None] * ~F.pad(valid, (0, 1))
+        rows, bias = with_zeros([row[:length].float() for row, length in zip(rows, lengths, strict=True)])
         return self.transformer(x, timestep, self.transformer.prompt(rows, run, bias), run)
+
+
+def with_zeros(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows of texts [S, E] as one batch, and the bias [B, S] of each row's key.
+
+    The model attends 512 - S zero rows; the few that are here stand for all of them, each for its share.
+    """
+    lengths = torch.tensor([len(text) for text in texts])
+    rows = nn.utils.rnn.pad_sequence([F.pad(text, (0, 0, 0, 1)) for text in texts], batch_first=True)
+    absent = torch.arange(rows.shape[1]) >= lengths[:, None]
+    return rows, torch.log((TEXT_LEN - lengths) / absent.sum(dim=1))[:, None] * absent
 
 
 @torch.no_grad()
