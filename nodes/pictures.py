@@ -24,6 +24,10 @@ NO_ENCODER = (
     "No image encoder: the models of Wan 2.1 that start from a picture need one, so connect Load Wan Image Encoder to "
     "clip_vision."
 )
+SEEN_ONE = (
+    "clip_vision_output holds one picture, so the model sees one of both: give CLIP Vision Encode a batch of the first "
+    "and the last, or connect clip_vision."
+)
 
 
 class WanImageSize(io.ComfyNode):
@@ -181,6 +185,9 @@ class WanFirstLastFrameToVideo(io.ComfyNode):
         known, said = known_ends(vae, first_image, last_image, size, fit)
         seen = _seen(clip_vision, clip_vision_output, first_image, last_image)
         ends = {"first": first_image, "last": last_image}
+        both = first_image is not None and last_image is not None
+        if both and clip_vision_output is not None and len(rows_of(clip_vision_output)) == 1:
+            notices.append(SEEN_ONE)
         given = " and ".join(
             f"the {name} one" if len(pictures) == 1 else f"the {name} {len(pictures)}"
             for name, pictures in ends.items()
