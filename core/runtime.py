@@ -116,9 +116,12 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
     """
     _check_latent(request.latent, handle.family.latent_format)
     try:
-        return handle.family.prepare(handle.identity, request)
+        made, notices = handle.family.prepare(handle.identity, request)
     except ValueError as error:
         raise ValueError(f"{handle.checkpoint.path.name}: {error}") from error
+    if request.mask is not None and not request.mask.any():
+        notices = [*notices, "The latent's mask is black everywhere: it is kept as it is, and nothing made anew."]
+    return made, notices
 
 
 def generate(

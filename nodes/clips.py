@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.conditioning import ComfyConditioning
-from ..wan.clips import continued, joined, starting_with
+from ..wan.clips import continued, do_meet, joined, starting_with
 from ..wan.family import LATENT_FORMAT
 from .types import CATEGORY, clip_of, tell
 
@@ -107,6 +107,12 @@ class JoinClips(io.ComfyNode):
             raise ValueError(
                 "after does not continue another clip: connect what the sampler made of Wan Continue Clip's latent."
             )
-        samples = joined(clip_of(before), clip_of(after), overlap)
-        made = f"{(samples.shape[2] - 1) * FRAMES_STEP + 1} frames"
-        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, [made]))
+        one, other = clip_of(before), clip_of(after)
+        samples = joined(one, other, overlap)
+        lines = [f"{(samples.shape[2] - 1) * FRAMES_STEP + 1} frames"]
+        if not do_meet(one, other, overlap):
+            lines.append(
+                "after does not begin with the end of before, so the video will jump: is before the clip that Wan "
+                "Continue Clip was given, unchanged?"
+            )
+        return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))

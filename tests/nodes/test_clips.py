@@ -27,6 +27,14 @@ def test_without_a_negative_prompt_there_is_none(nodes, prompts):
     assert output.values[1] is None
 
 
+def test_a_clip_that_another_one_goes_on_from_is_told_of(nodes):
+    before = {"samples": torch.randn(1, 16, 3, 4, 4)}
+    after = {"samples": torch.cat((before["samples"][:, :, -2:], torch.randn(1, 16, 2, 4, 4)), 2), "wanqwen_overlap": 2}
+    assert nodes.JoinClips.execute(before, after).ui == {"text": ["17 frames"]}
+    [_, said] = nodes.JoinClips.execute(after, after).ui["text"]
+    assert said.startswith("after does not begin with the end of before, so the video will jump")
+
+
 def test_only_a_continuation_is_joined(nodes):
     latent = {"samples": torch.zeros(1, 16, 3, 4, 4)}
     with pytest.raises(ValueError, match="after does not continue another clip: connect"):

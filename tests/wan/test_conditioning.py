@@ -203,7 +203,7 @@ def test_each_prompt_of_a_batch_has_its_own_pictures_or_all_the_same():
             {"concat_mask": torch.ones(1, 1, 3, 4, 8)},
             r"concat_mask is \[1, 1, 3, 4, 8\], its concat_latent_image \[1, 16",
         ),
-        (known(3).options(), r"concat_latent_image is a batch of 3 for 1 prompt"),
+        (known(3).options(), r"concat_latent_image is a batch of 3 for 1 prompt.* Latent From Batch takes the one"),
         ({"clip_vision_output": seen(257, 24)}, r"CLIP vision output holds no rows .* but \(257, 24\)"),
         ({"concat_mask_index": 16}, "option 'concat_mask_index', which this sampler does not carry out"),
     ],
