@@ -223,7 +223,8 @@ def _length(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) 
     if len(clips) > 1:
         raise ValueError(
             f"The controls of VACE are for clips of {' and '.join(map(clip_size, clips))}: give all nodes Wan VACE in "
-            "a row the same width, height and frames."
+            "a row the same width, height and frames. Reference images of ComfyUI's own node count as frames here: "
+            "give them to ours."
         )
     [clip] = clips
     # The clip's own frames must not pass for reference frames, which are left out in the end.
