@@ -125,6 +125,8 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
         request, notices = handle.family.prepare(handle.identity, request)
     except ValueError as error:
         raise ValueError(f"{handle.checkpoint.path.name}: {error}") from error
+    if request.mask is not None and not request.mask.any():
+        notices = [*notices, "The latent's mask is black everywhere: it is kept as it is, and nothing made anew."]
     steps = request.num_steps
     for lora in working(handle.loras):
         if not any(lora.is_active(step, steps) for step in range(steps)):

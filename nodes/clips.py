@@ -112,5 +112,8 @@ class JoinClips(io.ComfyNode):
         samples = joined(*clips, overlap)
         lines = [f"{(samples.shape[2] - 1) * FRAMES_STEP + 1} frames"]
         if not is_seam(*clips, overlap):
-            lines.append("after does not begin as before ends: is before the clip that Wan Continue Clip was given?")
+            lines.append(
+                "after does not begin as before ends, so the video will jump: is before the clip that Wan Continue "
+                "Clip was given, unchanged?"
+            )
         return io.NodeOutput({"samples": samples}, ui=tell(cls.hidden.unique_id, lines))

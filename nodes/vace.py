@@ -97,8 +97,8 @@ class WanVACE(io.ComfyNode):
         (width, height, frames), notices = fitted(width, height, frames)
         references = () if reference_images is None else tuple(reference_images)
         encoded = encode(Source(video=control_video, mask=mask, references=references), vae, width, height, frames)
-        for images in (control_video, reference_images):
-            notices += [] if images is None else dropped_alpha(images, vae)
+        alpha = [dropped_alpha(images, vae) for images in (control_video, reference_images) if images is not None]
+        notices += max(alpha, default=[])
         made = f"{width} x {height}, {frames} frames, {len(references)} reference image(s)"
         samples = torch.zeros(LATENT_FORMAT.shape(batch_size, frames, height, width))
         prompts = [with_control(each, encoded, strength) for each in (positive, negative)]

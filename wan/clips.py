@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..core.conditioning import ComfyConditioning
 from .pictures import LATENTS, MASK
+from .requests import clip_size
 
 ROUNDING = 0.1  # of raw latents, whose standard deviations are 1 to 3, where they pass through half precision
 
@@ -42,12 +43,14 @@ def starting_with(conditioning: ComfyConditioning, start_BCThw: Tensor, latent_f
 def joined(before_BCThw: Tensor, after_BCThw: Tensor, overlap: int) -> Tensor:
     """Return the latents of a clip and of the one that continues it as those of one clip. Raises ValueError."""
     one, other = tuple(before_BCThw.shape), tuple(after_BCThw.shape)
-    if one[:2] + one[3:] != other[:2] + other[3:] or other[2] <= overlap:
+    if one[:2] + one[3:] != other[:2] + other[3:] or one[2] < overlap or other[2] <= overlap:
         raise ValueError(
             f"The clips do not fit together: before is {list(one)}, after {list(other)} with an overlap of {overlap} "
             "(batch, channels, latent frames, height / 8, width / 8). Connect the clip that was given to Wan Continue "
             "Clip, and what the sampler made of its latent."
         )
+    if not after_BCThw[:, :, overlap:].any():
+        raise ValueError("after is empty: connect what the sampler made of Wan Continue Clip's latent, not the latent.")
     return torch.cat((before_BCThw, after_BCThw[:, :, overlap:].to(before_BCThw)), dim=2)
 
 
@@ -73,9 +76,9 @@ def _starting_with(options: dict, start_BCThw: Tensor, latent_frames: int) -> di
     overlap, wanted = start_BCThw.shape[2], (latent_frames, *start_BCThw.shape[3:])
     if tuple(latents.shape[2:]) != wanted:
         raise ValueError(
-            f"The conditioning's pictures were encoded for latents of {list(latents.shape[2:])}, and the clip goes on "
-            f"in {list(wanted)} (latent frames, height / 8, width / 8): give Wan Image to Video and Wan Continue Clip "
-            "the same frames, and the size of the clip."
+            f"The conditioning's pictures were encoded for {clip_size(tuple(latents.shape))}, and the clip goes on in "
+            f"{clip_size(wanted)}: give Wan Image to Video and Wan Continue Clip the same frames, and the size of the "
+            "clip."
         )
     mask = options.get(MASK)
     if mask is None:  # nothing of the pictures counts as given

@@ -85,7 +85,8 @@ def _for_each(count: int, name: str, parts_BX: Tensor | None) -> list[Tensor | N
         return [parts_BX] * count
     if len(parts_BX) != count:
         raise ValueError(
-            f"The conditioning's {name} is a batch of {len(parts_BX)} for {count} prompt(s): give one clip or picture."
+            f"The conditioning's {name} is a batch of {len(parts_BX)} for {count} prompt(s): give one clip or picture. "
+            "Of a batch of clips, Latent From Batch takes the one to go on with."
         )
     return list(parts_BX.split(1))
 

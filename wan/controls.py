@@ -17,6 +17,7 @@ from ..core.conditioning import ComfyConditioning
 from ..core.types import Conditioning, Control, Identity, SampleRequest
 from .config import LATENT_CHANNELS
 from .pictures import GREY, NEGLIGIBLE, cover
+from .requests import clip_size
 from .vae import LATENT_FORMAT
 
 WHITE = 1.0  # around reference pictures
@@ -101,6 +102,8 @@ def lay_out(source: Source, width: int, height: int, num_frames: int) -> tuple[T
             notices.append(f"The mask has {len(masks)} frames: those of control_video after them are made anew.")
         for i, frame in enumerate(masks):
             mask[i] = cover(frame[None], width, height)[0, ..., 0]
+        if not mask.any():
+            notices.append("The mask is black everywhere: all of control_video is kept, and nothing made anew.")
     return clip, mask, notices
 
 
@@ -149,7 +152,7 @@ def with_control(conditioning: ComfyConditioning, encoded: Encoded, strength: fl
     for rows, options in conditioning:
         # ComfyUI's own node does not say how many of its frames are references.
         before = len(options.get(FRAMES, ()))
-        leads = [*options.get(LEAD, ()), *[0] * before][:before]
+        leads = [*options.get(LEAD, ()), *[None] * before][:before]
         lists = {name: [*(leads if name == LEAD else options.get(name, ())), value] for name, value in added.items()}
         changed.append([rows, {**options, **lists}])
     return changed
@@ -164,13 +167,23 @@ def controls_of(options: dict[str, Any]) -> tuple[Control, ...]:
     """Return the controls among a prompt's options. Raises ValueError for latents of another model."""
     frames = options.get(FRAMES) or ()
     masks = options.get(MASK) or [torch.ones(1, MASK_CHANNELS, *f.shape[2:]) for f in frames]
-    strengths, leads = options.get(STRENGTH) or [1.0] * len(frames), [*(options.get(LEAD) or ()), *[0] * len(frames)]
+    strengths = options.get(STRENGTH) or [1.0] * len(frames)
     if len(masks) != len(frames) or len(strengths) != len(frames):
         raise ValueError(
             f"The conditioning has {len(frames)} control videos of VACE, {len(masks)} masks and {len(strengths)} "
             "strengths, where one each is expected: make them with the node Wan VACE."
         )
-    return tuple(map(_control, frames, masks, strengths, leads))
+    return tuple(map(_control, frames, masks, strengths, _leads(frames, options.get(LEAD) or ())))
+
+
+def _leads(frames: Sequence[Tensor], told: Sequence[int | None]) -> list[int]:
+    """Return how many reference frames each control begins with.
+
+    ComfyUI's own node does not say: as many as a control of the same shape whose node does, else none.
+    """
+    told = [*told, *[None] * len(frames)][: len(frames)]
+    known = {tuple(f.shape): lead for f, lead in zip(frames, told, strict=True) if lead is not None}
+    return [known.get(tuple(f.shape), 0) if lead is None else lead for f, lead in zip(frames, told, strict=True)]
 
 
 def _control(frames: Tensor, mask: Tensor, strength: float, lead: int) -> Control:
@@ -191,16 +204,10 @@ def _control(frames: Tensor, mask: Tensor, strength: float, lead: int) -> Contro
 def controlled(identity: Identity, request: SampleRequest) -> tuple[SampleRequest, list[str]]:
     """Return the request with all controls, the latent and its mask beginning with as many reference frames.
 
-    Both prompts have controls then. Raises ValueError for controls that the model does not take or that it lacks, and
-    for sizes that differ.
+    Both prompts have controls then. Raises ValueError for controls that the model lacks, and for sizes that differ.
     """
     prompts, notices = [p for p in (request.positive, request.negative) if p is not None], []
     if not identity.config.vace_dim:
-        if any(prompt.controls for prompt in prompts):
-            raise ValueError(
-                f"Wan 2.1 {identity.variant} takes no control, and the conditioning has one of VACE (video, mask or "
-                "references): load a VACE model (wan2.1_vace_1.3B or wan2.1_vace_14B), or leave out the node Wan VACE."
-            )
         return request, notices
     if not request.positive.controls:
         raise ValueError(
@@ -211,6 +218,10 @@ def controlled(identity: Identity, request: SampleRequest) -> tuple[SampleReques
         notices.append("The negative prompt has no control of VACE: those of the positive one are used for both.")
         prompts[1] = replace(request.negative, controls=request.positive.controls)
     lead = max(prompt.lead for prompt in prompts)
+    if lead:
+        notices.append(
+            f"The finished clip comes without the {lead} frame(s) of reference images: no Trim Video Latent is needed."
+        )
     length = _length(request, prompts, lead)
     request = _with_lead(request, prompts, lead, length)
     prompts = [replace(prompt, controls=tuple(_led(c, lead, length) for c in prompt.controls)) for prompt in prompts]
@@ -219,21 +230,29 @@ def controlled(identity: Identity, request: SampleRequest) -> tuple[SampleReques
 
 def _length(request: SampleRequest, prompts: Sequence[Conditioning], lead: int) -> int:
     """Return how many latent frames the clip has, without the reference frames. Raises ValueError if sizes differ."""
-    frames, *place = request.latent.shape[2:]
     controls = [control for prompt in prompts for control in prompt.controls]
-    length = next(control.context.shape[2] - lead for control in controls if control.lead == lead)
-    for control in controls:
-        made, *wanted = control.context.shape[2:]
-        # ComfyUI's own node doesn't say how many reference frames it has: as many as fit the others.
-        fits = made == length + control.lead or (not control.lead and made == length + lead)
-        fits = fits and frames in (length, length + lead)
-        if place != wanted or not fits:
-            raise ValueError(
-                f"The latent has {frames} frames of {place[1]} x {place[0]} positions, a control of VACE "
-                f"{made - control.lead} (and {lead} of reference images) of {wanted[1]} x {wanted[0]}: connect the "
-                "latent that the node Wan VACE gives, and make all controls for one size and length."
-            )
-    return length
+    clips = dict.fromkeys(_clip(control.context, control.lead) for control in controls)
+    if len(clips) > 1:
+        raise ValueError(
+            f"The controls of VACE are for clips of {' and '.join(map(clip_size, clips))}: give all nodes Wan VACE in "
+            "a row the same width, height and frames. Reference images of ComfyUI's own node count as frames here: "
+            "give them to ours."
+        )
+    [clip] = clips
+    # The clip's own frames must not pass for reference frames, which are left out in the end.
+    led = lead and (not request.add_noise or not request.latent[:, :, :lead].any())
+    if clip not in (_clip(request.latent, 0), _clip(request.latent, lead if led else 0)):
+        raise ValueError(
+            f"The latent is a clip of {clip_size(_clip(request.latent, 0))}, and the control of VACE is for "
+            f"{clip_size(clip)}{f' after {lead} reference frame(s)' if lead else ''}: connect the latent that the "
+            "node Wan VACE gives, or one of the same size and length, without reference frames."
+        )
+    return clip[0]
+
+
+def _clip(latents: Tensor, lead: int) -> tuple[int, int, int]:
+    frames, height, width = latents.shape[2:]
+    return frames - lead, height, width
 
 
 def _led(control: Control, lead: int, length: int) -> Control:

@@ -169,7 +169,7 @@ def fitted_video(images_FHWC: Tensor, asked: tuple[int, int, int], fit: str) -> 
     notices = [_fitted(images_FHWC, width, height, fit)]
     if asked[2] > given[2]:
         notices.append(f"{asked[2]} frames were asked for, and the video has {given[2]}.")
-    elif frames < (asked[2] or given[2]):
+    if frames < (min(asked[2], given[2]) or given[2]):
         notices.append(f"The last {given[2] - frames} frames are left out: Wan makes 4n + 1.")
     return FITS[fit](images_FHWC[:frames, ..., :3], width, height), [notice for notice in notices if notice]
 

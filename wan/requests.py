@@ -21,6 +21,7 @@ def check_request(identity: Identity, request: SampleRequest) -> None:
         if conditioning is not None:
             who = f"this is Wan 2.1 {identity.variant}, and the sampler's {which} input"
             _check_text(identity, conditioning, who)
+            _check_controls(identity, conditioning)
             _check_known(identity.config, conditioning.extra, tuple(request.latent.shape), who)
             _check_image(identity.config, conditioning.image, who)
 
@@ -39,11 +40,19 @@ def _check_text(identity: Identity, conditioning: Conditioning, who: str) -> Non
         )
 
 
+def _check_controls(identity: Identity, conditioning: Conditioning) -> None:
+    if conditioning.controls and not identity.config.vace_dim:
+        raise ValueError(
+            f"Wan 2.1 {identity.variant} takes no control, and the conditioning has one of VACE (video, mask or "
+            "references): load a VACE model (wan2.1_vace_1.3B or wan2.1_vace_14B), or leave out the node Wan VACE."
+        )
+
+
 def _check_known(config: WanConfig, extra_BCTHW: Tensor | None, latent_shape: tuple[int, ...], who: str) -> None:
     if extra_BCTHW is None and config.extra_dim:
         raise ValueError(
             f"{who} has no encoded picture, which a model of this kind starts from: put {PICTURE_NODES} before the "
-            f"sampler, with a picture; or choose a file of text to video, such as {T2V_FILES}."
+            f"sampler, with a picture and both prompts; or choose a file of text to video, such as {T2V_FILES}."
         )
     if extra_BCTHW is None:
         return
@@ -62,7 +71,7 @@ def _check_known(config: WanConfig, extra_BCTHW: Tensor | None, latent_shape: tu
             f"{who} has encoded pictures for {len(extra_BCTHW)} videos, and the latent is {latent_shape[0]} of them: "
             "give one for all, or connect the latent that comes out of the same node as the prompts."
         )
-    found, wanted = (_size(shape) for shape in (tuple(extra_BCTHW.shape), latent_shape))
+    found, wanted = (clip_size(shape) for shape in (tuple(extra_BCTHW.shape), latent_shape))
     if found != wanted:
         raise ValueError(
             f"{who} has pictures that were encoded for {found}, and the latent is {wanted}: connect the latent that "
@@ -96,7 +105,8 @@ def _check_image(config: WanConfig, image_BNE: Tensor | None, who: str) -> None:
         )
 
 
-def _size(latent_shape: tuple[int, ...]) -> str:
+def clip_size(latent_shape: tuple[int, ...]) -> str:
+    """Say the size of a clip whose latents' shape ends with T, h, w."""
     *_, frames, height, width = latent_shape
     space, time = LATENT_FORMAT.spatial_factor, LATENT_FORMAT.temporal_factor
-    return f"{width * space} x {height * space} pixels, {(frames - 1) * time + 1} frames"
+    return f"{width * space} x {height * space} pixels, {(frames - 1) * time + 1} frame{'s' if frames > 1 else ''}"

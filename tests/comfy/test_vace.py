@@ -96,3 +96,37 @@ def test_a_model_and_a_node_that_do_not_belong_together_are_named(server, guided
         prompt[SAMPLER]["inputs"] |= {"positive": [PROMPT, 0], "negative": [PROMPT, 1]}
     job = server.run(prompt)
     assert job.end == "execution_error" and said in str(job.error), job.error
+
+
+def test_a_clip_with_references_goes_on_and_is_never_cut(server, guided):
+    """One of another length than the control's would come out without its first frames, and join short."""
+    prompt = guided("WanQwenWanVACE", frames=5, reference_images=[SQUARE, 0])
+    going_on = {"positive": [CONTROL, 0], "negative": [CONTROL, 1], "latent": [SAMPLER, 0], "overlap": 1}
+    prompt["31"] = {"class_type": "WanQwenWanContinueClip", "inputs": going_on | {"frames": 9}}
+    after = {"positive": ["31", 0], "negative": ["31", 1], "latent": ["31", 2], "seed": 3}
+    prompt["32"] = {"class_type": "WanQwenSampler", "inputs": prompt[SAMPLER]["inputs"] | after}
+    prompt["33"] = {"class_type": "WanQwenWanJoinClips", "inputs": {"before": [SAMPLER, 0], "after": ["32", 0]}}
+    prompt[KEEP]["inputs"]["samples"] = ["33", 0]
+    job = server.run(prompt)
+    assert job.end == "execution_error" and "5 frames after 1 reference frame(s): connect" in job.error, job.messages[
+        -1
+    ]
+    prompt["31"]["inputs"]["frames"] = 5
+    job = server.run(prompt)
+    assert job.end == "execution_success" and SAMPLER not in job.executed, "what was made is made again"
+    assert server.outputs(job)["33"]["text"] == ["9 frames"]
+    prompt["33"]["inputs"]["before"] = ["32", 0]
+    job = server.run(prompt)
+    assert "the video will jump" in server.outputs(job)["33"]["text"][1]
+
+
+def test_nodes_in_a_row_for_different_clips_are_refused(server, guided):
+    """The first is as long with its reference frame as the second is without."""
+    prompt = guided("WanQwenWanVACE", frames=9)
+    first = {**prompt[CONTROL]["inputs"], "frames": 5, "reference_images": [SQUARE, 0]}
+    prompt["30"] = {"class_type": "WanQwenWanVACE", "inputs": first}
+    prompt[CONTROL]["inputs"] |= {"positive": ["30", 0], "negative": ["30", 1]}
+    job = server.run(prompt)
+    assert job.end == "execution_error" and "32 x 32 pixels, 5 frames and 32 x 32 pixels, 9 frames" in job.error
+    first["frames"] = 9
+    assert latent(server, prompt).shape == (1, 16, 3, 4, 4)

@@ -58,11 +58,9 @@ def test_workflow_without_its_files_names_them(server, object_info, name):
     status, answer = server.post("/prompt", {"prompt": prompt})
     assert status == 400
     problems = {node: error["errors"][0]["details"] for node, error in answer["node_errors"].items()}
-    assert set(problems) == {node for node, content in prompt.items() if "file" in content["inputs"]}
+    assert set(problems) == {node for node in prompt if prompt[node]["class_type"].startswith("WanQwenLoad")}
     for node, details in problems.items():
-        assert prompt[node]["inputs"]["file"] in details
-        is_model = prompt[node]["class_type"].startswith("WanQwen")  # the rest is a video
-        assert not is_model or "was not found: put the file into" in details
+        assert prompt[node]["inputs"]["file"] in details and "was not found: put the file into" in details
 
 
 @pytest.mark.skipif(

@@ -33,7 +33,7 @@ def test_a_clip_goes_on_from_its_latents(nodes, model: ModelHandle, vae, prompts
     assert torch.equal(whole["samples"][:, :, :3], first["samples"])
     other = {"samples": first["samples"] + 0.2}
     [_, said] = nodes.JoinClips.execute(other, second).ui["text"]
-    assert said == "after does not begin as before ends: is before the clip that Wan Continue Clip was given?"
+    assert said.startswith("after does not begin as before ends, so the video will jump: is before the clip that")
     assert value(nodes.VAEDecode.execute(whole, vae, "auto", 256, 64)).shape == (17, 32, 32, 3)
 
 
@@ -59,6 +59,14 @@ def test_each_of_several_clips_from_pictures_goes_on_from_its_own_latents(nodes,
 def test_without_a_negative_prompt_there_is_none(nodes, prompts):
     output = nodes.ContinueClip.execute(prompts[0], {"samples": torch.zeros(1, 16, 3, 4, 4)}, 9, 2)
     assert output.values[1] is None
+
+
+def test_a_clip_that_another_one_goes_on_from_is_told_of(nodes):
+    before = {"samples": torch.randn(1, 16, 3, 4, 4)}
+    after = {"samples": torch.cat((before["samples"][:, :, -2:], torch.randn(1, 16, 2, 4, 4)), 2), "wanqwen_overlap": 2}
+    assert nodes.JoinClips.execute(before, after).ui == {"text": ["17 frames"]}
+    [_, said] = nodes.JoinClips.execute(after, after).ui["text"]
+    assert said.startswith("after does not begin as before ends, so the video will jump")
 
 
 @pytest.mark.parametrize("size", [4, 8])

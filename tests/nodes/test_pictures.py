@@ -305,7 +305,11 @@ def test_model_and_node_that_do_not_belong_together_say_what_would(nodes, vae, p
     [
         ((0, 0, 0), (1, 16, 3, 4, 6), ["48 x 32, 9 frames."]),
         ((0, 0, 7), (1, 16, 2, 4, 6), ["48 x 32, 5 frames.", "The last 6 frames are left out"]),
-        ((0, 0, 99), (1, 16, 3, 4, 6), ["48 x 32, 9 frames.", "99 frames were asked for, and the video has 11."]),
+        (
+            (0, 0, 99),
+            (1, 16, 3, 4, 6),
+            ["48 x 32, 9 frames.", "99 frames were asked for, and the video has 11.", "The last 2 frames are left out"],
+        ),
         ((96, 0, 0), (1, 16, 3, 8, 12), ["96 x 64, 9 frames.", "The last 2"]),
         ((0, 80, 0), (1, 16, 3, 10, 14), ["112 x 80, 9 frames."]),
         ((32, 32, 1), (1, 16, 1, 4, 4), ["32 x 32, 1 frames.", "58 x 40 became 32 x 32: 31% of it is cut off."]),

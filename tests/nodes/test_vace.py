@@ -116,6 +116,41 @@ def test_what_was_made_to_fit_is_said(nodes, vae, prompts, caplog):
     ]
 
 
+def test_pictures_with_alpha_are_told_of_once(nodes, vae, prompts):
+    pictures = torch.rand(5, 32, 48, 4)
+    output = guided(nodes, prompts, vae, control_video=pictures, reference_images=pictures[:1])
+    assert output.ui["text"][1:] == ["The image's alpha channel was dropped."]
+
+
+def test_a_mask_that_keeps_everything_is_told_of(nodes, vae, prompts):
+    video = torch.rand(5, 32, 48, 3)
+    said = {
+        frames: guided(nodes, prompts, vae, control_video=video, mask=torch.zeros(1, 32, 48), frames=frames).ui["text"]
+        for frames in (5, 9)
+    }
+    assert said[5][1:] == ["The mask is black everywhere: all of control_video is kept, and nothing made anew."]
+    assert said[9][1:] == ["control_video has 5 frames: the other 4 are made anew."]
+
+
+def test_a_clip_that_goes_on_longer_than_the_control_is_refused(nodes, model, vae, prompts):
+    """Its first frames would be left out for reference frames."""
+    output = guided(nodes, prompts, vae, reference_images=torch.rand(1, 32, 48, 3))
+    first = sampled(nodes, model, *output.values[:3])
+    longer = nodes.ContinueClip.execute(output.values[0], first, 9, 1, output.values[1]).values
+    with pytest.raises(ValueError, match=r"a clip of .* 9 frames, and .* 5 frames after 1 reference frame"):
+        sampled(nodes, model, *longer)
+    same = nodes.ContinueClip.execute(output.values[0], first, 5, 1, output.values[1]).values
+    assert sampled(nodes, model, *same)["samples"].shape == (1, 16, 2, 4, 6)
+
+
+def test_nodes_in_a_row_for_clips_of_other_lengths_are_refused(nodes, model, vae, prompts):
+    """With its reference frame the first is as long as the second."""
+    first = guided(nodes, prompts, vae, reference_images=torch.rand(1, 32, 48, 3))
+    both = guided(nodes, first.values[:2], vae, frames=9)
+    with pytest.raises(ValueError, match=r"clips of 48 x 32 pixels, 5 frames and 48 x 32 pixels, 9 frames: give all"):
+        sampled(nodes, model, *both.values[:3])
+
+
 def test_another_model_is_refused_by_name(nodes, vae, prompts):
     plain = value(nodes.LoadWanModel.execute("tiny.safetensors", "auto"))
     with pytest.raises(ValueError, match=r"^tiny\.safetensors: .* takes no control, .* load a VACE model"):
@@ -130,7 +165,7 @@ def test_a_vace_model_asks_for_the_node(nodes, model, prompts):
 
 def test_a_clip_of_another_size_than_the_control_is_an_error(nodes, model, vae, prompts):
     latent = value(nodes.EmptyWanLatent.execute(64, 32, 5, 1))
-    with pytest.raises(ValueError, match=r"2 frames of 8 x 4 positions, a control of VACE 2 .* of 6 x 4: connect the"):
+    with pytest.raises(ValueError, match=r"a clip of 64 x 32 pixels, 5 f.* for 48 x 32 pixels, 5 frames: connect"):
         sampled(nodes, model, *guided(nodes, prompts, vae).values[:2], latent)
 
 

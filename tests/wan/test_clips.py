@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wanqwen.wan.clips import continued, joined, starting_with
+from wanqwen.wan.clips import continued, is_seam, joined, starting_with
 
 ROWS = torch.zeros(1, 3, 8)
 
@@ -43,6 +43,21 @@ def test_clips_that_do_not_fit_are_refused():
         joined(clip(5), torch.zeros(1, 16, 4, 4, 8), 1)
     with pytest.raises(ValueError, match="do not fit together"):
         joined(clip(5), clip(2), 2)
+    with pytest.raises(ValueError, match="do not fit together"):
+        joined(clip(2), clip(5), 3)
+
+
+def test_a_clip_that_was_not_sampled_is_refused():
+    latents, _ = continued(clip(5), 4, 2)
+    with pytest.raises(ValueError, match="after is empty: connect what the sampler made"):
+        joined(clip(5), latents, 2)
+
+
+def test_whether_clips_meet_does_not_depend_on_rounding():
+    before = clip(5)
+    after, _ = continued(before, 4, 2)
+    assert is_seam(before, after.half(), 2)
+    assert not is_seam(before, after, 1) and not is_seam(before, clip(4, seed=3), 2)
 
 
 def test_pictures_begin_with_the_latents_and_keep_what_is_given_at_the_end():
@@ -65,7 +80,7 @@ def test_prompts_without_pictures_stay():
 
 
 def test_pictures_for_another_clip_are_refused():
-    with pytest.raises(ValueError, match=r"encoded for latents of \[5, 4, 6\], and the clip goes on in \[4, 4, 6\]"):
+    with pytest.raises(ValueError, match=r"encoded for 48 x 32 pixels, 17 frames, and .* in 48 x 32 pixels, 13 f"):
         starting_with([[ROWS, pictures(5)]], clip(1), 4)
     with pytest.raises(ValueError, match=r"more first frames of its own than the overlap has \(1 latent"):
         starting_with([[ROWS, pictures(4, given=2)]], clip(1), 4)

@@ -20,6 +20,7 @@ from wanqwen.wan.controls import (
     on_canvas,
     with_control,
 )
+from wanqwen.wan.family import prepare
 from wanqwen.wan.vae import LATENT_FORMAT
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 9
@@ -122,10 +123,10 @@ def test_videos_and_masks_of_another_size_cover_the_one_that_is_made() -> None:
 
 @pytest.mark.parametrize(("size", "is_told"), [((64, 64), True), ((2 * HEIGHT, 2 * WIDTH), False), ((31, 48), True)])
 def test_a_mask_of_another_shape_than_the_video_is_told(size: tuple[int, int], is_told: bool) -> None:
-    _, mask, notices = lay_out(Source(video=video(), mask=torch.zeros(1, *size)), WIDTH, HEIGHT, FRAMES)
+    _, mask, notices = lay_out(Source(video=video(), mask=torch.ones(1, *size)), WIDTH, HEIGHT, FRAMES)
     told = f"The mask of {size[1]} x {size[0]} has another shape than control_video: it may not lie where it is meant"
     assert [notice[: len(told)] for notice in notices] == [told] * is_told
-    assert mask.shape == (FRAMES, HEIGHT, WIDTH) and not mask.any()
+    assert mask.shape == (FRAMES, HEIGHT, WIDTH) and mask.all()
 
 
 def test_reference_images_lie_whole_on_a_white_canvas_and_come_first() -> None:
@@ -165,16 +166,22 @@ def stock(conditioning: list, encoded: Encoded, strength: float) -> list:
 
 def test_controls_come_back_from_the_conditioning_whichever_node_made_them() -> None:
     text = [[torch.rand(1, 4, 8), {"pooled_output": None}]]
-    ours, theirs = made(lead=1, seed=1), made(frames=4, seed=2)
+    ours, theirs = made(lead=1, seed=1), made(frames=4, seed=2)  # theirs has a reference, and does not say so
     mixed = with_control(stock(with_control(text, ours, 0.5), theirs, 0.7), ours, 0.9)
     [prompt] = from_comfy(mixed, CONFIG)
-    assert [(c.strength, c.lead) for c in prompt.controls] == [(0.5, 1), (0.7, 0), (0.9, 1)] and prompt.lead == 1
+    assert [(c.strength, c.lead) for c in prompt.controls] == [(0.5, 1), (0.7, 1), (0.9, 1)] and prompt.lead == 1
     for control, origin in zip(prompt.controls, (ours, theirs, ours), strict=True):
         normalised = [LATENT_FORMAT.normalise(origin.frames[:, part]) for part in (slice(0, 16), slice(16, 32))]
         assert torch.equal(control.context, torch.cat((*normalised, origin.mask), dim=1))
     assert list(text[0][1]) == ["pooled_output"], "what was given has changed"
     [prompt] = from_comfy(with_control(stock(text, theirs, 0.7), ours, 0.9), CONFIG)
-    assert [(c.strength, c.lead) for c in prompt.controls] == [(0.7, 0), (0.9, 1)]
+    assert [(c.strength, c.lead) for c in prompt.controls] == [(0.7, 1), (0.9, 1)]
+    [prompt] = from_comfy(with_control(stock(text, made(), 0.7), ours, 0.9), CONFIG)
+    assert [c.lead for c in prompt.controls] == [0, 1]
+    [prompt] = from_comfy(with_control(with_control(text, made(frames=4), 0.7), ours, 0.9), CONFIG)
+    assert [c.lead for c in prompt.controls] == [0, 1], "ours says that it has none"
+    [prompt] = from_comfy(stock(text, theirs, 0.7), CONFIG)
+    assert [c.lead for c in prompt.controls] == [0]
 
 
 def test_a_control_without_mask_or_strength_is_made_anew_everywhere() -> None:
@@ -211,9 +218,10 @@ def control(lead: int = 0, frames: int = 3) -> Control:
     return Control(context=torch.randn(1, 96, lead + frames, 4, 6, generator=generator), lead=lead)
 
 
-def request(*controls: Control, frames: int = 3, **others: object) -> SampleRequest:
+def request(*controls: Control, frames: int = 3, empty: int = 0, **others: object) -> SampleRequest:
     prompt = Conditioning(text=torch.zeros(1, 2, 8), controls=controls)
     latent = torch.randn(2, 16, frames, 4, 6, generator=torch.Generator().manual_seed(9))
+    latent[:, :, :empty] = 0
     return SampleRequest(latent=latent, positive=prompt, negative=prompt, **others)
 
 
@@ -226,23 +234,23 @@ def test_without_references_nothing_changes() -> None:
 
 def test_controls_get_as_many_reference_frames_as_the_longest_has() -> None:
     short, long = control(lead=1), control(lead=3)
-    given, _ = controlled(identity(), request(short, long, frames=6))
+    given, _ = controlled(identity(), request(short, long, frames=6, empty=3))
     for prompt in (given.positive, given.negative):
         assert [c.lead for c in prompt.controls] == [3, 3]
         assert torch.equal(prompt.controls[0].context[:, :, 2:], short.context)
         assert not prompt.controls[0].context[:, :, :2].any()
         assert torch.equal(prompt.controls[1].context, long.context)
-    again, _ = controlled(identity(), given)
-    assert torch.equal(again.latent, given.latent) and again.positive.lead == 3
 
 
-def test_reference_frames_that_nobody_told_of_are_taken_for_as_many_as_fit() -> None:
-    """ComfyUI's own node with a reference gives four frames for a clip of three, and no lead."""
-    theirs, ours = control(frames=4), control(lead=1)
-    for frames in (3, 4):
-        given, _ = controlled(identity(), request(theirs, ours, frames=frames))
-        assert given.latent.shape[2] == 4 and [c.lead for c in given.positive.controls] == [1, 1]
-        assert torch.equal(given.positive.controls[0].context, theirs.context)
+def test_a_clip_s_own_first_frames_are_not_taken_for_reference_frames() -> None:
+    """A longer clip than the control's, as from Wan Continue Clip, would come out without its first frames."""
+    with pytest.raises(ValueError, match=r"48 x 32 pixels, 13 frames, .* for 48 x 32 pixels, 9 frames after 1 ref"):
+        controlled(identity(), request(control(lead=1), frames=4))
+    given, notices = controlled(identity(), request(control(lead=1), frames=4, empty=1))
+    assert given.latent.shape[2] == 4
+    assert notices == [
+        "The finished clip comes without the 1 frame(s) of reference images: no Trim Video Latent is needed."
+    ]
 
 
 def test_a_clip_alone_gets_the_references_before_it() -> None:
@@ -261,7 +269,7 @@ def test_a_clip_alone_gets_the_references_before_it() -> None:
 @pytest.mark.parametrize("mask_frames", [1, 3])
 def test_a_mask_leaves_reference_frames_free(frames: int, mask_frames: int) -> None:
     mask = torch.rand(1, 1, mask_frames, 4, 6)
-    given, _ = controlled(identity(), request(control(lead=2), frames=frames, mask=mask))
+    given, _ = controlled(identity(), request(control(lead=2), frames=frames, empty=frames - 3, mask=mask))
     assert given.mask.shape == (1, 1, 5, 4, 6) and bool((given.mask[:, :, :2] == 1).all())
     assert torch.equal(given.mask[:, :, 2:], mask.expand(-1, -1, 3, -1, -1))
 
@@ -284,11 +292,10 @@ def test_a_negative_prompt_without_controls_takes_those_of_the_positive_one() ->
     ("asked", "said"),
     [
         (request(), "vace-1.3B takes at least one control, and the positive conditioning has none: put the node Wan V"),
-        (request(control(lead=1), frames=5), "latent has 5 frames of 6 x 4 positions, a control of VACE 3 "),
-        (request(control(), control(lead=2, frames=4), frames=4), "a control of VACE 3 "),
-        (request(control(lead=1), control(lead=2, frames=5), frames=5), "a control of VACE 3 "),
-        (request(control(lead=1, frames=4), control(lead=2)), "a control of VACE 4 "),
-        (replace(request(control()), latent=torch.zeros(1, 16, 3, 4, 8)), "3 frames of 8 x 4 .* 3 .* of 6 x 4"),
+        (request(control(lead=1), frames=5), "latent is a clip of 48 x 32 pixels, 17 frames, .* VACE is for .*, 9 f"),
+        (request(control(frames=4), control(lead=1)), "for clips of 48 x 32 pixels, 13 frames and 48 x 32 .* 9 fr"),
+        (request(control(lead=1), control(lead=2, frames=5), frames=5), "9 frames and 48 x 32 pixels, 17 frames: give"),
+        (replace(request(control()), latent=torch.zeros(1, 16, 3, 4, 8)), "of 64 x 32 pixels, 9 .* for 48 x 32 pixels"),
     ],
 )
 def test_what_does_not_fit_together_is_an_error(asked: SampleRequest, said: str) -> None:
@@ -299,6 +306,6 @@ def test_what_does_not_fit_together_is_an_error(asked: SampleRequest, said: str)
 def test_other_models_take_no_control() -> None:
     plain = identity("t2v-14B", replace(CONFIG, vace_layers=(), vace_dim=0))
     with pytest.raises(ValueError, match=r"t2v-14B takes no control, and .* load a VACE model \(wan2.1_vace_1.3B"):
-        controlled(plain, request(control()))
+        prepare(plain, request(control()))
     asked = request()
     assert controlled(plain, asked) == (asked, [])
