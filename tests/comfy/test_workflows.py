@@ -16,6 +16,7 @@ from .convert import (
     TINY,
     VAE,
     VIDEO,
+    of_type,
     read_workflow,
     to_prompt,
 )
@@ -74,6 +75,19 @@ def test_demo_workflow_makes_a_video(server, demo):
     progress = [message for message in job.of("progress") if message["node"] == SAMPLER]
     assert [message["value"] for message in progress][-12:] == list(range(1, 13))
     assert {message["max"] for message in progress} == {12}
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("demo_image_to_video", 9), ("demo_first_last_frame", 9), ("demo_long_video", 17), ("demo_video_to_video", 9)],
+)
+def test_demo_workflows_of_pictures_make_videos(server, object_info, name, frames):
+    prompt = to_prompt(read_workflow(name), object_info)
+    job = server.run(prompt)
+    assert job.end == "execution_success", job.error
+    [save] = of_type(prompt, "SaveVideo")
+    [file] = server.files(job, save)
+    assert clip_facts(file) == (frames, 64, 64, 8)
 
 
 def clip_facts(file: Path) -> tuple[int, int, int, float]:

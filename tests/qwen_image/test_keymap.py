@@ -3,7 +3,7 @@ from wanqwen.core.weights.keymap import Renamer, inverse
 from wanqwen.qwen_image.keymap import DIFFUSION_MODEL_SPELLINGS, TEXT_ENCODER_SPELLINGS
 from wanqwen.tests.manifests import manifest
 
-OFFICIAL, TRANSFORMERS_5, ALONE = TEXT_ENCODER_SPELLINGS
+OFFICIAL, TRANSFORMERS_5, ALONE, _ = TEXT_ENCODER_SPELLINGS
 RENAMED = manifest("name_maps")["maps"]["qwen2_5_vl_old_to_new_transformers"]
 
 
