@@ -23,8 +23,9 @@ from .qwen_image import family as qwen_image
 from .qwen_image import text_encoder as qwen_vl
 from .qwen_image.vl_config import VLConfig
 from .wan import family as wan
+from .wan import image_encoder as clip
 from .wan import text_encoder as umt5
-from .wan.config import TextEncoderConfig, VAEConfig
+from .wan.config import ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from .wan.vae import decode_bytes, weight_bytes
 
 GIB = 1 << 30
@@ -92,22 +93,23 @@ def facts(handle: ModelHandle, question: Question) -> dict[str, Any]:
         "crossing_gb": _gb(plan.crossing),
         "step_seconds": _rounded(plan.step_seconds),
         "compute_seconds": _rounded(plan.compute_seconds),
-        "text_encoder": _reading(handle, question, machine),
+        "text_encoder": _encoding(_published_encoder(handle, question), machine),
+        "image_encoder": _encoding(_published_image_encoder(handle), machine),
         "vae": _decoding(question, machine),
         "lines": describe(plan, len(job.blocks)),
     }
 
 
-def _reading(handle: ModelHandle, question: Question, machine: Machine) -> dict[str, Any] | None:
-    """Return how the published text encoder reads the prompt; None for a model that has another, as miniatures do."""
-    parts = _published_encoder(handle, question)
-    if parts is None:
+def _encoding(parts: Sequence[Footprint], machine: Machine) -> dict[str, Any] | None:
+    """Return how the parts of an encoder take their turns; None for a model without, or with one that is not known."""
+    if not parts:
         return None
     plans = [plan_of(part, machine.vram - machine.headroom) for part in parts]
     return {"streams": any(plan.streaming for plan in plans), "peak_gb": _gb(max(plan.peak for plan in plans))}
 
 
-def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprint] | None:
+def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprint]:
+    """Return the parts of the text encoder; none of a miniature's."""
     width, dtype = handle.identity.config.text_dim, torch.bfloat16
     if handle.family.name == wan.NAME and width == TextEncoderConfig().dim:
         return [umt5.needed(TextEncoderConfig(), dtype, question.text_tokens)]
@@ -118,7 +120,13 @@ def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprin
         tokens = question.text_tokens + question.references * cells[0] * cells[1]
         parts = [qwen_vl.needed_to_read(config, dtype, tokens)]
         return parts + [qwen_vl.needed_to_see(config, dtype, cells)] * bool(question.references)
-    return None
+    return []
+
+
+def _published_image_encoder(handle: ModelHandle) -> list[Footprint]:
+    config = ImageEncoderConfig()
+    is_published = handle.family.name == wan.NAME and handle.identity.config.image_dim == config.dim
+    return [clip.needed(config, torch.float16)] if is_published else []
 
 
 def _decoding(question: Question, machine: Machine) -> dict[str, Any]:
@@ -156,9 +164,11 @@ def render(found: Mapping[str, Any]) -> str:
     """Return the plan as lines of text."""
     title = "{model} ({variant}, {format}) at {size} on a {card} with {vram_gb:g} GB, {ram_gb:g} GB of RAM"
     lines = [title.format_map(found), *(f"  {line}" for line in found["lines"])]
-    if reading := found["text_encoder"]:
-        how = "in part layer by layer" if reading["streams"] else "whole"
-        lines.append(f"  before it the text encoder, {how}: VRAM at most {reading['peak_gb']:.2f} GB")
+    for name in ("text_encoder", "image_encoder"):
+        if encoding := found[name]:
+            how = "in part layer by layer" if encoding["streams"] else "whole"
+            shown = name.replace("_", " ")
+            lines.append(f"  before it the {shown}, {how}: VRAM at most {encoding['peak_gb']:.2f} GB")
     decoding = found["vae"]
     how = {"tiles": "in tiles", "whole": "whole frames"}.get(decoding["mode"], f"exact, {decoding['mode']}")
     lines.append(f"  after it the VAE in {decoding['dtype']}, {how}: VRAM at most {decoding['peak_gb']:.2f} GB")

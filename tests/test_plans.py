@@ -57,6 +57,9 @@ def test_every_model_runs_on_every_tier(handles: dict[str, ModelHandle], model: 
         assert len(plan["lines"]) <= 3, plan["lines"]  # no notice that it may run out of memory
         assert plan["peak_gb"] + 0.5 < vram * 1.0737 - 0.6
         assert plan["text_encoder"]["peak_gb"] < vram * 1.0737 - 1.1
+        sees = model.startswith(("i2v", "flf2v"))
+        assert (plan["image_encoder"] is not None) == sees
+        assert not sees or 1 < plan["image_encoder"]["peak_gb"] < 1.5  # 31 of its blocks in fp16
         assert plan["vae"]["mode"] != "tiles" and plan["vae"]["peak_gb"] < vram * 1.0737 - 1.1
         assert plan["pinned_ram_gb"] < 32 * 1.0737 - 7.9
         assert plan["resident"] + len(plan["streaming"]) == plan["blocks"]
@@ -113,5 +116,7 @@ def test_a_miniature_has_no_published_text_encoder(handles: dict[str, ModelHandl
     from wanqwen.loading import DEMO_FOLDER
 
     found = facts(load_model(DEMO_FOLDER / "wan_dit.safetensors"), Question(width=64, height=64, frames=9))
-    assert found["text_encoder"] is None and found["resident"] == found["blocks"] == 4
+    assert (
+        found["text_encoder"] is None and found["image_encoder"] is None and found["resident"] == found["blocks"] == 4
+    )
     assert "text encoder" not in render(found)
