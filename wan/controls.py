@@ -160,7 +160,8 @@ def with_control(conditioning: ComfyConditioning, encoded: Encoded, strength: fl
 
 def lead_of(conditioning: ComfyConditioning) -> int:
     """Return how many latent frames come before the clip, as far as the prompts' controls say."""
-    return max((lead for _, options in conditioning for lead in options.get(LEAD, ())), default=0)
+    leads = [_leads(options.get(FRAMES) or (), options.get(LEAD) or ()) for _, options in conditioning]
+    return max((lead for each in leads for lead in each), default=0)
 
 
 def controls_of(options: dict[str, Any]) -> tuple[Control, ...]:

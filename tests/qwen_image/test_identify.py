@@ -148,7 +148,7 @@ def test_language_model_without_its_vision_tower_is_recognised(spelling) -> None
     ("change", "said"),
     [
         ({"controlnet_blocks.0.weight": (3,), "proj_out.weight": None}, "a ControlNet"),
-        ({"transformer_blocks.0.attn.to_q.qweight": (3,), "txt_norm.weight": None}, "a 4-bit format"),
+        ({"transformer_blocks.0.attn.to_q.qweight": (3,), "txt_norm.weight": None}, "a 4-bit model"),
         ({"txt_norm.weight": None}, "a part of a Qwen-Image model"),
     ],
 )

@@ -16,6 +16,7 @@ from wanqwen.wan.controls import (
     controls_of,
     encode,
     lay_out,
+    lead_of,
     mask_channels,
     on_canvas,
     with_control,
@@ -309,3 +310,10 @@ def test_other_models_take_no_control() -> None:
         prepare(plain, request(control()))
     asked = request()
     assert controlled(plain, asked) == (asked, [])
+
+
+def test_a_control_of_comfyui_s_own_node_before_ours_says_nothing_of_its_lead() -> None:
+    frames, mask = torch.zeros(1, 32, 4, 4, 6), torch.zeros(1, 64, 4, 4, 6)
+    stock = [[torch.zeros(1, 3, 8), {"vace_frames": [frames], "vace_mask": [mask], "vace_strength": [1.0]}]]
+    assert lead_of(stock) == 0
+    assert lead_of(with_control(stock, Encoded(frames=frames, mask=mask, lead=1), 1.0)) == 1
