@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core import runtime
-from ...wan.pictures import GREY, Known, known_frames
+from ...wan.pictures import known_frames
 from . import corpus, score, show_pictures
 from .corpus import Scene
 from .show_pictures import Pipeline, Wanted
@@ -20,6 +20,7 @@ from .show_pictures import Pipeline, Wanted
 # Frames on each side of a join that it is held against: the VAE changes most from one latent frame to the next, so that
 # one such change on each side is among them.
 NEAR = 5
+KIND = "i2v"
 ROOM = (-17.0, -14.0)  # where objects start, so that two clips later they are still there
 
 
@@ -51,16 +52,17 @@ def measure(frames_FHWC: Tensor, scene: Scene) -> Join:
 
 
 def in_latent_space(pipeline: Pipeline, wanted: Wanted, seed: int) -> Tensor:
-    """Return two clips [F, H, W, 3] of which the second goes on from the last latent frame of the first."""
-    model, picture = pipeline.models["i2v"], {0: wanted.frames[0]}
-    first = _first(pipeline, wanted, seed)
-    grey = pipeline.vae.encode(torch.full((corpus.FRAMES, corpus.SIZE, corpus.SIZE, 3), GREY))
-    latents = torch.cat((first[:, :, -1:], grey[:, :, 1:]), dim=2)
-    is_given = torch.zeros_like(latents[:, :1])
-    is_given[:, :, 0] = 1
-    known = Known(latents=latents, mask=is_given.expand(-1, 4, -1, -1, -1))
-    request = pipeline.request(wanted.caption, picture, known, seed + 1)
-    second = runtime.generate(model, replace(request, latent=latents * is_given, mask=1 - is_given))
+    """Return two clips [F, H, W, 3] of which the second goes on from the last latent frame of the first.
+
+    As Wan Continue Clip does it: that frame stands where the picture stood, and stays as it is as the others are made.
+    """
+    first, picture = _first(pipeline, wanted, seed), {0: wanted.frames[0]}
+    known = known_frames(pipeline.vae, picture, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
+    known.latents[:, :, :1] = first[:, :, -1:]
+    latent, is_made = torch.zeros_like(first), torch.ones_like(first[:, :1])
+    latent[:, :, :1], is_made[:, :, :1] = first[:, :, -1:], 0
+    request = replace(pipeline.request(KIND, wanted.caption, picture, known, seed + 1), latent=latent, mask=is_made)
+    second = runtime.generate(pipeline.models[KIND], request)
     return pipeline.vae.decode(torch.cat((first, second[:, :, 1:]), dim=2))[0]
 
 
@@ -69,8 +71,8 @@ def through_pixels(pipeline: Pipeline, wanted: Wanted, seed: int) -> Tensor:
     first = pipeline.vae.decode(_first(pipeline, wanted, seed))[0]
     picture = {0: first[-1]}
     known = known_frames(pipeline.vae, picture, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
-    request = pipeline.request(wanted.caption, picture, known, seed + 1)
-    second = pipeline.vae.decode(runtime.generate(pipeline.models["i2v"], request))[0]
+    request = pipeline.request(KIND, wanted.caption, picture, known, seed + 1)
+    second = pipeline.vae.decode(runtime.generate(pipeline.models[KIND], request))[0]
     return torch.cat((first, second[1:]))
 
 
@@ -85,7 +87,7 @@ WAYS = {"in latent space": in_latent_space, "through pixels": through_pixels, "u
 def _first(pipeline: Pipeline, wanted: Wanted, seed: int) -> Tensor:
     picture = {0: wanted.frames[0]}
     known = known_frames(pipeline.vae, picture, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
-    return runtime.generate(pipeline.models["i2v"], pipeline.request(wanted.caption, picture, known, seed))
+    return runtime.generate(pipeline.models[KIND], pipeline.request(KIND, wanted.caption, picture, known, seed))
 
 
 def joins(count: int, seed: int) -> dict[str, list[Join]]:

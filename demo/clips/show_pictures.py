@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ...core import runtime
-from ...core.types import Conditioning, SampleRequest
+from ...core.types import SampleRequest
 from ...loading import DEMO_FOLDER, load_image_encoder, load_model, load_text_encoder, load_vae
 from ...wan.pictures import Known, known_frames
 from . import corpus, score, show
 from .corpus import Scene
 from .show import Clip
 
-GUIDANCE = 2.5
+GUIDANCE = {"i2v": 4.0, "flf2v": 2.5}
 LAST = corpus.FRAMES - 1
 KINDS = {"i2v": (0,), "flf2v": (0, LAST)}  # the frames that are given
 TITLES = {"i2v": "from a first frame", "flf2v": "from a first and a last frame"}
@@ -43,27 +43,23 @@ class Pipeline:
         self.vae = load_vae(folder / "wan_vae.safetensors")
 
     def clip(self, kind: str, wanted: Wanted, seed: int, blind: bool = False) -> Clip:
-        """Return a clip of what is wanted, given frames of it; `blind` takes the text away, the pictures stay."""
+        """Return a clip of what is wanted, given frames of it; `blind` takes the prompt away, the pictures stay."""
         started = time.perf_counter()
         given = {i: wanted.frames[i] for i in KINDS[kind]}
         known = known_frames(self.vae, given, corpus.FRAMES, corpus.SIZE, corpus.SIZE)
-        request = self.request(wanted.caption, given, known, seed, blind)
+        request = self.request(kind, "" if blind else wanted.caption, given, known, seed)
         frames = self.vae.decode(runtime.generate(self.models[kind], request))[0]
         return Clip(wanted.scene, wanted.caption, frames, time.perf_counter() - started, tuple(given.values()))
 
-    def request(
-        self, caption: str, given: Mapping[int, Tensor], known: Known, seed: int, blind: bool = False
-    ) -> SampleRequest:
+    def request(self, kind: str, caption: str, given: Mapping[int, Tensor], known: Known, seed: int) -> SampleRequest:
         """Return what to sample for a caption, pictures, and what they are in the model's own terms."""
         rows = self.image_encoder.encode(torch.stack(list(given.values()))).flatten(0, 1)[None]
-        prompts: list[Conditioning] = [
+        positive, negative = (
             replace(prompt, image=rows, extra=known.channels) for prompt in self.text_encoder.encode([caption, ""])
-        ]
-        if blind:
-            prompts[0] = replace(prompts[0], text=torch.zeros_like(prompts[0].text))
+        )
         return SampleRequest(
-            latent=torch.zeros(show.LATENT_SHAPE), positive=prompts[0], negative=prompts[1], seed=seed,
-            steps=show.STEPS, guidance=(GUIDANCE,), shift=show.SHIFT,
+            latent=torch.zeros(show.LATENT_SHAPE), positive=positive, negative=negative, seed=seed,
+            steps=show.STEPS, guidance=(GUIDANCE[kind],), shift=show.SHIFT,
         )  # fmt: skip
 
 

