@@ -153,8 +153,7 @@ def scale_of(checkpoint: Checkpoint, rank: int, alpha: float | None, name: str) 
     """
     if alpha is not None:
         return alpha / rank
-    config = _peft_config(checkpoint)
-    module = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    config, (module, *_) = _peft_config(checkpoint), _ending(name) or (name,)
     patterns = config.get("alpha_pattern") or {}
     found = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
     alpha = config.get("lora_alpha") if found is None else found
@@ -233,7 +232,8 @@ def _misfit(checkpoint: Checkpoint, tensors: Mapping[str, str], wanted: Shape) -
     rows, width = wanted[0], prod(wanted[1:])
     if "diff" in roles and len(roles) == 1:
         found = shapes["diff"]
-        fits = prod(found) == prod(wanted) and [n for n in found if n > 1] == [n for n in wanted if n > 1]
+        fits = (*found[:1], prod(found)) == (*wanted[:1], prod(wanted))
+        fits = fits and [n for n in found if n > 1] == [n for n in wanted if n > 1]
     elif roles in (LOW_RANK, HADAMARD):
         pairs = [("up", "down")] if roles == LOW_RANK else [("w1_a", "w1_b"), ("w2_a", "w2_b")]
         products = [_product(shapes[up], shapes[down]) for up, down in pairs]
