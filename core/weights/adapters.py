@@ -71,6 +71,11 @@ class Adapters:
         for copy in self._in_block.get(i, ()):
             copy.take_away()
 
+    def leave_blocks(self) -> None:
+        """Leave all blocks as they were, after a pass that broke off in one: its changed copies hold its weights."""
+        for i in self._in_block:
+            self.after(i)
+
     def close(self) -> None:
         """Leave the model as it was, and let go of all that is on the device; also after an error."""
         self._unbind()
@@ -114,7 +119,6 @@ class _Copy:
         self.made: nn.Parameter | None = None
 
     def put(self) -> None:
-        self.take_away()  # left there by a pass that broke off
         self.rest = self.table[self.key]
         out = torch.empty_like(self.rest, dtype=torch.float32)
         self.made = nn.Parameter(changed(self.rest, self.changes, out), requires_grad=False)
