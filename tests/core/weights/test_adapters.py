@@ -15,13 +15,16 @@ from wanqwen.core.ops.linear import Linear
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
 from wanqwen.loading import load_model, with_lora
+from wanqwen.wan.config import IMAGE_ROWS
 
 from ... import loras
 from ...nodes import tiny
 
+PICTURES = replace(tiny.MODEL, in_dim=36, image_dim=24, image_positions=2 * IMAGE_ROWS)  # of a first and a last one
 FAMILIES = {
     "wan": (tiny.write_model, tiny.TEXT.dim),
     "vace": (lambda path: tiny.write_model(path, tiny.VACE), tiny.TEXT.dim),
+    "pictures": (lambda path: tiny.write_model(path, PICTURES), tiny.TEXT.dim),
     "qwen": (tiny.write_qwen_model, tiny.VL.hidden),
 }
 # Latents of so few tokens that a pair is cheaper beside the weight, and of so many that it is cheaper in it. A prompt
@@ -47,6 +50,10 @@ def request_of(family: str, size: str, steps: int = 1) -> SampleRequest:
     if family == "vace":
         context = torch.randn(1, tiny.VACE.vace_dim, *shape[2:], generator=generator)
         positive, negative = (replace(c, controls=(Control(context=context),)) for c in (positive, negative))
+    if family == "pictures":
+        image = torch.randn(1, PICTURES.image_rows, PICTURES.image_dim, generator=generator)
+        extra = torch.randn(1, PICTURES.extra_dim, *shape[2:], generator=generator)
+        positive, negative = (replace(c, image=image, extra=extra) for c in (positive, negative))
     return SampleRequest(
         latent=torch.zeros(shape), positive=positive, negative=negative, steps=steps, guidance=(2.0,), solver="euler",
         seed=3,
@@ -92,6 +99,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
 
 CASES = [("wan", name) for name in loras.WAN_WRITERS] + [("qwen", name) for name in loras.WRITERS]
 CASES += [("vace", name) for name in ("official", "kohya", "diffusers", "kohya-diffusers", "lightx2v", "lokr")]
+CASES += [("pictures", name) for name in ("official", "kohya", "diffusers", "kohya-diffusers", "lightx2v", "dora-rows")]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
