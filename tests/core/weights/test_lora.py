@@ -147,6 +147,19 @@ def test_peft_s_own_folder_states_alpha(tmp_path: Path) -> None:
     assert lora.scale_of(fake(one("x"), path=tmp_path / "other.safetensors"), 4, None, "x") == 1
 
 
+def test_alpha_of_a_text_encoder_beside_is_not_the_model_s() -> None:
+    config = {"transformer.lora_alpha": 16, "text_encoder.lora_alpha": 2}
+    found = fake(one("x"), metadata={"lora_adapter_metadata": json.dumps(config)})
+    assert lora.scale_of(found, 4, None, "transformer.blocks.0.ffn.2.lora_A.weight") == 4
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": "?"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 1}}])
+def test_an_alpha_that_can_t_be_read_names_the_file(config: dict[str, object]) -> None:
+    found = fake(one("x"), "bad", metadata={"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"bad\.safetensors: what .* says of alpha can't be read"):
+        lora.scale_of(found, 4, None, "blocks.0.ffn.2.lora_A.weight")
+
+
 @pytest.fixture
 def handle(tmp_path: Path) -> ModelHandle:
     return load_model(tiny.write_model(tmp_path / "tiny.safetensors"))
