@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wanqwen.core import host, runtime
 from wanqwen.core.ops import linear
+from wanqwen.core.ops.change import LowRank
 from wanqwen.core.ops.linear import Linear
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
+from wanqwen.core.weights.adapters import device_bytes, read_changes
 from wanqwen.loading import load_model, with_lora
 from wanqwen.wan.config import IMAGE_ROWS
 
@@ -199,6 +201,22 @@ def test_in_bfloat16_a_weight_is_rounded_once(folder: Path, stored: str, tmp_pat
         found, delta = layer.at(dtype)(inputs), change.difference.of(slice(None)).t().double()
         once, parts = (rest + delta).to(dtype), (rest + delta.to(dtype)).to(dtype)
         assert (found == once).double().mean() > 0.999 > 0.99 > (parts == once).double().mean()
+
+
+def test_what_changes_norms_and_modulations_is_not_rounded(two: tuple[ModelHandle, Path, Path]) -> None:
+    handle, first, _ = two
+    [lora], stored = with_lora(handle, first)[0].loras, load_file(first)
+    changes = read_changes(lora, torch.bfloat16, torch.device("cpu"))
+    kept, held = {}, 0
+    for name, change in changes.items():
+        found = change.difference
+        tensors = [found.down, found.up] if isinstance(found, LowRank) else [found.values]
+        kept[name], held = {tensor.dtype for tensor in tensors}, held + sum(tensor.nbytes for tensor in tensors)
+    assert kept["blocks.0.ffn.0.weight"] == kept["patch_embedding.weight"] == {torch.bfloat16}
+    for name, ending in (("norm3.weight", "norm3.diff"), ("ffn.0.bias", "ffn.0.diff_b"), ("modulation", "diff_m")):
+        found = changes[f"blocks.0.{name}"].difference.values
+        assert torch.equal(found.flatten(), stored[f"diffusion_model.blocks.0.{ending}"].flatten()), name
+    assert held == device_bytes(lora, torch.bfloat16)
 
 
 @pytest.mark.parametrize("stored", FORMATS)
