@@ -25,8 +25,7 @@ STRANGERS = (
         "a 4-bit model (SVDQuant of Nunchaku, GPTQ, AWQ), which this version does not read: use an fp8 or "
         "16-bit file, or GGUF Q4_K",
     ),
-    (".lora_", "a LoRA, not a model: load it with a LoRA node"),
-    (".diff_b", "a LoRA, not a model: load it with a LoRA node"),
+    *((part, "a LoRA, not a model: load it with a LoRA node") for part in (".lora_", ".hada_", ".lokr_", ".diff_b")),
     ("vace_blocks.", "the VACE half of a model alone: use a whole VACE model"),
     ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
     ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),

@@ -164,7 +164,7 @@ def generate(
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
         stepping = _Stepping(there, scene, device, plan.start, request.num_steps)
         guided = Guided(
-            denoise=_persistent(stepping, there.residency, tell),
+            denoise=_persistent(stepping, there, tell),
             has_negative=len(scene.conditionings) > 1,
             interleaved=there.residency.plan.interleaved,
             combine=combination(family.guidance_patch(config)),
@@ -247,7 +247,7 @@ class _Watch:
             )
 
 
-def _persistent(denoise: Denoiser, residency: Residency, tell: Callable[[str], None]) -> Denoiser:
+def _persistent(denoise: Denoiser, there: Opened, tell: Callable[[str], None]) -> Denoiser:
     """Return a denoiser that tries again with fewer blocks on the device as often as memory runs out."""
 
     def attempt(x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor] | None:
@@ -260,9 +260,10 @@ def _persistent(denoise: Denoiser, residency: Residency, tell: Callable[[str], N
 
     def persistent(x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
         while (velocities := attempt(x, timestep_B, which)) is None:
-            if not residency.give_way():
+            there.adapters.leave_blocks()
+            if not there.residency.give_way():
                 raise torch.OutOfMemoryError(f"{x.device} is out of memory")
-            tell(f"The device ran out of memory; now {residency.describe()}")
+            tell(f"The device ran out of memory; now {there.residency.describe()}")
         return velocities
 
     return persistent

@@ -42,13 +42,15 @@ class LoadWanModel(io.ComfyNode):
             node_id="WanQwenLoadWanModel",
             display_name="Load Wan Model",
             category=CATEGORY,
-            description="Opens a Wan 2.1 text-to-video model. The weights are read when the sampler first runs.",
+            description="Opens a Wan 2.1 model: of text, of pictures or VACE. The weights are read when the sampler "
+            "first runs.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=list_files("diffusion_models", "wan_"),
-                    tooltip="A Wan 2.1 T2V file from models/diffusion_models (or models/unet), in the official, "
-                    "ComfyUI or diffusers naming. demo/... is the miniature that comes with this pack.",
+                    tooltip="A Wan 2.1 file (T2V, I2V, FLF2V or VACE) from models/diffusion_models (or models/unet), "
+                    "in the official, ComfyUI or diffusers naming: 16 bits, fp8, int8 or GGUF. demo/... are the "
+                    "miniatures that come with this pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -224,7 +226,8 @@ class LoadQwenImageModel(io.ComfyNode):
                     "file",
                     options=list_files("diffusion_models", "qwen_"),
                     tooltip="A Qwen-Image file from models/diffusion_models (or models/unet): Qwen-Image, 2512, Edit, "
-                    "Edit-2509 or Edit-2511. demo/... are the miniatures that come with this pack.",
+                    "Edit-2509 or Edit-2511; 16 bits, fp8, int8 or GGUF. demo/... are the miniatures that come with "
+                    "this pack.",
                 ),
                 io.Combo.Input(
                     "variant",

@@ -103,7 +103,7 @@ def differences(state: State) -> Written:
     for name in state.keys() - pairs:
         delta = make(*state[name].shape)
         path, _, leaf = name.rpartition(".")
-        ending = {"weight": ".diff", "bias": ".diff_b", "modulation": ".diff_m"}[leaf]
+        ending = {"weight": ".diff", "bias": ".diff_b", "modulation": ".diff_m", "emb_pos": ".emb_pos.diff"}[leaf]
         tensors[f"diffusion_model.{path}{ending}"], deltas[name] = delta, delta.double()
     return Written(tensors, {}, lambda strength: _sum(state, deltas, strength) | {
         name: tensor for name, tensor in written.merged(strength).items() if name in pairs})  # fmt: skip

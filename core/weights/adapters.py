@@ -71,6 +71,11 @@ class Adapters:
         for copy in self._in_block.get(i, ()):
             copy.take_away()
 
+    def leave_blocks(self) -> None:
+        """Leave all blocks as they were, after a pass that broke off in one: its changed copies hold its weights."""
+        for i in self._in_block:
+            self.after(i)
+
     def close(self) -> None:
         """Leave the model as it was, and let go of all that is on the device; also after an error."""
         self._unbind()
@@ -114,7 +119,6 @@ class _Copy:
         self.made: nn.Parameter | None = None
 
     def put(self) -> None:
-        self.take_away()  # left there by a pass that broke off
         self.rest = self.table[self.key]
         out = torch.empty_like(self.rest, dtype=torch.float32)
         self.made = nn.Parameter(changed(self.rest, self.changes, out), requires_grad=False)
@@ -157,7 +161,7 @@ def device_bytes(lora: Lora, dtype: torch.dtype) -> int:
     """Return how many bytes a LoRA takes on the device, for products in `dtype`."""
     infos = lora.checkpoint.tensors
     return sum(
-        prod(infos[name].shape) * min(DTYPE_BYTES[infos[name].dtype], dtype.itemsize)
+        prod(infos[name].shape) * _kept_itemsize(infos[name].shape, DTYPE_BYTES[infos[name].dtype], dtype)
         for tensors in lora.parts.values()
         for role, name in tensors.items()
         if role not in BESIDE
@@ -165,8 +169,18 @@ def device_bytes(lora: Lora, dtype: torch.dtype) -> int:
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor on the device, in no more bytes than `dtype` has."""
-    return tensor.to(device, dtype if tensor.dtype.itemsize > dtype.itemsize else tensor.dtype)
+    """Return a tensor on the device."""
+    stored = tensor.dtype
+    is_kept = _kept_itemsize(tensor.shape, stored.itemsize, dtype) == stored.itemsize
+    return tensor.to(device, stored if is_kept else dtype)
+
+
+def _kept_itemsize(shape: Sequence[int], stored: int, dtype: torch.dtype) -> int:
+    """Return the bytes of each number on the device: for matrices no more than `dtype` has.
+
+    What changes biases, norms and modulations is small, and most of those stay in float32 themselves.
+    """
+    return min(stored, dtype.itemsize) if len(shape) > 1 and shape[0] > 1 else stored
 
 
 def _magnitude(tensor: Tensor) -> Tensor:

@@ -153,14 +153,18 @@ def scale_of(checkpoint: Checkpoint, rank: int, alpha: float | None, name: str) 
     """
     if alpha is not None:
         return alpha / rank
-    config = _peft_config(checkpoint)
-    module = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
-    patterns = config.get("alpha_pattern") or {}
-    found = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = config.get("lora_alpha") if found is None else found
-    if alpha is None:
-        return 1.0
-    return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
+    config, (module, *_) = _peft_config(checkpoint), _ending(name) or (name,)
+    try:
+        patterns = (config.get("alpha_pattern") or {}).items()
+        found = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        alpha = config.get("lora_alpha") if found is None else found
+        stated = None if alpha is None else float(alpha)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ValueError(
+            f"{checkpoint.path}: what {PEFT_CONFIG} or the metadata {PEFT_METADATA} says of alpha can't be read "
+            f"({error}): download it again"
+        ) from error
+    return 1.0 if stated is None else stated / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -170,8 +174,10 @@ def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
         config = json.loads(checkpoint.metadata.get(PEFT_METADATA, "{}"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{checkpoint.path}: metadata {PEFT_METADATA} is not JSON: download it again") from error
+    if not isinstance(config, dict):
+        return {}
     # The keys of a pipeline have the name of the model in front.
-    return {key.rpartition(".")[2]: value for key, value in config.items()} if isinstance(config, dict) else {}
+    return {key.rpartition(".")[2]: value for key, value in config.items() if not key.startswith("text_encoder")}
 
 
 def _ending(name: str) -> tuple[str, str, str, str] | None:
@@ -233,7 +239,8 @@ def _misfit(checkpoint: Checkpoint, tensors: Mapping[str, str], wanted: Shape) -
     rows, width = wanted[0], prod(wanted[1:])
     if "diff" in roles and len(roles) == 1:
         found = shapes["diff"]
-        fits = prod(found) == prod(wanted) and [n for n in found if n > 1] == [n for n in wanted if n > 1]
+        fits = (*found[:1], prod(found)) == (*wanted[:1], prod(wanted))
+        fits = fits and [n for n in found if n > 1] == [n for n in wanted if n > 1]
     elif roles in (LOW_RANK, HADAMARD):
         pairs = [("up", "down")] if roles == LOW_RANK else [("w1_a", "w1_b"), ("w2_a", "w2_b")]
         products = [_product(shapes[up], shapes[down]) for up, down in pairs]

@@ -183,6 +183,13 @@ def test_what_is_no_model_of_ours_is_named(name, said):
     assert next(iter(found.tensors)) in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["hada_w1_a", "lokr_w1", "lora_down.weight", "diff_b"])
+def test_loras_of_every_kind_are_sent_to_their_node(kind):
+    found = fake({f"lora_unet_blocks_0_self_attn_q.{kind}": TensorInfo("F32", (4, 8))})
+    with pytest.raises(ValueError, match="a LoRA, not a model: load it with a LoRA node"):
+        identify(found)
+
+
 def tiny(config, metadata=None):
     return fake(
         {name: TensorInfo("F32", s) for name, s in on_meta(lambda: WanTransformer(config)).items()}, "tiny", metadata

@@ -1,16 +1,20 @@
 """Whole runs of both families with blocks that stream: the very bits of a resident run, also after a run that broke."""
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import resident as memory
 from wanqwen.core.memory import slab
 from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
+from wanqwen.core.ops.linear import Linear
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
 from wanqwen.core.weights.reader import open_checkpoint
@@ -174,6 +178,38 @@ def test_loras_survive_passes_that_run_out_of_memory(
     assert len([line for line in said if line.startswith("The device ran out of memory; now ")]) > 1
     crowded[0] = 0
     assert torch.equal(runtime.generate(handle, request), without)
+
+
+def test_a_block_that_ran_out_of_memory_is_let_go_before_the_next_plan(
+    run: tuple[ModelHandle, SampleRequest], changed: ModelHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed copies are in the block then, each with the parameter whose place it takes."""
+    request, bound, left = run[1], [], []
+    wanted = runtime.generate(changed, request)
+    stream(monkeypatch, (), 0)
+    before, come, at = memory.Residency.before, memory.Residency.come, Linear.at
+
+    def bind(self: memory.Residency, i: int) -> None:
+        before(self, i)
+        if i == 2 and not self.plan.streaming:
+            bound[:] = [weakref.ref(parameter) for parameter in self.loaded.blocks[i].parameters()]
+
+    def plan(self: memory.Residency, at_least: int = 0) -> None:
+        left.append([ref() for ref in bound if ref() is not None])
+        come(self, at_least)
+
+    def ready(self: Linear, *arguments: object) -> Callable[[Tensor], Tensor]:
+        if bound and self is last and len(left) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return at(self, *arguments)
+
+    block = runtime.loaded_of(changed, runtime.compute_dtype(changed, torch.device("cpu"))).blocks[2]
+    *_, last = (part for part in block.modules() if isinstance(part, Linear))
+    monkeypatch.setattr(memory.Residency, "before", bind)
+    monkeypatch.setattr(memory.Residency, "come", plan)
+    monkeypatch.setattr(Linear, "at", ready)
+    assert torch.equal(runtime.generate(changed, request), wanted)
+    assert left == [[], []] and bound
 
 
 def test_a_run_that_broke_off_leaves_nothing_behind(

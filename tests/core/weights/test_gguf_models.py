@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,16 @@ from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.gguf_blocks import PACKINGS
 from wanqwen.core.ops.linear import Linear
-from wanqwen.core.types import Conditioning, Family
+from wanqwen.core.types import Conditioning, Family, SampleRequest
 from wanqwen.core.weights.assemble import prepare
-from wanqwen.loading import load_model
+from wanqwen.loading import load_model, with_lora
 from wanqwen.qwen_image.config import QwenImageConfig
 from wanqwen.qwen_image.family import FAMILY as QWEN_IMAGE
 from wanqwen.tests.gguf_files import FLOATS, Blocks, meaning, random_blocks, write
 from wanqwen.wan.config import WanConfig
 from wanqwen.wan.family import FAMILY as WAN
+
+from ... import loras
 
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,21 +206,73 @@ def comfy_record(**values: object) -> Tensor:
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
-@DTYPES
-@pytest.mark.parametrize("where", ["beside", "metadata"])
+# The second LoRA beside a pair, and latent frames: pairs go beside weights for few tokens, else into a copy of these.
+WAYS = {"beside": ("official", 1), "in a copy": ("official", 33), "no pair": ("loha", 1)}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "mixed"])
+@each_way
+@each_model
+def test_loras_change_what_blocks_mean(tmp_path: Path, model: Model, way: str, kind: str) -> None:
+    stored, meant = in_formats(model, [*PACKINGS, *FLOATS.values()] if kind == "mixed" else [kind])
+    check_loras(tmp_path, model, write(tmp_path / "m.gguf", stored), meant, *WAYS[way])
+
+
 @pytest.mark.parametrize("rows", [False, True])
-def test_int8_gives_what_its_weights_mean(tmp_path: Path, rows: bool, where: str, dtype: torch.dtype) -> None:
-    model = MODELS["wan"]
-    stored, meant = {}, state_of(model)
-    record, layers = {"format": "int8_tensorwise"}, []
+@each_way
+def test_loras_change_what_int8_means(tmp_path: Path, way: str, rows: bool) -> None:
+    stored, meant, layers = in_int8(MODELS["wan"], rows)
+    stored |= {f"{layer}.comfy_quant": comfy_record(format="int8_tensorwise") for layer in layers}
+    check_loras(tmp_path, MODELS["wan"], save(tmp_path / "int8.safetensors", stored, {}), meant, *WAYS[way])
+
+
+def check_loras(
+    tmp_path: Path, model: Model, path: Path, meant: Mapping[str, Tensor], second: str, frames: int
+) -> None:
+    """Check that two LoRAs on a file give what its weights in float32 do with both merged by hand."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(1, 5, model.config.text_dim, generator=generator)
+    shape = (1, 16, frames, 6, 4) if model.family is WAN else (1, 16, 1, 6, 4 * frames)
+    request = SampleRequest(latent=torch.zeros(shape), positive=Conditioning(text=rows), steps=1, solver="euler")
+    plain = {name: tensor.double() for name, tensor in meant.items()}
+    changed, merged = load_model(path, torch.float32), plain
+    for writer, strength in ((second, 0.4), ("kohya", -0.6)):
+        written = loras.WRITERS[writer]({name: tensor.float() for name, tensor in meant.items()})
+        file = loras.write(tmp_path / f"{strength}.safetensors", written)
+        changed, lines = with_lora(changed, file, strength)
+        assert len(lines) == 1, "all of it is used"
+        by_hand = written.merged(strength)
+        merged = {name: tensor + by_hand[name] - plain[name] for name, tensor in merged.items()}
+    state = {name: tensor.float() for name, tensor in merged.items()}
+    wanted = runtime.generate(load_model(save(tmp_path / "merged.safetensors", state, {}), torch.float32), request)
+    base = replace(changed, loras=())
+    without, found = (runtime.generate(handle, request) for handle in (base, changed))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() < 1e-2 * (without - wanted).abs().max()
+    assert torch.equal(runtime.generate(base, request), without)
+
+
+def in_int8(model: Model, rows: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Return what a file of int8 holds, what it means, and its layers: all matrices of blocks but those of q."""
+    stored, meant, layers = {}, state_of(model), []
     for name, tensor in list(meant.items()):
         stored[name] = tensor
-        if is_matrix(model, name, tensor) and ".q." not in name:  # these stay as they are
+        if is_matrix(model, name, tensor) and ".q." not in name:
             scale = (tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().amax()) / 127
             stored[name] = (tensor / scale).round().to(torch.int8)
             layers.append(name.removesuffix(".weight"))
             stored[f"{layers[-1]}.weight_scale"] = scale
             meant[name] = stored[name].float() * scale
+    return stored, meant, layers
+
+
+@DTYPES
+@pytest.mark.parametrize("where", ["beside", "metadata"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_int8_gives_what_its_weights_mean(tmp_path: Path, rows: bool, where: str, dtype: torch.dtype) -> None:
+    model = MODELS["wan"]
+    record = {"format": "int8_tensorwise"}
+    stored, meant, layers = in_int8(model, rows)
     if where == "beside":
         stored |= {f"{layer}.comfy_quant": comfy_record(**record) for layer in layers}
     prefix = "model.diffusion_model."

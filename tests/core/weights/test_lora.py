@@ -76,6 +76,8 @@ def test_a_patch_embedding_for_more_channels_does_not_fit() -> None:
         (one("vace_blocks.0.self_attn.q.diff", 1536, 1536), "this model has no VACE branch"),
         (one("blocks.0.norm3.lora_B.bias", 1536), "a change of a kind that is not known (lora_B.bias)"),
         (one("blocks.0.norm3.diff", 1536, dtype="F8_E8M0"), "stored as F8_E8M0, which can't be read"),
+        (one("blocks.0.diff_m", 6, 1536), "another size: 6 x 1536 where this model has 1 x 6 x 1536"),
+        (one("blocks.0.norm3.diff_b", 1, 1536), "another size: 1 x 1536 where this model has 1536"),
         (one("blocks.0.norm1.diff", 1536), "no model of this family has such names"),
         (
             one("blocks.0.ffn.0.lora_up.weight", 8960, 4)
@@ -140,8 +142,22 @@ def test_peft_s_own_folder_states_alpha(tmp_path: Path) -> None:
     found = fake(one("x"), path=tmp_path / "adapter_model.safetensors")
     assert lora.scale_of(found, 4, None, "base_model.model.blocks.0.ffn.2.lora_A.weight") == 8
     assert lora.scale_of(found, 4, None, "base_model.model.blocks.0.ffn.0.lora_B.weight") == 1
+    assert lora.scale_of(found, 4, None, "base_model.model.blocks.0.ffn.0.lora_A.default.weight") == 1
     assert lora.scale_of(found, 4, 1.0, "base_model.model.blocks.0.ffn.0.lora_B.weight") == 0.25
     assert lora.scale_of(fake(one("x"), path=tmp_path / "other.safetensors"), 4, None, "x") == 1
+
+
+def test_alpha_of_a_text_encoder_beside_is_not_the_model_s() -> None:
+    config = {"transformer.lora_alpha": 16, "text_encoder.lora_alpha": 2}
+    found = fake(one("x"), metadata={"lora_adapter_metadata": json.dumps(config)})
+    assert lora.scale_of(found, 4, None, "transformer.blocks.0.ffn.2.lora_A.weight") == 4
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": "?"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 1}}])
+def test_an_alpha_that_can_t_be_read_names_the_file(config: dict[str, object]) -> None:
+    found = fake(one("x"), "bad", metadata={"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"bad\.safetensors: what .* says of alpha can't be read"):
+        lora.scale_of(found, 4, None, "blocks.0.ffn.2.lora_A.weight")
 
 
 @pytest.fixture
