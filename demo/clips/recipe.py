@@ -32,7 +32,7 @@ from .train_vae import sample_clips, train_vae
 VAE_SCHEDULE = Schedule(steps=3050, rate=2e-3, warmup=50)
 DIT_SCHEDULE = Schedule(steps=7000, rate=1.5e-3)
 IMAGE_ENCODER_SCHEDULE = Schedule(steps=800, rate=2e-3, warmup=50)
-I2V_SCHEDULE = Schedule(steps=3000, rate=1.5e-3)
+I2V_SCHEDULE = Schedule(steps=5000, rate=1.5e-3)
 FLF2V_SCHEDULE = Schedule(steps=1000, rate=7e-4)
 
 TEXT_TO_VIDEO = ("wan_vae", "wan_text_encoder", "wan_dit")
