@@ -20,7 +20,7 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile
 
 # Beside the environment's own packages and before them. pip remarks that others there want newer ones; these tests don't.
 test-oldest: $(READY)
