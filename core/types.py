@@ -34,6 +34,10 @@ class LatentFormat:
         latent_frames = (frames - 1) // self.temporal_factor + 1
         return batch, self.channels, latent_frames, height // self.spatial_factor, width // self.spatial_factor
 
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Return how many frames a clip of so many latent frames has: the first one holds one frame alone."""
+        return (latent_frames - 1) * self.temporal_factor + 1
+
     def normalise(self, raw: Tensor) -> Tensor:
         """Return `(raw - mean) / std` of latents [B, C, ...], in float32."""
         mean, std = self._statistics(raw)

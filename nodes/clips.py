@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.conditioning import ComfyConditioning
 from ..wan.clips import continued, is_seam, joined, overlap_of, starting_with
 from ..wan.family import LATENT_FORMAT
-from .types import CATEGORY, clip_of, tell
+from .types import CATEGORY, clip_of, prompt_outputs, tell
 
 FRAMES_STEP = LATENT_FORMAT.temporal_factor
 OVERLAP = "wanqwen_overlap"  # in a LATENT: how many of its first latent frames are another clip's last ones
@@ -51,8 +51,7 @@ class ContinueClip(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True, tooltip="As positive, if there is guidance."),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
-                io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
+                *prompt_outputs(),
                 io.Latent.Output(
                     display_name="latent", tooltip="For the sampler's latent input. Take another seed for each clip."
                 ),
@@ -73,7 +72,7 @@ class ContinueClip(io.ComfyNode):
         samples, mask = continued(before, latent_frames, overlap)
         start = samples[:, :, :overlap]
         prompts = [None if each is None else starting_with(each, start, latent_frames) for each in (positive, negative)]
-        added, had = (latent_frames - overlap) * FRAMES_STEP, (before.shape[2] - 1) * FRAMES_STEP + 1
+        added, had = (latent_frames - overlap) * FRAMES_STEP, LATENT_FORMAT.pixel_frames(before.shape[2])
         made = f"{added} frames after {had}: {had + added} when joined"
         going_on = {"samples": samples, "noise_mask": mask, OVERLAP: overlap}
         return io.NodeOutput(*prompts, going_on, ui=tell(cls.hidden.unique_id, [made]))
@@ -110,7 +109,7 @@ class JoinClips(io.ComfyNode):
                 "and to before the clip that this node was given."
             )
         samples = joined(*clips, overlap)
-        lines = [f"{(samples.shape[2] - 1) * FRAMES_STEP + 1} frames"]
+        lines = [f"{LATENT_FORMAT.pixel_frames(samples.shape[2])} frames"]
         if not is_seam(*clips, overlap):
             lines.append(
                 "after does not begin as before ends, so the video will jump: is before the clip that Wan Continue "

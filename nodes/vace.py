@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning
 from ..wan.controls import Source, encode, lead_of, with_control
 from ..wan.family import LATENT_FORMAT, SIZE_STEP
-from .types import CATEGORY, check_is_rgb, dropped_alpha, tell
+from .types import CATEGORY, check_is_rgb, dropped_alpha, prompt_outputs, tell
 from .wan import FRAMES_STEP, fitted
 
 
@@ -63,8 +63,7 @@ class WanVACE(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="For the sampler's positive input."),
-                io.Conditioning.Output(display_name="negative", tooltip="For the sampler's negative input."),
+                *prompt_outputs(),
                 io.Latent.Output(
                     display_name="latent",
                     tooltip="Empty, with one frame for each reference image before the clip: for the sampler.",

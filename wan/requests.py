@@ -108,5 +108,5 @@ def _check_image(config: WanConfig, image_BNE: Tensor | None, who: str) -> None:
 def clip_size(latent_shape: tuple[int, ...]) -> str:
     """Say the size of a clip whose latents' shape ends with T, h, w."""
     *_, frames, height, width = latent_shape
-    space, time = LATENT_FORMAT.spatial_factor, LATENT_FORMAT.temporal_factor
-    return f"{width * space} x {height * space} pixels, {(frames - 1) * time + 1} frame{'s' if frames > 1 else ''}"
+    space, count = LATENT_FORMAT.spatial_factor, LATENT_FORMAT.pixel_frames(frames)
+    return f"{width * space} x {height * space} pixels, {count} frame{'s' if count > 1 else ''}"
