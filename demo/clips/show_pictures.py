@@ -20,6 +20,7 @@ from .show import Clip
 
 GUIDANCE = {"i2v": 4.0, "flf2v": 2.5}
 LAST = corpus.FRAMES - 1
+LATER = 4  # clips are judged once more from this frame on: shapes are lost there first
 KINDS = {"i2v": (0,), "flf2v": (0, LAST)}  # the frames that are given
 TITLES = {"i2v": "from a first frame", "flf2v": "from a first and a last frame"}
 
@@ -116,7 +117,9 @@ def _end(frames: Tensor) -> Tensor:
 
 def report(kind: str, clips: list[Clip], wanted: list[Wanted]) -> str:
     """Return the score of clips as a table, and how well they keep what was given."""
-    lines = [show.report(clips, f"clips {TITLES[kind]}")]
+    later = score.rates([score.judge(clip.frames[LATER:]) for clip in clips], [clip.scene for clip in clips])
+    alone = f"  all of the last {corpus.FRAMES - LATER} frames alone: {later['all']:.1%}"
+    lines = [show.report(clips, f"clips {TITLES[kind]}"), alone]
     for frame in KINDS[kind]:
         lost = losses(clips, wanted, frame)
         reached = sum(_likeness(clip.frames, one, frame) for clip, one in zip(clips, wanted, strict=True)) / len(clips)
