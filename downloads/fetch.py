@@ -260,16 +260,16 @@ class _Arrival:
         """Bring the part to its full size. Raises Mismatch if it is not the published file then."""
         with open(self.part, "r+b" if have else "wb") as opened:
             self.gauge.note = f"checking what there is of {self.item.file.name}"
-            digest, patience = _sha256(opened, have, self.gauge), _Patience(self.gauge)
+            digest, patience, furthest = _sha256(opened, have, self.gauge), _Patience(self.gauge), have
             while have < self.size:
-                self.gauge.note, before = self.item.file.name, have
+                self.gauge.note = self.item.file.name
                 try:
                     for position, piece in hub.stream(self.remote, have):
                         self.gauge.stop_if_asked()
                         if position != have:  # the server began at the beginning
                             opened.seek(0)
                             opened.truncate()
-                            digest, before = hashlib.sha256(), 0
+                            digest = hashlib.sha256()
                         have = position + len(piece)
                         if have > self.size:
                             raise hub.Mismatch(f"{self.remote.url} sends more than the {self.size} bytes of the file.")
@@ -279,8 +279,8 @@ class _Arrival:
                     if have < self.size:
                         raise hub.Temporary(f"{self.remote.url} broke off after {have} of {self.size} bytes")
                 except hub.Temporary as error:
-                    if have > before:
-                        patience = _Patience(self.gauge)
+                    if have > furthest:
+                        patience, furthest = _Patience(self.gauge), have
                     patience.wait(error)
             opened.flush()
             os.fsync(opened.fileno())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-PIECE_BYTES = 1 << 17
+PIECE_BYTES = 1 << 14  # what `requests` collects before it hands it on, and loses when a connection breaks
 MIRROR = "https://hf-mirror.com"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -45,7 +45,7 @@ ALLOWED = {
     "qwen_image": FAMILY,
     "qwen_image/family": (*FAMILY, "qwen_image", "wan/vae"),  # the same VAE in the world too
     "families": ("wan", "qwen_image", "core/weights/lora", "core/types"),
-    "loading": ("families", "wan", "qwen_image", "core"),
+    "loading": ("downloads", "families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
     "plans": ("wan", "qwen_image", "core"),
     "media": ("core/host",),
