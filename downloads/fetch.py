@@ -33,7 +33,8 @@ from .files import (
 
 LOOK_SECONDS = 0.1
 PACE_SECONDS = 5.0  # the speed shown is the mean of so many
-PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before another try, as long as not a byte comes between
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another try, as long as not a byte comes between
+QUESTION_SECONDS, CONTENT_SECONDS = 10.0, 60.0  # how long to try; some versions of huggingface_hub try by themselves
 LONGEST_PAUSE = 60.0  # seconds that a server may ask for
 READ_BYTES = 1 << 20
 AGAIN = "What has come so far is kept: the same again goes on from there."
@@ -167,7 +168,7 @@ def _look_up(
     commits: dict[tuple[str, str], str] = {}
     for file, revision in wanted:
         gauge.note = f"asking for {file.name}"
-        at, patience = commits.get((file.repo, revision), revision), _Patience(gauge)
+        at, patience = commits.get((file.repo, revision), revision), _Patience(gauge, QUESTION_SECONDS)
         while file not in remotes:
             try:
                 remotes[file] = hub.look_up(file.repo, file.path, at, endpoint)
@@ -260,7 +261,8 @@ class _Arrival:
         """Bring the part to its full size. Raises Mismatch if it is not the published file then."""
         with open(self.part, "r+b" if have else "wb") as opened:
             self.gauge.note = f"checking what there is of {self.item.file.name}"
-            digest, patience, furthest = _sha256(opened, have, self.gauge), _Patience(self.gauge), have
+            digest, furthest = _sha256(opened, have, self.gauge), have
+            patience = _Patience(self.gauge, CONTENT_SECONDS)
             while have < self.size:
                 self.gauge.note = self.item.file.name
                 try:
@@ -280,7 +282,7 @@ class _Arrival:
                         raise hub.Temporary(f"{self.remote.url} broke off after {have} of {self.size} bytes")
                 except hub.Temporary as error:
                     if have > furthest:
-                        patience, furthest = _Patience(self.gauge), have
+                        patience, furthest = _Patience(self.gauge, CONTENT_SECONDS), have
                     patience.wait(error)
             opened.flush()
             os.fsync(opened.fileno())
@@ -345,15 +347,15 @@ class _Gauge:
 class _Patience:
     """Pauses before other tries, longer ones each time, and an end to them."""
 
-    def __init__(self, gauge: _Gauge):
-        self.gauge, self.pauses = gauge, iter(PAUSES)
+    def __init__(self, gauge: _Gauge, seconds: float):
+        self.gauge, self.pauses, self.until = gauge, iter(PAUSES), time.monotonic() + seconds
 
     def wait(self, error: hub.Temporary) -> None:
         """Wait before another try; raises ValueError when there were enough of them."""
-        pause = next(self.pauses, None)
-        if pause is None:
+        pause, asked = next(self.pauses, None), error.wait or 0.0
+        if pause is None or asked > LONGEST_PAUSE or time.monotonic() > self.until:
             raise ValueError(f"{error}. {AGAIN}") from error
-        pause = min(max(pause, error.wait or 0.0), LONGEST_PAUSE)
+        pause, self.until = max(pause, asked), self.until + asked
         self.gauge.note = f"{error}. Trying again in {pause:.0f} s"
         self.gauge.stopped.wait(pause)
         self.gauge.stop_if_asked()

@@ -53,21 +53,19 @@ def look_up(repo: str, path: str, revision: str, endpoint: str | None = None) ->
     Temporary if the same question may be answered later.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import HfHubHTTPError
 
     url = hf_hub_url(repo, path, revision=revision, endpoint=endpoint)
     for token in TOKENS:
         try:
             found = get_hf_file_metadata(url, token=token, timeout=_timeout())
             break
-        except HfHubHTTPError as error:
-            denied = error.response.status_code in (401, 403)
-            if denied and token is False:
-                continue
-            _refuse(error.response, f"{path} of {repo} at revision {revision}", url)
-            raise
         except _failures() as error:
-            raise _unreachable(url, error) from error
+            answer = getattr(error, "response", None)
+            if answer is None:
+                raise _unreachable(url, error) from error
+            if token is None or answer.status_code not in (401, 403):
+                _refuse(answer, f"{path} of {repo} at revision {revision}", url)
+                raise
     commit = found.commit_hash or (revision if COMMIT.fullmatch(revision) else None)
     if commit is None:
         raise ValueError(f"{_host(url)} does not say which commit {revision} of {repo} is: give a commit as revision.")

@@ -285,7 +285,7 @@ def test_a_busy_hub_is_asked_again(hub, fetch, file, target):
 
 
 def test_it_is_given_the_time_that_it_asks_for(hub, fetch, file, monkeypatch):
-    hub.refusals = [(429, {"Retry-After": "1"})]
+    hub.content_refusals = [(429, {"Retry-After": "1"})]
     texts, started = [], time.monotonic()
     fetch(file, watch=lambda progress: texts.append(progress.text))
     assert time.monotonic() - started >= 1
@@ -293,9 +293,25 @@ def test_it_is_given_the_time_that_it_asks_for(hub, fetch, file, monkeypatch):
 
 
 def test_a_hub_that_stays_busy_says_to_come_back(hub, fetch, file):
-    hub.refusals = [(503, {})] * 9
+    hub.refusals = [(503, {})] * 99
     with pytest.raises(ValueError, match=r"is busy \(status 503\). Wait some minutes"):
         fetch(file)
+
+
+def test_it_is_not_waited_for_longer_than_a_user_would(hub, fetch, file):
+    hub.content_refusals = [(429, {"Retry-After": "3600"})]
+    with pytest.raises(ValueError, match="Wait some minutes and try again"):
+        fetch(file)
+
+
+def test_an_answer_is_not_waited_for_for_ever(hub, fetch, file, monkeypatch):
+    monkeypatch.setattr(fetching, "QUESTION_SECONDS", -1)
+    hub.refusals = [(503, {})] * 99
+    with pytest.raises(ValueError, match="Wait some minutes and try again"):
+        fetch(file)
+    monkeypatch.setattr(fetching, "QUESTION_SECONDS", 10)
+    hub.refusals = [(503, {})]
+    fetch(file)
 
 
 def test_a_silent_server_is_given_up_after_the_timeout(hub, fetch, file, part, monkeypatch):
