@@ -44,14 +44,14 @@ def run(options: argparse.Namespace) -> int:
     places, write = layout(options.to), _line_writer()
     try:
         if options.dry_run:
-            lines = look(files, places, write, check=options.check, endpoint=options.endpoint)
+            outcomes = look(files, places, write, check=options.check, endpoint=options.endpoint)
         else:
-            lines = fetch(
+            outcomes = fetch(
                 files, places, write, revision=options.revision, check=options.check, endpoint=options.endpoint
             )
     finally:
         write(None)
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.writelines(f"{outcome.line}\n" for outcome in outcomes)
     return 0
 
 

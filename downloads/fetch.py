@@ -51,6 +51,14 @@ class Progress:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What there is to say of one file, in a line, and its path if it is there."""
+
+    line: str
+    path: Path | None = None
+
+
 Watch = Callable[[Progress], None]  # told several times a second, from the thread that called; what it raises stops
 
 
@@ -62,8 +70,8 @@ def fetch(
     revision: str | None = None,
     check: bool = False,
     endpoint: str | None = None,
-) -> list[str]:
-    """Fetch what is missing of some files and return what was done, a line for each.
+) -> list[Outcome]:
+    """Fetch what is missing of some files and return what was done.
 
     A file that is there, by its size, is not fetched again; with `check` its sha256 is compared too. `revision`, a
     branch, tag or commit, is taken instead of the catalog's, and then the hub alone says what the files are. `endpoint`
@@ -77,8 +85,8 @@ def fetch(
 
 def look(
     files: Iterable[PublishedFile], places: Places, watch: Watch, *, check: bool = False, endpoint: str | None = None
-) -> list[str]:
-    """Fetch nothing, and return what is there of some files and what would be fetched, a line for each, and the room.
+) -> list[Outcome]:
+    """Fetch nothing, and return what is there of some files, what would be fetched, and what room there is.
 
     With `check` the sha256 of what is there is compared. Raises as `fetch` does.
     """
@@ -88,14 +96,17 @@ def look(
     missing = [item for item in found if not item.present]
     if check:
         _watched(lambda: _check(present, endpoint, gauge), gauge, watch)
-    lines = [_present_line(item, check) for item in present]
+    outcomes = [_is_there(item, check) for item in present]
     for item in missing:
         begun = f", of which {gigabytes(item.have)} have come" if item.have else ""
-        lines.append(f"{item.label}: to fetch, {gigabytes(item.file.size)}{begun}, from {item.file.repo}")
-    return lines + [
-        f"{gigabytes(disk.needed)} to fetch in all, {gigabytes(disk.free)} free at {disk.folder}"
-        for disk in disks(missing)
-    ]
+        known = "known" if item.file.sha256 else "as the hub says"
+        source = f"{item.file.repo} at {item.file.revision}, sha256 {known}"
+        line = f"{item.label}: to fetch, {gigabytes(item.file.size)}{begun}, from {source}"
+        outcomes.append(Outcome(line=line))
+    for disk in disks(missing):
+        line = f"{gigabytes(disk.needed)} to fetch in all, {gigabytes(disk.free)} free at {disk.folder}"
+        outcomes.append(Outcome(line=line))
+    return outcomes
 
 
 def _fetch(
@@ -105,7 +116,7 @@ def _fetch(
     revision: str | None,
     check: bool,
     endpoint: str | None,
-) -> list[str]:
+) -> list[Outcome]:
     remotes: dict[PublishedFile, hub.Remote] = {}
     if revision is not None:
         asked = _look_up([(file, revision) for file in files], endpoint, gauge)
@@ -121,16 +132,17 @@ def _fetch(
         for file, remote in remotes.items():
             _check_is_published(file, remote)
     check_space(missing)
-    lines = [_present_line(item, check) for item in present]
+    outcomes = [_is_there(item, check) for item in present]
     gauge.begin(sum(item.file.size for item in missing))
     for item in missing:
-        lines.append(_Arrival(item, remotes[item.file], gauge).run())
-    return lines
+        line = _Arrival(item, remotes[item.file], gauge).run()
+        outcomes.append(Outcome(line=line, path=item.path))
+    return outcomes
 
 
-def _present_line(item: Found, checked: bool) -> str:
+def _is_there(item: Found, checked: bool) -> Outcome:
     known_by = "sha256 as published" if checked else item.known_by
-    return f"{item.label}: is there, {gigabytes(item.have)}, {known_by}"
+    return Outcome(line=f"{item.label}: is there, {gigabytes(item.have)}, {known_by}", path=item.path)
 
 
 def _revision_of(item: Found) -> str:

@@ -2,7 +2,6 @@
 ComfyUI can make it fetch from elsewhere.
 """
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from comfy_api.latest import io
 from ..core import host
 from ..downloads import fetch as fetching
 from ..downloads.catalog import SETS, PublishedFile, files_of
-from ..downloads.files import survey
 from .types import CATEGORY, check_choice, tell, verdict
 
 EVERYTHING, MODEL, NOTHING = "everything", "model only", "nothing"
@@ -57,11 +55,13 @@ class Download(io.ComfyNode):
     def execute(cls, what: str, fetch: str, check: bool, revision: str = "") -> io.NodeOutput:
         files, watch = _files(what, fetch), _watch(cls.hidden.unique_id)
         if fetch == NOTHING:
-            lines = fetching.look(files, _places, watch, check=check)
+            outcomes = fetching.look(files, _places, watch, check=check)
         else:
-            lines = fetching.fetch(files, _places, watch, revision=revision.strip() or None, check=check)
-        names = "\n".join(_listed(files))
-        return io.NodeOutput(names, "\n".join(lines), ui=tell(cls.hidden.unique_id, lines))
+            outcomes = fetching.fetch(files, _places, watch, revision=revision.strip() or None, check=check)
+        folders = {place for file in files for place in _places(file.folder)}
+        names = [_listed(outcome.path, folders) for outcome in outcomes if outcome.path]
+        lines = [outcome.line for outcome in outcomes]
+        return io.NodeOutput("\n".join(names), "\n".join(lines), ui=tell(cls.hidden.unique_id, lines))
 
 
 def _inputs() -> list[io.Input]:
@@ -99,13 +99,9 @@ def _places(folder: str) -> list[Path]:
     return sorted(paths, key=lambda path: path.name != folder)
 
 
-def _listed(files: list[PublishedFile]) -> list[str]:
-    """Return the names of files that are there, as dropdowns have them."""
-    names = []
-    for item in survey(files, _places):
-        inside = [os.path.relpath(item.path, place) for place in _places(item.file.folder)]
-        names.append(min(inside, key=lambda name: name.count("..")))
-    return names
+def _listed(path: Path, folders: set[Path]) -> str:
+    """Return a file's name as dropdowns have it: with the subfolder, if it lies in one."""
+    return next(str(path.relative_to(folder)) for folder in folders if path.is_relative_to(folder))
 
 
 def _watch(node_id: str | None) -> Callable[[fetching.Progress], None]:

@@ -38,9 +38,10 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fetch(hub: Hub, models: Path):
-    """Fetch files into the folder; `watch` looks on."""
+    """Fetch files into the folder and return what is said of them; `watch` looks on."""
 
     def run(*files: PublishedFile, watch=lambda progress: None, **options) -> list[str]:
-        return fetching.fetch(files, layout(models), watch, endpoint=hub.endpoint, **options)
+        outcomes = fetching.fetch(files, layout(models), watch, endpoint=hub.endpoint, **options)
+        return [outcome.line for outcome in outcomes]
 
     return run

@@ -402,7 +402,8 @@ def test_two_downloads_of_one_file_are_one(hub, file, models, target):
     lines: list[str] = []
 
     def run() -> None:
-        lines.extend(fetching.fetch([file], layout(models), lambda progress: None, endpoint=hub.endpoint))
+        [outcome] = fetching.fetch([file], layout(models), lambda progress: None, endpoint=hub.endpoint)
+        lines.append(outcome.line)
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -458,12 +459,12 @@ def test_check_compares_what_is_there(hub, fetch, file, target, pinned):
 
 
 def test_looking_asks_nobody_and_changes_nothing(hub, fetch, file, models, part):
-    lines = fetching.look([file], layout(models), lambda progress: None)
-    assert lines[0] == "vae/some_vae.safetensors: to fetch, 0 MB, from owner/weights"
+    lines = [outcome.line for outcome in fetching.look([file], layout(models), lambda progress: None)]
+    assert lines[0] == "vae/some_vae.safetensors: to fetch, 0 MB, from owner/weights at main, sha256 known"
     assert "to fetch in all" in lines[1] and "free at" in lines[1]
     assert not hub.requests and not models.exists()
     stop_half_way(hub, fetch, file)
-    assert "of which 0 MB have come" in fetching.look([file], layout(models), lambda progress: None)[0]
+    assert "of which 0 MB have come" in fetching.look([file], layout(models), lambda progress: None)[0].line
 
 
 def test_an_unforeseen_error_is_not_taken_for_success(fetch, file, monkeypatch):

@@ -88,6 +88,13 @@ def test_nothing_is_fetched_unasked(node, hub, tmp_path):
     assert not hub.requests and not list(tmp_path.iterdir())
 
 
+def test_another_revision_may_have_other_files(node, hub, files, tmp_path):
+    hub.publish("2" * 40, REPO, files[1].path, b"another")
+    out = node.execute(TITLE, "everything", False, "main")
+    assert out.values[0] == "some_model.safetensors\nsome_vae.safetensors"
+    assert (tmp_path / "vae" / "some_vae.safetensors").read_bytes() == b"another"
+
+
 def test_a_revision_of_spaces_is_none(node):
     assert "fetched" in node.execute(TITLE, "model only", False, " ").values[1]
 
