@@ -15,11 +15,9 @@ QWEN_EDIT = "Comfy-Org/Qwen-Image-Edit_ComfyUI"
 KIJAI = "Kijai/WanVideo_comfy"
 LIGHTNING = "lightx2v/Qwen-Image-Lightning"
 
-WAN_FIRST = "06e001fc51048fb03433a6fb25334de7836704a5"
-WAN_SECOND = "617a7633e636506f850e043bc4605f290a466a8e"
-WAN_THIRD = "123acf1cc74bccbb9bfff8ac1ee72edc08c2341d"
-QWEN_FIRST = "c232bcb51c1523899c62d6dcaa960b2627668de5"
-QWEN_SECOND = "1f12b17be14c89b026c51a91d67c32f84bb047bc"
+WAN_COMMIT = "123acf1cc74bccbb9bfff8ac1ee72edc08c2341d"
+OTHER_WAN_COMMIT = "617a7633e636506f850e043bc4605f290a466a8e"
+QWEN_COMMIT = "1f12b17be14c89b026c51a91d67c32f84bb047bc"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,23 +64,23 @@ def _lora(repo: str, name: str, size: int, sha256: str | None = None, at: str = 
 
 UMT5 = _split(
     WAN, "text_encoders", "umt5_xxl_fp8_e4m3fn_scaled", 6735906897,
-    "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68", WAN_THIRD,
+    "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68", WAN_COMMIT,
 )  # fmt: skip
 UMT5_FP16 = _split(
     WAN, "text_encoders", "umt5_xxl_fp16", 11366399385,
-    "7b8850f1961e1cf8a77cca4c964a358d303f490833c6c087d0cff4b2f99db2af", WAN_THIRD,
+    "7b8850f1961e1cf8a77cca4c964a358d303f490833c6c087d0cff4b2f99db2af", WAN_COMMIT,
 )  # fmt: skip
 WAN_VAE = _split(
     WAN, "vae", "wan_2.1_vae", 253815318,
-    "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b", WAN_THIRD,
+    "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b", WAN_COMMIT,
 )  # fmt: skip
 CLIP = _split(
     WAN, "clip_vision", "clip_vision_h", 1264219396,
-    "64a7ef761bfccbadbaa3da77366aac4185a6c58fa5de5f589b42a65bcc21f161", WAN_THIRD,
+    "64a7ef761bfccbadbaa3da77366aac4185a6c58fa5de5f589b42a65bcc21f161", WAN_COMMIT,
 )  # fmt: skip
 T2V_SMALL = _split(
     WAN, "diffusion_models", "wan2.1_t2v_1.3B_fp16", 2838303560,
-    "be531024cd9018cb5b48c40cfbb6a6191645b1c792eb8bf4f8c1c6e10f924dc5", WAN_THIRD,
+    "be531024cd9018cb5b48c40cfbb6a6191645b1c792eb8bf4f8c1c6e10f924dc5", WAN_COMMIT,
 )  # fmt: skip
 T2V = _split(
     WAN, "diffusion_models", "wan2.1_t2v_14B_fp8_scaled", 14293896178,
@@ -90,21 +88,21 @@ T2V = _split(
 )  # fmt: skip
 I2V_480P = _split(
     WAN, "diffusion_models", "wan2.1_i2v_480p_14B_fp8_scaled", 16401356938,
-    "b2de21b99b2e72cb0ff15253b07e926f26e7cf1b7e229efc32f94ad1f1ed9395", WAN_SECOND,
+    "b2de21b99b2e72cb0ff15253b07e926f26e7cf1b7e229efc32f94ad1f1ed9395", OTHER_WAN_COMMIT,
 )  # fmt: skip
 I2V_480P_FP16 = _split(
     WAN, "diffusion_models", "wan2.1_i2v_480p_14B_fp16", 32791377504,
-    "27988f6b510eb8d5fdd7485671b54897f8683f2bba7a772c5671be21d3491253", WAN_FIRST,
+    "27988f6b510eb8d5fdd7485671b54897f8683f2bba7a772c5671be21d3491253", "06e001fc51048fb03433a6fb25334de7836704a5",
 )  # fmt: skip
 I2V_720P = _split(WAN, "diffusion_models", "wan2.1_i2v_720p_14B_bf16", 32789894024)
 FLF2V = _split(WAN, "diffusion_models", "wan2.1_flf2v_720p_14B_fp16", 32792693440)
 VACE_SMALL = _split(
     WAN, "diffusion_models", "wan2.1_vace_1.3B_fp16", 4309519800,
-    "640ccc0577e6a5d4bb15cd91b11b699ef914fc55f126c5a1c544e152130784f2", WAN_SECOND,
+    "640ccc0577e6a5d4bb15cd91b11b699ef914fc55f126c5a1c544e152130784f2", OTHER_WAN_COMMIT,
 )  # fmt: skip
 VACE = _split(
     WAN, "diffusion_models", "wan2.1_vace_14B_fp16", 34675323640,
-    "f202a5c59b8a91ada1862c46a038214f1f7f216c61ec8350d25f69b919da4307", WAN_THIRD,
+    "f202a5c59b8a91ada1862c46a038214f1f7f216c61ec8350d25f69b919da4307", WAN_COMMIT,
 )  # fmt: skip
 T2V_LIGHTX2V = _lora(
     KIJAI, "Lightx2v/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16", 630697104,
@@ -117,20 +115,20 @@ I2V_LIGHTX2V = _lora(
 
 QWEN_VL = _split(
     QWEN, "text_encoders", "qwen_2.5_vl_7b_fp8_scaled", 9384670680,
-    "cb5636d852a0ea6a9075ab1bef496c0db7aef13c02350571e388aea959c5c0b4", QWEN_SECOND,
+    "cb5636d852a0ea6a9075ab1bef496c0db7aef13c02350571e388aea959c5c0b4", QWEN_COMMIT,
 )  # fmt: skip
 QWEN_VAE = _split(
     QWEN, "vae", "qwen_image_vae", 253806246,
-    "a70580f0213e67967ee9c95f05bb400e8fb08307e017a924bf3441223e023d1f", QWEN_SECOND,
+    "a70580f0213e67967ee9c95f05bb400e8fb08307e017a924bf3441223e023d1f", QWEN_COMMIT,
 )  # fmt: skip
 QWEN_IMAGE = _split(
     QWEN, "diffusion_models", "qwen_image_fp8_e4m3fn", 20430635136,
-    "98763a127701eb6fb59096f7742cb3aa7d64ed510b9f4e882d8351f8176e3ce3", QWEN_SECOND,
+    "98763a127701eb6fb59096f7742cb3aa7d64ed510b9f4e882d8351f8176e3ce3", QWEN_COMMIT,
 )  # fmt: skip
 QWEN_IMAGE_BF16 = _split(QWEN, "diffusion_models", "qwen_image_bf16", 40861031488)
 QWEN_IMAGE_2512 = _split(
     QWEN, "diffusion_models", "qwen_image_2512_fp8_e4m3fn", 20430679144,
-    "5dc80554d5d83390046a2f4a94ece06afb7700bf7b0aaf8bde9769793875876b", QWEN_FIRST,
+    "5dc80554d5d83390046a2f4a94ece06afb7700bf7b0aaf8bde9769793875876b", "c232bcb51c1523899c62d6dcaa960b2627668de5",
 )  # fmt: skip
 EDIT = _split(
     QWEN_EDIT, "diffusion_models", "qwen_image_edit_fp8_e4m3fn", 20430635136,

@@ -57,16 +57,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _line_writer() -> Callable[[Progress | None], None]:
     """Return what keeps one line of the terminal up to date, and ends it when told None."""
-    shown, last = "", 0.0
+    latest, shown, last = "", "", 0.0
 
     def write(progress: Progress | None) -> None:
-        nonlocal shown, last
-        if progress is None:
-            sys.stderr.write("\n" if shown else "")
-        elif progress.text and progress.text != shown and time.monotonic() - last > LINE_SECONDS:
+        nonlocal latest, shown, last
+        latest = progress.text if progress else latest
+        if latest != shown and (progress is None or time.monotonic() - last > LINE_SECONDS):
             width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r{progress.text[:width]:<{width}}")
+            sys.stderr.write(f"\r{latest[:width]:<{width}}")
             sys.stderr.flush()
-            shown, last = progress.text, time.monotonic()
+            shown, last = latest, time.monotonic()
+        if progress is None and shown:
+            sys.stderr.write("\n")
 
     return write

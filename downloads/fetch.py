@@ -226,7 +226,7 @@ class _Arrival:
     """One file on its way, from what has come of it before to its final name."""
 
     def __init__(self, item: Found, remote: hub.Remote, gauge: "_Gauge"):
-        self.item, self.remote, self.gauge = item, remote, gauge
+        self.item, self.remote, self.gauge = item, replace(remote, size=item.file.size), gauge
         self.size, self.sha256 = item.file.size, item.file.sha256 or remote.sha256
         self.part, self.begun_at = part_of(item.path), gauge.done
 
@@ -244,7 +244,7 @@ class _Arrival:
             resumed = self._claim_part()
             try:
                 self._receive(resumed)
-            except hub.Mismatch:
+            except _Damaged:
                 self.part.unlink()  # of no use, whatever part of it is right
                 raise
             except OSError as error:
@@ -270,7 +270,7 @@ class _Arrival:
         return have
 
     def _receive(self, have: int) -> None:
-        """Bring the part to its full size. Raises Mismatch if it is not the published file then."""
+        """Bring the part to its full size. Raises _Damaged if it is not the published file then."""
         with open(self.part, "r+b" if have else "wb") as opened:
             self.gauge.note = f"checking what there is of {self.item.file.name}"
             digest, furthest = _sha256(opened, have, self.gauge), have
@@ -286,7 +286,7 @@ class _Arrival:
                             digest = hashlib.sha256()
                         have = position + len(piece)
                         if have > self.size:
-                            raise hub.Mismatch(f"{self.remote.url} sends more than the {self.size} bytes of the file.")
+                            raise _Damaged(f"{self.remote.url} sends more than the {self.size} bytes of the file.")
                         opened.write(piece)
                         digest.update(piece)
                         self.gauge.done = self.begun_at + have
@@ -299,12 +299,14 @@ class _Arrival:
             opened.flush()
             os.fsync(opened.fileno())
         if digest.hexdigest() != self.sha256:
-            raise hub.Mismatch(
+            raise _Damaged(
                 f"{self.item.file.name} came with sha256 {digest.hexdigest()}, and {self.sha256} was expected: it was "
                 "damaged on its way, and is not kept. Try again, and without proxies or mirrors if it happens again."
             )
 
     def _finish(self) -> None:
+        if self.item.path.exists():
+            raise ValueError(f"{self.item.path} has come from elsewhere meanwhile: move it away or delete it. {AGAIN}")
         os.replace(self.part, self.item.path)
         _sync_folder(self.item.path.parent)
         record = read_record(self.item.path)
@@ -318,6 +320,10 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+class _Damaged(ValueError):
+    """What has come is not the published file."""
 
 
 class _Stopped(Exception):
@@ -368,7 +374,7 @@ class _Patience:
         if pause is None or asked > LONGEST_PAUSE or time.monotonic() > self.until:
             raise ValueError(f"{error}. {AGAIN}") from error
         pause, self.until = max(pause, asked), self.until + asked
-        self.gauge.note = f"{error}. Trying again in {pause:.0f} s"
+        self.gauge.note = f"trying again in {pause:.0f} s: {error}"
         self.gauge.stopped.wait(pause)
         self.gauge.stop_if_asked()
 

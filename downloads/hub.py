@@ -42,10 +42,6 @@ class Temporary(Exception):
         self.wait = wait
 
 
-class Mismatch(ValueError):
-    """What the server sends is not the file that it announced."""
-
-
 def look_up(repo: str, path: str, revision: str, endpoint: str | None = None) -> Remote:
     """Return a file at a branch, tag or commit, which becomes a commit.
 
@@ -71,13 +67,14 @@ def look_up(repo: str, path: str, revision: str, endpoint: str | None = None) ->
         raise ValueError(f"{_host(url)} does not say which commit {revision} of {repo} is: give a commit as revision.")
     sha256 = found.etag if found.etag and SHA256.fullmatch(found.etag) else None
     url = hf_hub_url(repo, path, revision=commit, endpoint=endpoint)
-    return Remote(repo=repo, path=path, commit=commit, url=url, size=found.size, sha256=sha256, token=token)
+    size = found.size or None  # older versions take that of the empty redirection
+    return Remote(repo=repo, path=path, commit=commit, url=url, size=size, sha256=sha256, token=token)
 
 
 def stream(file: Remote, start: int) -> Iterator[tuple[int, bytes]]:
     """Yield (position, bytes) from byte `start` of a file on, or from 0 if the server does not serve parts.
 
-    Raises Mismatch if it serves something else, ValueError if it refuses, Temporary for what may pass.
+    Raises ValueError if it refuses, or serves something else than the file, Temporary for what may pass.
     """
     from huggingface_hub.utils import build_hf_headers
 
@@ -155,7 +152,7 @@ def _refuse(response: Any, what: str, url: str) -> None:
             "of this pack."
         )
     if status == 416:
-        raise Mismatch(f"{host} has fewer bytes of {what} than it announced.")
+        raise ValueError(f"{host} has fewer bytes of {what} than it announced.")
     if status in (408, 429) or status >= 500:
         asked = response.headers.get("Retry-After", "")
         wait = float(asked) if asked.isdecimal() else None
@@ -165,15 +162,17 @@ def _refuse(response: Any, what: str, url: str) -> None:
 
 
 def _position(response: Any, start: int, file: Remote) -> int:
-    """Return the position in the file of an answer's first byte."""
+    """Return the position in the file of an answer's first byte; the answer may be a web page of some proxy's."""
     if response.status_code == 200:
-        length = response.headers.get("Content-Length")
-        first, total = 0, int(length) if length else None
+        first, total = 0, response.headers.get("Content-Length", "an unknown number of")
     else:
         match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != start:
-            raise Mismatch(f"{_host(file.url)} sends another part of {file.path} than was asked for.")
-        first, total = start, int(match[2])
-    if None not in (total, file.size) and total != file.size:
-        raise Mismatch(f"{_host(file.url)} sends {total} bytes as {file.path}, and announced {file.size}.")
+            raise ValueError(f"{_host(file.url)} sends another part of {file.path} than was asked for.")
+        first, total = start, match[2]
+    if total != str(file.size):
+        raise ValueError(
+            f"{_host(file.url)} sends {total} bytes as {file.path}, which has {file.size}: something on the way, a "
+            "proxy or a log-in page, answers in its place. Try again elsewhere, or later."
+        )
     return first

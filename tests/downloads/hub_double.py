@@ -37,8 +37,9 @@ class Hub:
     stall_after: int | None = None  # bytes after which a content stops coming, until `release`
     serves_ranges: bool = True
     tells_sha256: bool = True
+    tells_size: bool = True
     tells_commit: bool = True
-    announced_size: int | None = None
+    tells_length: bool = True
     announced_sha256: str | None = None
     change: Callable[[bytes], bytes] = bytes  # what happens to a content on its way
     requests: list[Request] = field(default_factory=list)
@@ -116,10 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
         sha256 = hub.announced_sha256 or hashlib.sha256(content).hexdigest()
         headers = {
             "Location": f"http://127.0.0.1:{hub.cdn.server_port}/{repo}/resolve/{commit}/{path}",
-            "X-Linked-Size": str(hub.announced_size or len(content)),
             "Content-Length": "0",
             "ETag": '"none of its content"',
         }
+        if hub.tells_size:
+            headers["X-Linked-Size"] = str(len(content))
         if hub.tells_commit:
             headers["X-Repo-Commit"] = commit
         if hub.tells_sha256:
@@ -135,14 +137,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, request: Request, content: bytes) -> None:
         hub = self.double
         content, start = hub.change(content), request.start
-        if start >= len(content):
+        if start >= len(content) and hub.serves_ranges:
             return self._head(416, {"Content-Length": "0"})
         if start and hub.serves_ranges:
             span = f"bytes {start}-{len(content) - 1}/{len(content)}"
             self._head(206, {"Content-Length": str(len(content) - start), "Content-Range": span})
         else:
             start = 0
-            self._head(200, {"Content-Length": str(len(content))})
+            self._head(200, {"Content-Length": str(len(content))} if hub.tells_length else {"Connection": "close"})
         end = min(len(content), start + hub.cuts.pop(0)) if hub.cuts else len(content)
         for at in range(start, end, PIECE):
             if hub.stall_after is not None and request.sent >= hub.stall_after:
@@ -153,4 +155,4 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:  # the client has gone
                 break
             request.sent += len(piece)
-        self.close_connection = end < len(content)
+        self.close_connection = end < len(content) or not hub.tells_length

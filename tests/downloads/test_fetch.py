@@ -161,9 +161,47 @@ def test_content_of_another_hash_is_not_kept(hub, fetch, file, part, target):
 @pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"!"])
 def test_content_of_another_length_is_refused_before_it_is_read(hub, fetch, file, target, change):
     hub.change = change
-    with pytest.raises(ValueError, match=r"sends \d+ bytes as .*, and announced 200000"):
+    with pytest.raises(ValueError, match=r"sends \d+ bytes as .*, which has 200000: something on the way"):
         fetch(file)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"serves_ranges": False, "change": lambda content: b"<html>log in</html>"}, "sends 19 bytes as"),
+        ({"serves_ranges": False, "tells_length": False}, "sends an unknown number of bytes as"),
+        ({"change": lambda content: content[:10]}, "has fewer bytes of"),
+        ({"content_refusals": [(206, {"Content-Range": "bytes 0-1/2", "Content-Length": "0"})]}, "sends another part"),
+        ({"content_refusals": [(204, {})]}, "with status 204, which means nothing here"),
+    ],
+)
+def test_what_answers_in_the_file_s_place_does_not_cost_what_came(hub, fetch, file, part, target, facts, message):
+    stop_half_way(hub, fetch, file)
+    came = part.read_bytes()
+    before = {name: getattr(hub, name) for name in facts}
+    for name, value in facts.items():
+        setattr(hub, name, value)
+    with pytest.raises(ValueError, match=message):
+        fetch(file)
+    assert part.read_bytes() == came
+    for name, value in before.items():
+        setattr(hub, name, value)
+    fetch(file)
+    assert target.read_bytes() == CONTENT and hub.contents[-1].start == len(came)
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(hub, fetch, file, part, target):
+    hub.stall_after = 150_000
+
+    def watch(progress: fetching.Progress) -> None:
+        if progress.done >= 140_000:
+            target.write_bytes(b"mine")
+            hub.release.set()
+
+    with pytest.raises(ValueError, match="has come from elsewhere meanwhile"):
+        fetch(file, watch=watch)
+    assert target.read_bytes() == b"mine" and part.read_bytes() == CONTENT
 
 
 def test_a_file_that_was_replaced_on_the_hub_is_refused_before_anything_comes(hub, fetch, file):
@@ -204,6 +242,14 @@ def test_a_hub_that_hides_hashes_will_do_for_files_of_known_hash_only(hub, fetch
     hub.tells_sha256 = False
     with pytest.raises(ValueError, match="Nobody says which sha256"):
         fetch(unpinned(file))
+    fetch(file)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_hub_that_hides_sizes_will_do_as_they_are_known(hub, fetch, file, target):
+    hub.tells_size = False
+    with pytest.raises(ValueError, match=r"does not say what .*some_vae.safetensors of owner/weights is"):
+        fetch(file, revision="main")
     fetch(file)
     assert target.read_bytes() == CONTENT
 
@@ -289,7 +335,7 @@ def test_it_is_given_the_time_that_it_asks_for(hub, fetch, file, monkeypatch):
     texts, started = [], time.monotonic()
     fetch(file, watch=lambda progress: texts.append(progress.text))
     assert time.monotonic() - started >= 1
-    assert any("is busy (status 429)" in text and "Trying again in 1 s" in text for text in texts)
+    assert any("trying again in 1 s" in text and "is busy (status 429)" in text for text in texts)
 
 
 def test_a_hub_that_stays_busy_says_to_come_back(hub, fetch, file):
