@@ -1,6 +1,6 @@
 # make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
-# make test-oldest   the tests of encoders and downloads with the oldest transformers and huggingface_hub that the pack takes
+# make test-oldest   the tests of the encoders and of downloads with the oldest packages that the pack takes
 # Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3

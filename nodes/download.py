@@ -84,13 +84,15 @@ def _inputs() -> list[io.Input]:
         io.String.Input(
             "revision", default="", optional=True,
             tooltip="A branch, tag or commit of the repository to fetch from instead of the one that the pack knows. "
-            "Leave it empty unless files were moved or replaced.",
+            "Leave it empty unless files were moved or replaced. It plays no part when fetch is nothing.",
         ),
     ]  # fmt: skip
 
 
 def _files(what: str, fetch: str) -> list[PublishedFile]:
-    return [file for file in files_of(what) if fetch != MODEL or file.folder in MODEL_FOLDERS]
+    files = list(files_of(what))
+    models = [file for file in files if file.folder in MODEL_FOLDERS]
+    return models if fetch == MODEL and models else files
 
 
 def _places(folder: str) -> list[Path]:
@@ -106,17 +108,20 @@ def _listed(path: Path, folders: set[Path]) -> str:
 
 def _watch(node_id: str | None) -> Callable[[fetching.Progress], None]:
     """Return what shows progress on the node and in ComfyUI's bar, and raises if the user asked to stop."""
-    bars: dict[int, Callable[[int], None]] = {}
-    told = 0.0
+    bars: dict[int, Callable[[int], None]] = {}  # a check and what is fetched after it have one each
+    told, shown = 0.0, 0
 
     def watch(progress: fetching.Progress) -> None:
-        nonlocal told
+        nonlocal told, shown
         host.check_interrupt()
+        done, total = progress.done // MEGABYTE, progress.total // MEGABYTE
+        if total and done != shown:
+            if total not in bars:
+                bars[total] = host.meter(total)
+            bars[total](done)
+            shown = done
         if progress.text and time.monotonic() - told > TEXT_SECONDS:
             told = time.monotonic()
             tell(node_id, [progress.text])
-            if megabytes := progress.total // MEGABYTE:
-                bar = bars.setdefault(megabytes, host.meter(megabytes))
-                bar(progress.done // MEGABYTE)
 
     return watch

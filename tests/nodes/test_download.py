@@ -127,9 +127,9 @@ def test_progress_goes_to_comfyui_s_bar_and_onto_the_node(node, monkeypatch):
     monkeypatch.setattr(download, "tell", lambda node_id, lines: told.append(lines) or {"text": lines})
     monkeypatch.setattr(download, "TEXT_SECONDS", 0)
     watch = download._watch("7")
-    for done in (0, 1_500_000, 3_000_000):
+    for done in (0, 1_500_000, 1_600_000, 3_000_000):
         watch(fetching.Progress(done=done, total=3_000_000, text=f"{done} of it"))
-    assert bar == [(0, 3), (1, 3), (3, 3)] and told[-1] == ["3000000 of it"]
+    assert bar == [(1, 3), (3, 3)] and told[-1] == ["3000000 of it"]
 
 
 def test_it_always_looks_again_and_checks_its_choices(node):
@@ -137,6 +137,10 @@ def test_it_always_looks_again_and_checks_its_choices(node):
     assert first != node.fingerprint_inputs(TITLE, "everything", False)
     assert node.validate_inputs(TITLE, "everything") is True
     assert "choose one of Some model" in node.validate_inputs("https://evil.example/x", "everything")
+    from wanqwen.nodes import download
+
+    assert [file.folder for file in download._files(TITLE, "model only")] == ["diffusion_models"]
+    assert len(download._files("some_vae.safetensors", "model only")) == 1  # there is no model in it
     assert "choose one of everything, model only, nothing" in node.validate_inputs(TITLE, "all")
 
 
