@@ -124,18 +124,18 @@ class _Planner:
         self.pieces = self._pieces()
         inside = {name.removeprefix(identity.prefix) for name in identity.names.values()}
         self.is_respelled = any(piece.name not in inside for piece in self.pieces)
-        self.quantised = [piece for piece in self.pieces if self._is_quantised(piece)]
+        self.quantised = {piece.name: piece for piece in self.pieces if self._is_quantised(piece)}
         self._check()
 
     def plan(self) -> Plan:
         units: dict[str, list[Piece]] = {}
-        for piece in self.quantised:
+        for piece in self.quantised.values():
             units.setdefault(self.target.unit(_path(self.prefix + piece.name)), []).append(piece)
         steps: list[Step] = []
         for piece in self.pieces:
             if self.wish.target == SAME:
                 steps.append(self._as_stored(piece))
-            elif piece not in self.quantised:
+            elif piece.name not in self.quantised:
                 steps.append(self._plain(piece))
             elif members := units.pop(self.target.unit(_path(self.prefix + piece.name)), None):
                 steps.append(self._packed(members))
@@ -206,9 +206,9 @@ class _Planner:
             raise ValueError(
                 f"{file} ({where}) has no layers that {self.wish.target} would be used for: choose bf16 or fp16"
             )
-        narrow = [piece.official for piece in self.quantised if self._stored(piece) in formats.SMALL]
+        narrow = [piece for piece in self.quantised.values() if self._stored(piece) in formats.SMALL]
         if narrow and self.target.is_narrow and not self.wish.requantise:
-            found = ", ".join(sorted({self._stored(piece) for piece in self.quantised} & set(formats.SMALL)))
+            found = ", ".join(sorted({self._stored(piece) for piece in narrow}))
             raise ValueError(
                 f"{file} is quantised already ({len(narrow)} layers in {found}), and would lose precision a second "
                 f"time as {self.wish.target}: take a file of this model in 16 or 32 bits, or give --requantise to do "
@@ -254,11 +254,7 @@ class _Planner:
         dtype, kinds = self._stored(piece), {self.identity.names[official] for official, _ in piece.parts}
         if {self.checkpoint.tensors[file].dtype for file in kinds} != {dtype}:
             raise ValueError(f"{name} would be made of tensors of several formats: choose one, such as bf16")
-        beside = {
-            _path(name) + suffix: file
-            for official, file in self.identity.names.items()
-            if (suffix := formats.companion(official)) and official.removesuffix(suffix) == _path(piece.official)
-        }
+        beside = {_path(name) + suffix: file for suffix, file in self.source.beside.get(_path(piece.official), ())}
         is_whole = len(piece.parts) == 1 and piece.parts[0][1].count == 1
         if beside and not is_whole:
             raise ValueError(f"{name} would be made of a part of a quantised tensor: choose a format, such as bf16")
@@ -370,11 +366,10 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, identity: Identity):
         self.checkpoint, self.names = checkpoint, identity.names
-        self.scales = {
-            _path(official.removesuffix(formats.companion(official) or "")): file
-            for official, file in identity.names.items()
-            if official.endswith(formats.WEIGHT_SCALES)
-        }
+        self.beside: dict[str, list[tuple[str, str]]] = {}  # path of a layer -> suffix and name of each companion
+        for official, file in identity.names.items():
+            if suffix := formats.companion(official):
+                self.beside.setdefault(official.removesuffix(suffix), []).append((suffix, file))
 
     def layer(self, piece: Piece) -> Layer:
         """Return what a piece is made of, read."""
@@ -385,8 +380,9 @@ class _Source:
         return self._rows(file, Share())
 
     def _part(self, official: str, share: Share) -> Stored:
-        scale = self.read(self.scales[_path(official)]).float() if _path(official) in self.scales else None
-        file = self.names[official]
+        file, beside = self.names[official], dict(self.beside.get(_path(official), ()))
+        named = next((beside[suffix] for suffix in formats.WEIGHT_SCALES if suffix in beside), None)
+        scale = None if named is None else self.read(named).float()
         if scale is not None and scale.numel() > 1:
             count = scale.numel() // share.count
             scale = scale.reshape(-1)[share.index * count : (share.index + 1) * count]

@@ -6,8 +6,9 @@ A new format is a row in TARGETS.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,6 @@ from ..ops import formats
 from ..ops.gguf_blocks import PACKINGS
 from ..types import TensorInfo
 from .write import GGUF, SAFETENSORS, Container
-
-if TYPE_CHECKING:
-    import gguf
 
 Shape = tuple[int, ...]
 
@@ -192,11 +190,13 @@ def _gguf(kind: str, title: str) -> Target:
     def pack(layer: Layer) -> dict[str, Tensor]:
         if kind in formats.DTYPES:
             return {".weight": layer.at(formats.DTYPES[kind])}
-        quants = _quants()
+        package = _package()
         _, in_file = formats.layout(TensorInfo(kind, layer.shape))
         blocks = torch.empty(in_file, dtype=torch.uint8)
         for chosen, numbers in layer.chunks():
-            blocks[chosen] = torch.from_numpy(quants.quantize(numbers.numpy(), _kind(kind)))
+            with np.errstate(all="ignore"):  # of numbers so small that their scale is 0 in its 16 bits, and so they are
+                made = package.quants.quantize(numbers.numpy(), package.GGMLQuantizationType[kind])
+            blocks[chosen] = torch.from_numpy(made)
         return {".weight": blocks}
 
     packing = PACKINGS.get(kind)
@@ -208,25 +208,19 @@ def _gguf(kind: str, title: str) -> Target:
         takes=lambda shape: len(shape) == 2 and shape[-1] % (packing.numbers if packing else 1) == 0,
         facts={"general.quantization_version": 2, "general.file_type": FILE_TYPES[kind]},
         is_narrow=packing is not None,
-        check=_quants if packing else lambda: None,
+        check=_package if packing else lambda: None,
     )
 
 
-def _quants() -> "gguf.quants":
+def _package() -> ModuleType:
     try:
-        from gguf import quants
+        import gguf
     except ImportError as error:
         raise ValueError(
             f"Blocks of GGUF are made by the package gguf, which can't be imported ({error}): pip install gguf, or "
             "choose fp8_scaled, int8 or a 16-bit format, which need nothing else."
         ) from error
-    return quants
-
-
-def _kind(name: str) -> "gguf.GGMLQuantizationType":
-    from gguf import GGMLQuantizationType
-
-    return GGMLQuantizationType[name]
+    return gguf
 
 
 SAME = "same"

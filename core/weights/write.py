@@ -138,13 +138,13 @@ def write_file(
     written: dict[str, TensorInfo] = {}
     with _unfinished(path) as file:
         file.write(header)
+        advance(len(header))
         for name, tensor in content:
             written[name] = TensorInfo(tensors[name].dtype, tuple(tensor.shape))
             if tensor.dtype == torch.uint8 and tensors[name].dtype in formats.PACKINGS:
                 written[name] = tensors[name]  # blocks, whose shape is that of the numbers
             assert formats.layout(tensors[name])[0] == tensor.dtype, f"{name} is not what was planned"
-            file.write(b"\0" * (-file.tell() % container.alignment))
-            for piece in _pieces(tensor):
+            for piece in (memoryview(b"\0" * (-file.tell() % container.alignment)), *_pieces(tensor)):
                 file.write(piece)
                 advance(len(piece))
         assert list(written) == list(tensors), "all that was planned is written, in its order"
