@@ -186,7 +186,7 @@ class _Planner:
     def _is_quantised(self, piece: Piece) -> bool:
         return (
             self.target.planes is not None
-            and self.export.is_quantised(piece.official)
+            and self.export.is_quantised(piece.official, self.target.all_linears)
             and self.target.takes(piece.shape)
             and not self._is_kept(piece)
         )
@@ -197,7 +197,7 @@ class _Planner:
 
     def _check(self) -> None:
         where, file = f"{self.identity.family} {self.identity.variant}", self.checkpoint.path.name
-        known = [name for pair in self.identity.names.items() for name in pair]
+        known = list(dict.fromkeys(name for pair in self.identity.names.items() for name in pair))
         if unused := [pattern for pattern in self.wish.keep if not any(fits(name, (pattern,)) for name in known)]:
             raise ValueError(
                 f"{file} has no tensor that fits --keep {' '.join(unused)}: names are such as {', '.join(known[:4])}"
