@@ -91,8 +91,3 @@ def stated_shapes(checkpoint: Checkpoint, identity: Identity) -> dict[str, tuple
         for official, file in identity.names.items()
         if formats.companion(official) is None
     }
-
-
-def same_names(name: str, paths: Iterable[str], prefix: str = "") -> Spelling:
-    """Return a spelling that calls every module as the official one does."""
-    return Spelling(name=name, table={path: path for path in paths}, prefix=prefix)
