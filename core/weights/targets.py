@@ -98,7 +98,8 @@ class Target:
     never larger. Without them no layer is quantised. `takes` says whether a weight of a shape can be in this format,
     and `unit` which layers, by path, are made together: those for which it returns the same.
     `dtype` is what every other tensor of floating point numbers is stored as; None leaves them what they are but for
-    float32, of which only what is computed in it remains. `marks` are tensors that tell of the format, once per file.
+    float32, of which only what is computed in it remains. `marks` are tensors that tell of the format, once per file,
+    and `facts` go into the metadata of its `container`.
     `all_linears` is whether it is for readers that keep no linear layer precise beside those that are quantised.
     `is_narrow` is whether a number has 8 bits or fewer; `check` raises ValueError for what is not installed.
     """
