@@ -297,6 +297,8 @@ def test_edit_models_stay_edit_models(folder: Path, tmp_path: Path) -> None:
             has_mark = "__index_timestep_zero__" in open_checkpoint(made).tensors
             if spelling == "comfyui" or target.startswith("gguf"):
                 assert has_mark == (variant == "edit-2511"), "what ComfyUI tells it by"
+            else:
+                assert has_mark == (source is by_mark and spelling is None), "diffusers knows no such tensor"
             made.unlink()
     said = convert(folder / "qwen_image_bf16.safetensors", out / "a.safetensors", Wish(), str, variant="edit")
     assert identified(said).variant == "edit"

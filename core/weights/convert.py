@@ -278,9 +278,11 @@ class _Planner:
         dropped = []
         for file in self.identity.ignored:
             inner, info = file.removeprefix(self.identity.prefix), self.checkpoint.tensors[file]
-            is_marker, holds = inner == formats.SCALED_MARKER, info.dtype in FLOATS or not self.is_gguf
+            is_marker, holds = inner == formats.SCALED_MARKER, FLOATS if self.is_gguf else formats.DTYPES
             is_own = not self.is_respelled or fits(inner, (*self.export.carried, *self.export.marks))
-            if holds and (self.wish.target == SAME if is_marker else is_own):
+            if inner in self.export.marks and self.wish.spelling is not None:
+                is_own = self._wants(self.export.marks[inner])
+            if info.dtype in holds and (self.wish.target == SAME if is_marker else is_own):
                 as_float = self.target.dtype if info.dtype in FLOATS else None
                 name = (self.prefix if file.startswith(self.identity.prefix) else "") + inner
                 files[name], outputs[name] = file, TensorInfo(as_float or info.dtype, info.shape)
