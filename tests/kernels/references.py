@@ -36,3 +36,9 @@ def norm_rotate(x: Tensor, constants: tuple[Tensor, float], rope: tuple[Tensor, 
     cos, sin = (table.double()[:, None] for table in rope)
     even, odd = pairs.unbind(-1)
     return (torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2),)
+
+
+def norm_silu_into(x: Tensor, weight: Tensor, out: Tensor) -> Reference:
+    x = x.double()
+    normed = x / x.square().sum(1, keepdim=True).sqrt() * len(weight) ** 0.5 * weight.double()
+    return (normed * normed.sigmoid(),)

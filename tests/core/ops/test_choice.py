@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 from wanqwen import kernels
-from wanqwen.core.ops import choice
+from wanqwen.core.ops import proof
 from wanqwen.core.ops.choice import EXACT, Ops, choose, proven
 from wanqwen.core.ops.trials import TRIALS
 from wanqwen.core.types import FastPaths
@@ -17,9 +17,9 @@ NAMES = [field.name for field in fields(Ops)]
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    choice.verdict.cache_clear()
+    proof.verdict.cache_clear()
     yield
-    choice.verdict.cache_clear()
+    proof.verdict.cache_clear()
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, name: str, kernel) -> None:
