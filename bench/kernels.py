@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,10 +65,8 @@ def _on_a_card(tokens: Tokens, dtype: torch.dtype, options: argparse.Namespace) 
             continue
         for trial in trials:
             arguments = trial.arguments(tokens, dtype, device)
-            fused, eager = (
-                card_seconds(lambda call=call: trial.run(call, arguments), device, options.rounds)  # noqa: B023
-                for call in (found.kernel, trial.eager)
-            )
+            calls = (partial(trial.run, call, arguments) for call in (found.kernel, trial.eager))
+            fused, eager = (card_seconds(call, device, options.rounds) for call in calls)
             least = trial.moved_bytes(arguments, trial.run(found.kernel, arguments)) / bandwidth
             mark = "" if fused <= AIM * least else f", above the aim of {AIM}"
             lines.append(

@@ -49,13 +49,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--emulate", action="store_true")
     options = parser.parse_args()
-    with _kernels_anywhere(options.emulate):
-        for name, run, rate in (_clips(options.count, options.seed), _cards(options.count, options.seed)):
+    with kernels_anywhere(options.emulate):
+        for name, run, rate in (clip_runs(options.count, options.seed), card_runs(options.count, options.seed)):
             _compare(f"{name}, {options.precision}", run, rate, options.count, PRECISIONS[options.precision])
 
 
 @contextmanager
-def _kernels_anywhere(emulated: bool) -> Iterator[None]:
+def kernels_anywhere(emulated: bool) -> Iterator[None]:
     """Let runs take kernels on the CPU too, or what stands for them."""
 
     def chosen(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
@@ -102,7 +102,7 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     return float(20 * torch.log10(span / error.clamp_min(1e-20)))
 
 
-def _clips(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
+def clip_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
     pipeline, prompts = clips.Pipeline(), clips.unseen_prompts(count, seed)
     model = pipeline.model
 
@@ -116,7 +116,7 @@ def _clips(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], fl
     return "clips", run, rate
 
 
-def _cards(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
+def card_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
     pipeline, wishes = cards.Pipeline(), cards.unseen_prompts(count, seed)
     model = pipeline.writer
 
