@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ..core.memory.pinned import HostBuffer
 from ..core.memory.slab import Loaded
+from ..core.types import Family
 from ..core.weights.assemble import Weights, prepare
 from ..core.weights.reader import open_checkpoint
 from ..families import identify
@@ -64,16 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(json.dumps(measured(WAYS[way], Path(file), options.cold)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = write_random(Path(folder) / "wan2.1_t2v_1.3B_bf16.safetensors")
+        path = write_random(Path(folder) / "wan2.1_t2v_1.3B_bf16.safetensors", shapes_of(WAN, WAN_1_3B))
         (path.parent / "config.json").write_text(json.dumps(CONFIG))
         ways = ["mapped", "slabs", "floor", *([options.against] if options.against else [])]
         sys.stdout.write(report(path, compared(path, ways, options.rounds, options.cold)))
 
 
-def write_random(path: Path) -> Path:
-    """Write a bf16 file with the names and shapes of the model and small random numbers."""
+def shapes_of(family: Family, config: object) -> dict[str, list[int]]:
+    """Return a model's tensors by their official names."""
     with torch.device("meta"):
-        shapes = {name: list(tensor.shape) for name, tensor in WAN.build(WAN_1_3B).state_dict().items()}
+        return {name: list(tensor.shape) for name, tensor in family.build(config).state_dict().items()}
+
+
+def write_random(path: Path, shapes: Mapping[str, list[int]]) -> Path:
+    """Write a bf16 file of these tensors, with small random numbers."""
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
