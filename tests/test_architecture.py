@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_OURS = {"tests", "build"}
 
 FAMILY = (
-    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity"),
+    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity", "core/weights/vocabulary"),
     *("core/conditioning", "core/memory/trace", "core/past", "core/picture", "core/text", "core/types"),
 )
 # Layer (the longest name that fits a module) -> the layers below, which it may import. A layer may import itself.
