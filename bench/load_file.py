@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,15 +34,14 @@ from torch import Tensor, nn
 
 from ..core.memory.pinned import HostBuffer
 from ..core.memory.slab import Loaded
-from ..core.types import Family
 from ..core.weights.assemble import Weights, prepare
 from ..core.weights.reader import open_checkpoint
 from ..families import identify
+from .files import shapes_of, write_random
 from .models import WAN, WAN_1_3B
 
 PAGE = 4096
 FLOOR_PIECE = 4 << 20  # bytes: the fastest here, of 256 KiB to 64 MiB
-PATTERN = 1 << 22  # numbers that are made; the file repeats them
 ROUNDS = 5
 Row = tuple[float, float, int]  # seconds on the clock, seconds of work, bytes of RAM
 CONFIG = {
@@ -69,30 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (path.parent / "config.json").write_text(json.dumps(CONFIG))
         ways = ["mapped", "slabs", "floor", *([options.against] if options.against else [])]
         sys.stdout.write(report(path, compared(path, ways, options.rounds, options.cold)))
-
-
-def shapes_of(family: Family, config: object) -> dict[str, list[int]]:
-    """Return a model's tensors by their official names."""
-    with torch.device("meta"):
-        return {name: list(tensor.shape) for name, tensor in family.build(config).state_dict().items()}
-
-
-def write_random(path: Path, shapes: Mapping[str, list[int]]) -> Path:
-    """Write a bf16 file of these tensors, with small random numbers."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    pattern = torch.randn(PATTERN, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
-    content = memoryview(pattern.view(torch.uint8).numpy())
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for begin in range(0, end, len(content)):
-            file.write(content[: end - begin])
-    return path
 
 
 def compared(path: Path, ways: Sequence[str], rounds: int, is_cold: bool) -> dict[str, list[Row]]:

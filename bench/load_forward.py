@@ -30,7 +30,7 @@ from ..core.weights.keymap import Renamer
 from ..loading import load_model
 from ..qwen_image.config import PATCH, QwenImageConfig
 from ..wan.keymap import DIFFUSION_MODEL_SPELLINGS
-from .load_file import shapes_of, write_random
+from .files import shapes_of, write_random
 from .models import QWEN_IMAGE, WAN, WAN_1_3B
 
 DTYPE = torch.bfloat16
