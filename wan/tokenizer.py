@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.text import Reader, Tokens, download, fast_tokenizer, read_tokenizer_json
 from ..core.types import Checkpoint
-from ..core.weights.vocabulary import BYTE, Vocabulary, read_vocabulary
+from ..core.weights.vocabulary import BYTE, UNKNOWN, Vocabulary, read_vocabulary
 from .config import TEXT_LEN
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,8 @@ def _lacking(vocabulary: Vocabulary) -> str | None:
         return f"it is of the kind {vocabulary.kind}, expected t5"
     if not vocabulary.scores:
         return "it has no scores"
+    if vocabulary.types.count(UNKNOWN) != 1:
+        return "it has not one token for what is unknown"
     if vocabulary.charsmap is None:
         return "it lacks the table that makes characters alike, precompiled_charsmap"
     return None if has_sentencepiece() else "that needs the package sentencepiece: `pip install sentencepiece`"

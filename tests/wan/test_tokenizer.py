@@ -294,6 +294,7 @@ def test_the_sentencepiece_model_of_a_gguf_file_has_what_the_original_says(tmp_p
         ({"tokenizer.ggml.precompiled_charsmap": None}, "lacks the table .* precompiled_charsmap"),
         ({"tokenizer.ggml.precompiled_charsmap": ["A", "A"]}, "lacks the table .* precompiled_charsmap"),
         ({"tokenizer.ggml.scores": None}, "has no scores"),
+        ({"tokenizer.ggml.token_type": None}, "has not one token for what is unknown"),
         ({"tokenizer.ggml.model": "llama"}, "of the kind llama, expected t5"),
     ],
 )
