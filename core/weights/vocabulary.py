@@ -45,6 +45,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     for file in sorted(set(checkpoint.location.values())):
         found |= read_lists(file, [PREFIX + name for name in LISTS])
     tokens, types, scores, merges, charsmap = (found.get(PREFIX + name, ()) for name in LISTS)
+    types = types or (NORMAL,) * len(tokens)
     right = (
         all(isinstance(text, str) for text in (*tokens, *merges))
         and all(type(kind) is int and NORMAL <= kind <= BYTE for kind in types)
