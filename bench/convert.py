@@ -24,8 +24,8 @@ from pathlib import Path
 from ..conversion import convert
 from ..core.weights.convert import Wish
 from ..core.weights.targets import TARGETS
-from .load_file import write_random
-from .models import WAN_1_3B
+from .files import shapes_of, write_random
+from .models import WAN, WAN_1_3B
 
 DEFAULT_TARGETS = ("fp16", "fp8_scaled", "int8", "gguf_q8_0")
 DEFAULT_LAYERS = (10, 30)
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for layers in options.layers:
-            path = write_random(Path(folder) / "source.safetensors", replace(WAN_1_3B, num_layers=layers))
+            shapes = shapes_of(WAN, replace(WAN_1_3B, num_layers=layers))
+            path = write_random(Path(folder) / "source.safetensors", shapes)
             size = path.stat().st_size
             for target in (COPY, *options.targets):
                 out = path.with_name(f"out{'.gguf' if target.startswith('gguf') else '.safetensors'}")

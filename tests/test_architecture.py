@@ -13,6 +13,7 @@ NOT_OURS = {"tests", "build"}
 
 FAMILY = (
     *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity", "core/weights/export"),
+    "core/weights/vocabulary",
     *("core/conditioning", "core/memory/trace", "core/past", "core/picture", "core/text", "core/types"),
 )
 # Layer (the longest name that fits a module) -> the layers below, which it may import. A layer may import itself.
