@@ -56,10 +56,11 @@ ALLOWED = {
     "nodes": ("downloads", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
     "bench": ("plans", "conversion", "loading", "families", "wan", "qwen_image", "core", "kernels"),
-    "__main__": (
+    "commands": (
         *("downloads", "demo", "doctor", "plans", "loading", "families", "inspection", "conversion", "media"),
         *("wan", "qwen_image", "core"),
     ),
+    "__main__": (),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}
@@ -69,7 +70,7 @@ HEAVY = {
     *("transformers", "accelerate", "tokenizers", "sentencepiece", "huggingface_hub", "ftfy", "av", "PIL"),
     *("triton", "diffusers", "gguf", "cupy", "sageattention", "flash_attn", "xformers", "bitsandbytes"),
 }
-TALKS_TO_A_TERMINAL = {"__main__", "demo", "bench"}
+TALKS_TO_A_TERMINAL = {"__main__", "commands", "demo", "bench"}
 SERVES_ALL = ("core/sampling", "core/memory", "core/ops", "core/text", "core/picture", "core/conditioning")
 FAMILY_NAME = re.compile(r"(?<![a-z])wan(?!t)|qwen|umt5|lightning", re.IGNORECASE)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 500, 80, 8
