@@ -1,8 +1,9 @@
 """What workflows that people saved rely on: node ids, inputs and their order."""
 
-import asyncio
 import json
 from pathlib import Path
+
+from .texts import all_schemas
 
 SNAPSHOT = Path(__file__).parents[1] / "fixtures" / "schema_snapshot.json"
 
@@ -15,11 +16,6 @@ def slots(schema) -> dict[str, list[list[str]]]:
         "optional": [[slot.id, slot.type] for slot in inputs if slot.options.get("optional")],
         "outputs": [[slot.options["display_name"], slot.type] for slot in schema.outputs],
     }
-
-
-def all_schemas(nodes) -> list:
-    listed = asyncio.run(nodes.Extension().get_node_list())
-    return [node.define_schema() for node in listed]
 
 
 def test_nobody_s_workflow_breaks(nodes):
