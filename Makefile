@@ -1,7 +1,8 @@
 # make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
 # make test-oldest   the tests of the encoders with the oldest transformers that the pack takes
-# Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
+# make test-requirements   whether pip finds our requirements and ComfyUI's together; needs a package index, takes minutes
+# All set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements-dev.txt)
 OLDEST_TRANSFORMERS := $(shell sed -n 's/^transformers>=/transformers==/p' requirements.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-oldest setup clean
+.PHONY: demo test test-oldest test-requirements setup clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m wanqwen demo
@@ -27,6 +28,9 @@ test-oldest: $(READY)
 	@$(PIP) install --upgrade --target $(VENV)/oldest $(OLDEST_TRANSFORMERS)
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/pytest -q tests/wan/test_text_encoder.py tests/wan/test_image_encoder.py \
 	  tests/qwen_image/test_text_encoder.py
+
+test-requirements: $(READY)
+	$(VENV)/bin/pytest -q tests/test_requirements.py --resolve
 
 setup: $(READY)
 

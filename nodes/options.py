@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..core.types import SOURCES, MemoryOptions, ModelHandle
 from ..plans import GIB, plan_here
-from .types import CATEGORY, WanModel, check_choice, tell, verdict
+from .types import CATEGORY, WanModel, check_choice, found_by, tell, verdict
 
 AUTO = "auto"
 PLANNED = -1
@@ -22,6 +22,7 @@ class BlockSwap(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenBlockSwap",
             display_name="Block Swap (WanQwen)",
+            **found_by("offload", "low vram", "out of memory", "oom", "memory"),
             category=CATEGORY,
             description="Models larger than the card run without this node: the sampler plans which blocks stay on the "
             "card and which stream in while others compute. Here any part of that plan can be fixed by hand, and with "

@@ -1,6 +1,7 @@
 """What workflows that people saved rely on: node ids, inputs and their order."""
 
 import json
+import sys
 from pathlib import Path
 
 from .texts import all_schemas
@@ -56,3 +57,19 @@ def test_defaults_are_within_their_own_limits(nodes):
                 assert options["min"] <= default <= options["max"], (schema.node_id, slot.id)
             elif slot.type == "COMBO" and default is not None:
                 assert default in options["options"], (schema.node_id, slot.id)
+
+
+def test_every_node_is_found_by_other_words_where_comfyui_can(nodes, monkeypatch):
+    """Its older versions refuse the argument, so theirs go without."""
+    assert not any(hasattr(schema, "search_aliases") for schema in all_schemas(nodes))
+    older = sys.modules["comfy_api.latest"].io.Schema
+
+    def newer(*, search_aliases: list[str], **facts):
+        schema = older(**facts)
+        schema.search_aliases = search_aliases
+        return schema
+
+    monkeypatch.setattr(sys.modules["comfy_api.latest"].io, "Schema", newer)
+    for schema in all_schemas(nodes):
+        assert len(schema.search_aliases) >= 2, schema.node_id
+        assert schema.display_name.lower() not in schema.search_aliases
