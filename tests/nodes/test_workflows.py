@@ -138,15 +138,21 @@ FOLDERS = {
 
 
 @each_workflow
-def test_a_note_says_which_files_go_where(path: Path):
+def test_it_says_which_files_go_where(path: Path):
+    """In a note, and to the editor, which offers to download those that are missing."""
     workflow = read(path)
     [note] = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES]
-    files = [(FOLDERS[n["type"]], n["widgets_values"][0]) for n in workflow["nodes"] if n["type"] in FOLDERS]
-    for folder, file in files:
+    for node in workflow["nodes"]:
+        if node["type"] not in FOLDERS:
+            continue
+        folder, file = FOLDERS[node["type"]], node["widgets_values"][0]
         if path.stem.startswith("demo_"):
             assert file.startswith("demo/")
-        else:
-            assert f"| `models/{folder}` | [{file}](https://huggingface.co/" in note and f"/{file})" in note, file
+            continue
+        [offer] = node["properties"]["models"]
+        assert (offer["name"], offer["directory"]) == (file, folder)
+        assert offer["url"].startswith("https://huggingface.co/") and offer["url"].endswith(f"/{file}")
+        assert f"| `models/{folder}` | [{file}]({offer['url']})" in note
 
 
 @each_workflow
