@@ -9,7 +9,7 @@ from .texts import LANGUAGES, LISTS, ROOT, all_schemas, english, lists, locale, 
 WRITE = "run .venv/bin/python -m wanqwen.tests.nodes.texts"
 MEANT_BY_THE_EDITOR = re.compile(r"[{}@|]")  # the editor's message format reads these as its own
 SCRIPTS = {"zh": re.compile(r"[\u4e00-\u9fff]"), "ja": re.compile(r"[\u3040-\u30ff]"), "fr": re.compile(r"[a-zà-ÿ]{2}")}
-QUOTED = re.compile(r"^- \*(.+?)\*(?::|：| :)", re.MULTILINE)  # a message, at the head of what it means
+QUOTED = re.compile(r"^- \*(?!\*)(.+?)\*(?::|：| :)", re.MULTILINE)  # a message, at the head of what it means
 
 translated = pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])
 documented = pytest.mark.parametrize("language", LISTS)
@@ -34,6 +34,18 @@ def test_every_name_and_tooltip_is_translated(nodes, language):
             assert all(texts[kind][name]["name"].strip() for name in texts[kind]), schema.node_id
         for text, said in pairs:
             assert text != said and SCRIPTS[language].search(text), f"{schema.node_id}: {text or said}"
+
+
+@translated
+def test_tooltips_call_inputs_as_they_are_shown(nodes, language):
+    """By their translated names, not by ids, which the editor does not show."""
+    for node_id, texts in locale(language).items():
+        hidden = [name for name, said in texts["inputs"].items() if "_" in name and said["name"] != name]
+        for said in texts["inputs"].values():
+            assert not [name for name in hidden if re.search(rf"\b{name}\b", said["tooltip"], re.ASCII)], (
+                node_id,
+                said,
+            )
 
 
 @translated
