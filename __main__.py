@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
 from .core.types import SOURCES, Conditioning, MemoryOptions, ModelHandle, SampleRequest
+from .downloads import command
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     _plan_arguments(commands.add_parser("plan", help="what a run takes of a card, from the model's header alone"))
+    command.add_arguments(commands.add_parser("download", help="fetch published files into ComfyUI's models folder"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:

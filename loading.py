@@ -13,6 +13,7 @@ from .core.weights.assemble import assemble, check_formats
 from .core.weights.identity import own_metadata
 from .core.weights.lora import Fit, LoraFile, fit, is_lora, read_names
 from .core.weights.reader import open_checkpoint, read_tensors
+from .downloads.catalog import set_with
 from .families import family as family_of
 from .families import (
     family_of_lora,
@@ -88,7 +89,7 @@ def with_lora(
     Nothing but its header is read. It works in the steps from the share `start` of the schedule up to the share `end`.
     Raises ValueError for a file that is none, or that is made for another model.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open(path)
     name, known = checkpoint.path.name, handle.family
     if not is_lora(checkpoint):
         raise ValueError(
@@ -195,6 +196,17 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None, devic
     return ImageEncoder(checkpoint, identity, dtype=dtype, placement=Placement(device=where))
 
 
+def _open(path: str | Path) -> Checkpoint:
+    """Open a checkpoint; if a published one is missing, say how to get it."""
+    path = Path(path)
+    if not path.exists() and set_with(path.name):
+        raise ValueError(
+            f"{path} does not exist: check the path, or fetch the file with `python -m wanqwen download {path.name} "
+            "--to DIR`"
+        )
+    return open_checkpoint(path)
+
+
 def _device(what: str, name: str) -> torch.device:
     if name not in ("auto", "cpu", "gpu"):
         raise ValueError(f"{what} device is {name!r}: choose auto, cpu or gpu.")
@@ -202,7 +214,7 @@ def _device(what: str, name: str) -> torch.device:
 
 
 def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open(path)
     identity = identify(checkpoint)
     if identity.role != role:
         raise ValueError(

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .clips import ContinueClip, JoinClips
 from .decode import InpaintLatent, VAEDecode, VAEEncode
+from .download import Download
 from .load import (
     LoadQwenImageModel,
     LoadQwenImageTextEncoder,
@@ -46,6 +47,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanVideoToVideo,
     WanVACE,
     LoRA,
+    Download,
 )
 
 

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.weights.reader import GGUF, PICKLES, SAFETENSORS
+from ..downloads.catalog import set_with
 from ..loading import DEMO_FOLDER
 from ..wan.family import LATENT_FORMAT
 
@@ -97,7 +98,11 @@ def find_file(folder: str, name: str) -> Path:
     if name in _bundled(folder) and _demo_path(name).is_file():
         return _demo_path(name)
     places = " or ".join(folder_paths.get_folder_paths(folder))
-    raise ValueError(f"{name} was not found: put the file into {places} and press R to refresh, or choose another.")
+    known = set_with(name.replace("\\", "/").rpartition("/")[2])
+    hint = f" The node Download (WanQwen) can fetch it: it belongs to {known.title!r}." if known else ""
+    raise ValueError(
+        f"{name} was not found: put the file into {places} and press R to refresh, or choose another.{hint}"
+    )
 
 
 def file_stamp(folder: str, name: str | None) -> str:

@@ -45,14 +45,18 @@ ALLOWED = {
     "qwen_image": FAMILY,
     "qwen_image/family": (*FAMILY, "qwen_image", "wan/vae"),  # the same VAE in the world too
     "families": ("wan", "qwen_image", "core/weights/lora", "core/types"),
-    "loading": ("families", "wan", "qwen_image", "core"),
+    "loading": ("downloads", "families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
     "plans": ("wan", "qwen_image", "core"),
     "media": ("core/host",),
-    "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "downloads": (),
+    "nodes": ("downloads", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
     "bench": ("plans", "loading", "families", "wan", "qwen_image", "core"),
-    "__main__": ("demo", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "__main__": (
+        *("downloads", "demo", "plans", "loading", "families", "inspection", "media"),
+        *("wan", "qwen_image", "core"),
+    ),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}

@@ -90,7 +90,7 @@ def test_no_help_page_is_of_a_node_that_is_gone(nodes):
 @documented
 def test_help_pages_quote_messages_that_exist(nodes, language):
     """What goes wrong is headed by words of the message that says so."""
-    folders = ("nodes", "wan", "qwen_image", "core")
+    folders = ("nodes", "wan", "qwen_image", "core", "downloads")
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line

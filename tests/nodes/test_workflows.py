@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wanqwen.downloads.catalog import SETS
 from wanqwen.tests.comfy.convert import NOTES, to_prompt
 
 from .texts import ROOT, all_schemas
@@ -130,6 +131,7 @@ def pairs(boxes: list) -> Iterator[tuple]:
     return ((a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+PUBLISHED = {file.name: file for known in SETS for file in known.files}  # what Download (WanQwen) fetches
 FOLDERS = {
     "WanQwenLoadWanModel": "diffusion_models", "WanQwenLoadQwenImageModel": "diffusion_models", "WanQwenLoRA": "loras",
     "WanQwenLoadWanTextEncoder": "text_encoders", "WanQwenLoadQwenImageTextEncoder": "text_encoders",
@@ -153,6 +155,8 @@ def test_it_says_which_files_go_where(path: Path):
         assert (offer["name"], offer["directory"]) == (file, folder)
         assert offer["url"].startswith("https://huggingface.co/") and offer["url"].endswith(f"/{file}")
         assert f"| `models/{folder}` | [{file}]({offer['url']})" in note
+        if listed := PUBLISHED.get(file):
+            assert offer["url"] == f"https://huggingface.co/{listed.repo}/resolve/main/{listed.path}"
 
 
 @each_workflow
