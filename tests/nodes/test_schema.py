@@ -23,7 +23,9 @@ def test_nobody_s_workflow_breaks(nodes):
     """Required inputs are frozen; optional inputs and outputs may only be added at the end, new nodes at will."""
     found = {schema.node_id: slots(schema) for schema in all_schemas(nodes)}
     for node_id, saved in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items():
-        assert node_id in found, f"{node_id} is gone"
+        # Newer versions of ComfyUI move workflows on to another node: ComfyAPI().node_replacement.register(
+        # io.NodeReplace(old_node_id=..., new_node_id=..., input_mapping=...)) in Extension.on_load.
+        assert node_id in found, f"{node_id} is gone: keep it, for the versions that know no replacements"
         now = found[node_id]
         assert now["required"] == saved["required"], node_id
         for kind in ("optional", "outputs"):
