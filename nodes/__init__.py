@@ -14,7 +14,7 @@ from .load import (
     LoadWanVAE,
 )
 from .lora import LoRA
-from .options import BlockSwap
+from .options import BlockSwap, ChooseFastPaths
 from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
@@ -48,6 +48,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanVACE,
     LoRA,
     Download,
+    ChooseFastPaths,
 )
 
 

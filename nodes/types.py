@@ -105,12 +105,17 @@ def find_file(folder: str, name: str) -> Path:
     )
 
 
-def file_stamp(folder: str, name: str | None) -> str:
-    """Return what changes when a file is replaced by another of the same name, so that its loader runs again."""
+def file_stamp(folder: str, name: str | None, beside: str | None = None) -> str:
+    """Return what changes when a file is replaced by another of the same name, so that its loader runs again.
+
+    Likewise for a file `beside` it, if that is there.
+    """
     if name is None:  # the dropdown is fed by a link
         return ""
-    facts = find_file(folder, name).stat()
-    return f"{facts.st_size} {facts.st_mtime_ns}"
+    file = find_file(folder, name)
+    files = [file] if beside is None else [file, file.with_name(beside)]
+    found = [one.stat() for one in files if one.is_file()]
+    return " ".join(f"{facts.st_size} {facts.st_mtime_ns}" for facts in found)
 
 
 def check_file(folder: str, name: str | None) -> str | None:
