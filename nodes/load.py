@@ -17,6 +17,7 @@ from .types import (
     check_file,
     file_stamp,
     find_file,
+    found_by,
     list_files,
     tell,
     verdict,
@@ -41,6 +42,7 @@ class LoadWanModel(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanModel",
             display_name="Load Wan Model",
+            **found_by("wan model loader", "unet loader", "diffusion model", "load checkpoint", "gguf"),
             category=CATEGORY,
             description="Opens a Wan 2.1 model: of text, of pictures or VACE. The weights are read when the sampler "
             "first runs.",
@@ -87,6 +89,7 @@ class LoadWanTextEncoder(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanTextEncoder",
             display_name="Load Wan Text Encoder",
+            **found_by("umt5", "t5", "clip loader", "text encoder loader"),
             category=CATEGORY,
             description="Opens the text encoder of Wan (UMT5-XXL). The weights are read when a new prompt comes; "
             "prompts seen before cost nothing.",
@@ -125,6 +128,7 @@ class LoadWanVAE(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanVAE",
             display_name="Load Wan / Qwen-Image VAE",
+            **found_by("vae loader", "load vae"),
             category=CATEGORY,
             description="Opens the VAE of Wan 2.1 or of Qwen-Image. ComfyUI's own VAE nodes can use it as well.",
             inputs=[
@@ -166,6 +170,7 @@ class LoadWanImageEncoder(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanImageEncoder",
             display_name="Load Wan Image Encoder",
+            **found_by("clip vision loader", "clip_vision_h", "image encoder"),
             category=CATEGORY,
             description="Opens the image encoder of Wan's image-to-video models (CLIP ViT-H). The weights are read "
             "when a new picture comes; pictures seen before cost nothing. ComfyUI's CLIP Vision Encode can use it.",
@@ -218,6 +223,7 @@ class LoadQwenImageModel(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadQwenImageModel",
             display_name="Load Qwen-Image Model",
+            **found_by("qwen model loader", "unet loader", "diffusion model", "gguf"),
             category=CATEGORY,
             description="Opens a Qwen-Image model: text to image, or one of the Edit models. The weights are read when "
             "the sampler first runs.",
@@ -281,6 +287,7 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadQwenImageTextEncoder",
             display_name="Load Qwen-Image Text Encoder",
+            **found_by("qwen2.5-vl", "clip loader", "text encoder loader"),
             category=CATEGORY,
             description="Opens the text encoder of Qwen-Image (Qwen2.5-VL-7B), which also looks at the pictures of an "
             "edit. The weights are read when a new prompt comes; prompts seen before cost nothing.",

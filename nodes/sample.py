@@ -16,7 +16,7 @@ from ..core.sampling.sample import SampleError
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, ModelHandle, SampleRequest
 from ..families import FAMILIES
-from .types import CATEGORY, WanModel, check_choice, clip_of, tell, verdict
+from .types import CATEGORY, WanModel, check_choice, clip_of, found_by, tell, verdict
 
 NOISE_DEVICES = ("cpu", "gpu")
 TO_THE_END = 10000  # as in ComfyUI's advanced sampler
@@ -34,6 +34,7 @@ class Sampler(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenSampler",
             display_name="Sampler (WanQwen)",
+            **found_by("ksampler", "sample", "generate", "denoise", "steps", "cfg"),
             category=CATEGORY,
             description="Makes the picture or video, as latents: starts from noise and takes it towards the prompt "
             "step by step.",

@@ -34,6 +34,7 @@ if "wanqwen" not in sys.modules:
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add our options where the plugin is not installed; then write `--goldens=DIR`, in one word."""
+    parser.addoption("--resolve", action="store_true", help="wanqwen: ask pip whether our requirements fit ComfyUI's")
     if not pluginmanager.has_plugin(PLUGIN):
         from wanqwen.tests.goldens import plugin
 

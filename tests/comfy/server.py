@@ -105,9 +105,12 @@ class Server:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def get(self, path: str) -> Any:
+    def fetch(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.fetch(path))
 
     def post(self, path: str, content: dict[str, Any]) -> tuple[int, Any]:
         """Return the status and the answer, also of a refusal."""

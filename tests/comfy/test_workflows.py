@@ -59,7 +59,9 @@ def test_workflow_without_its_files_names_them(server, object_info, name):
     status, answer = server.post("/prompt", {"prompt": prompt})
     assert status == 400
     problems = {node: error["errors"][0]["details"] for node, error in answer["node_errors"].items()}
-    assert set(problems) == {node for node in prompt if prompt[node]["class_type"].startswith("WanQwenLoad")}
+    assert set(problems) == {
+        node for node in prompt if prompt[node]["class_type"].startswith("WanQwen") and "file" in prompt[node]["inputs"]
+    }
     for node, details in problems.items():
         assert prompt[node]["inputs"]["file"] in details and "was not found: put the file into" in details
 
