@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import formats
-from ..ops.gguf_blocks import ELEMENTS_AT_ONCE
-from ..ops.gguf_blocks import PACKINGS
+from ..ops.gguf_blocks import ELEMENTS_AT_ONCE, PACKINGS
 from ..types import TensorInfo
 from .write import GGUF, SAFETENSORS, Container
 
