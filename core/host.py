@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,7 +117,63 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def make_room(nbytes: int, where: torch.device) -> None:
     """Ask ComfyUI to unload other models until `nbytes` are free on the device."""
     if management := _comfy("model_management"):
-        management.free_memory(nbytes, where)
+        listed = getattr(management, "current_loaded_models", ())
+        ours = [entry for entry in listed if getattr(entry.model, "is_needed_by_wanqwen", False)]
+        management.free_memory(nbytes, where, keep_loaded=ours)
+
+
+def show_kept(nbytes: Callable[[], int], let_go: Callable[[], None]) -> None:
+    """List what is kept in RAM between runs among ComfyUI's loaded models, as long as it is anything.
+
+    ComfyUI calls `let_go` when it unloads models: because a user asked for it, or for room for another one.
+    """
+    management, patcher = _comfy("model_management"), _comfy("model_patcher")
+    if not management or not patcher or not nbytes():
+        return
+    entry = _kept_entry(patcher.ModelPatcher, nbytes, let_go)
+    if not any(model is entry for model in management.loaded_models()):
+        entry.list_in(management)
+
+
+@lru_cache(maxsize=1)
+def _kept_entry(patcher: type, nbytes: Callable[[], int], let_go: Callable[[], None]) -> Any:
+    """Return what stands for our RAM in ComfyUI's list; it holds nothing itself, and there is one of it."""
+
+    class WanQwenWeightsInRam(torch.nn.Module):
+        """The name that ComfyUI's log shows."""
+
+    class Kept(patcher):
+        is_needed_by_wanqwen = True  # to our own runs, which count on it
+        is_coming = False
+
+        def list_in(self, management: Any) -> None:
+            self.is_coming = True  # it is there already, and no room has to be made for it
+            try:
+                management.load_models_gpu([self])
+            finally:
+                self.is_coming = False
+
+        def model_size(self) -> int:
+            return 0 if self.is_coming else nbytes()
+
+        def loaded_size(self) -> int:
+            return 0  # on the device
+
+        def current_loaded_device(self) -> torch.device:
+            return self.load_device
+
+        def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+            return 0
+
+        def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+            return 0
+
+        def detach(self, unpatch_all: bool = True) -> Any:
+            if unpatch_all:  # else it is only listed anew
+                let_go()
+            return self.model
+
+    return Kept(WanQwenWeightsInRam(), load_device=device(), offload_device=torch.device("cpu"))
 
 
 def prefers_bfloat16(where: torch.device) -> bool:

@@ -28,7 +28,8 @@ def find_comfyui() -> tuple[Path, Path] | str:
     if not (home / "main.py").is_file():
         return f"no ComfyUI in {home}; COMFYUI_PATH says where one is"
     named = os.environ.get("COMFYUI_PYTHON")
-    environments = (home / ".venv", home / "venv", home.parent / ".venv", Path("~/comfyenv").expanduser())
+    environments = [folder / name for folder in (home, home.parent) for name in (".venv", "venv")]
+    environments.append(Path("~/comfyenv").expanduser())
     places = [Path(named)] if named else [folder / "bin" / "python" for folder in environments]
     for place in places:
         if place.is_file():

@@ -45,7 +45,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "model_management": {
             "get_torch_device": lambda: torch.device("cuda", 1),
             "get_free_memory": lambda where: 123,
-            "free_memory": lambda nbytes, where: state.asked.append((nbytes, where)),
+            "free_memory": lambda nbytes, where, keep_loaded: state.asked.append((nbytes, where)),
             "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
             "soft_empty_cache": lambda: state.asked.append("empty"),
             "should_use_bf16": lambda where: False,
