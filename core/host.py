@@ -107,6 +107,17 @@ def total_memory(where: torch.device) -> int:
     return torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else total_ram()
 
 
+def forget_peak(where: torch.device) -> None:
+    """Begin to watch how full a device gets."""
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+
+
+def peak(where: torch.device) -> int | None:
+    """Return the most bytes that PyTorch took of a device since then; None where nobody counts them."""
+    return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Say whether an error means that a device has no memory left, by whichever of PyTorch's ways to say it."""
     return isinstance(error, torch.OutOfMemoryError) or any(

@@ -16,6 +16,7 @@ from .memory.resident import Residency, placed
 from .memory.slab import Loaded
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
+from .report import Costs, described
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
@@ -135,6 +136,28 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
     return request, notices
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoising:
+    """A model that is open for a run: ask `denoise` for velocities, after `at` has said in which step of how many."""
+
+    there: Opened
+    denoise: Denoiser
+    at: Callable[[int], None]
+
+
+@contextmanager
+def denoising(
+    handle: ModelHandle, device: torch.device, scene: Scene, num_steps: int, tell: Callable[[str], None]
+) -> Iterator[Denoising]:
+    """Open a model for a run of so many steps, of which another loop than ours may be in charge.
+
+    A pass that runs out of memory is repeated with more blocks streaming. Raises what `opened` does.
+    """
+    with opened(handle, device, scene, tell) as there:
+        stepping = _Stepping(there, scene, device, num_steps)
+        yield Denoising(there=there, denoise=_persistent(stepping, there, tell), at=stepping.turn_to)
+
+
 def generate(
     handle: ModelHandle,
     request: SampleRequest,
@@ -143,8 +166,7 @@ def generate(
 ) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request; finished ones without their lead.
 
-    `tell` hears in words where the weights are and what becomes of the plan. A pass through the model that runs out of
-    memory is repeated with more blocks streaming.
+    `tell` hears in words what is made and how, where the weights are, what becomes of the plan, and what all took.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way, or memory does not suffice even so.
     """
@@ -159,12 +181,16 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
-    scene = scene_of(handle, request, compute_dtype(handle, device))
-    log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
-    with torch.inference_mode(), opened(handle, device, scene, tell) as there:
-        stepping = _Stepping(there, scene, device, plan.start, request.num_steps)
+    dtype = compute_dtype(handle, device)
+    scene, costs = scene_of(handle, request, dtype), Costs(device)
+    for line in described(handle, request, plan, dtype):
+        tell(line)
+    with torch.inference_mode(), denoising(handle, device, scene, request.num_steps, tell) as model:
+        there = model.there
+        model.at(plan.start)
+        costs.opened()
         guided = Guided(
-            denoise=_persistent(stepping, there, tell),
+            denoise=model.denoise,
             has_negative=len(scene.conditionings) > 1,
             interleaved=there.residency.plan.interleaved,
             combine=combination(family.guidance_patch(config)),
@@ -177,7 +203,8 @@ def generate(
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
             watch.step()
-            stepping.step = plan.start + done
+            costs.step()
+            model.at(plan.start + done)
 
         try:
             x = sample(x, plan, request.solver, guided, step_noise, on_step, hold)
@@ -186,7 +213,10 @@ def generate(
             raise
         if plan.sigmas[-1] == 0:  # a sampler that goes on needs the frames before the clip
             x = x[:, :, request.positive.lead :]
-        return latent_format.denormalise(x).cpu()
+        made = latent_format.denormalise(x).cpu()
+    for line in costs.lines():
+        tell(line)
+    return made
 
 
 def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) -> Scene:
@@ -209,10 +239,14 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
 class _Stepping:
     """The denoiser of a run, made anew when other LoRAs begin to work, as prompts keep what weights made of them."""
 
-    def __init__(self, there: Opened, scene: Scene, device: torch.device, step: int, num_steps: int):
+    def __init__(self, there: Opened, scene: Scene, device: torch.device, num_steps: int):
         self.there, self.scene, self.device = there, scene, device
-        self.step, self.num_steps = step, num_steps
+        self.step, self.num_steps = 0, num_steps
         self._denoise: Denoiser | None = None
+
+    def turn_to(self, step: int) -> None:
+        """Say which step of the whole schedule comes next."""
+        self.step = step
 
     def __call__(self, x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
         there, scene = self.there, self.scene

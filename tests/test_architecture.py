@@ -37,8 +37,20 @@ ALLOWED = {
     ),
     "core/past": ("core/host",),
     "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),
+    "core/report": (
+        *("core/planning", "core/weights", "core/memory", "core/sampling", "core/ops", "core/host", "core/types"),
+    ),
     "core/runtime": (
-        *("core/planning", "core/pace", "core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops"),
+        *(
+            "core/report",
+            "core/planning",
+            "core/pace",
+            "core/weights",
+            "core/memory",
+            "core/blocks",
+            "core/sampling",
+            "core/ops",
+        ),
         *("core/host", "core/types"),
     ),
     "wan": FAMILY,

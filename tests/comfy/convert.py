@@ -8,7 +8,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 MODEL, TEXT_ENCODER, VAE, PROMPT, SIZE, SAMPLER, DECODE, VIDEO, SAVE = map(str, range(1, 10))  # ids in our workflows
 TINY = "tiny.safetensors"  # the random checkpoint in each model folder, see conftest.py
 
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")  # the last one of newer versions
 NOTES = ("Note", "MarkdownNote")  # of the editor alone
 
 
