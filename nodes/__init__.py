@@ -13,6 +13,7 @@ from .load import (
     LoadWanVAE,
 )
 from .lora import LoRA
+from .model import ComfyModel
 from .options import BlockSwap
 from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
@@ -46,6 +47,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanVideoToVideo,
     WanVACE,
     LoRA,
+    ComfyModel,
 )
 
 
