@@ -53,7 +53,8 @@ def theirs(
     latent = torch.zeros(shape or SHAPES[handle.checkpoint.path.stem])
     noise = comfy.sample.prepare_noise(latent, 5)
     solver = comfy.samplers.sampler_object(sampler)
-    made = guider.sample(noise, latent, solver, LEVELS, callback=callback, disable_pbar=True, seed=5)
+    levels = LEVELS.clone()  # uni_pc writes into what it is given
+    made = guider.sample(noise, latent, solver, levels, callback=callback, disable_pbar=True, seed=5)
     assert not model.model.is_running and model.loaded_size() == 0
     return made.cpu()
 
