@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .tiny_decoder import open_tiny_decoder
 from .types import LatentFormat
 
 log = logging.getLogger(__name__)
@@ -247,27 +248,55 @@ class _ComfyProgress:
 
     def update(self, done: int, total: int, x0: Tensor) -> None:
         self.console.update(done, total, x0)
-        middle = x0.shape[2] // 2
-        image = self.preview(x0[:1, :, middle : middle + 1]) if self.preview else None
+        image = self._shown(x0)
         self.bar.update_absolute(done, total, image and ("JPEG", image, MAX_PREVIEW_PIXELS))
+
+    def _shown(self, x0: Tensor) -> Any | None:
+        """Return a picture of the middle of the first clip; a card that has no memory for it gets on without."""
+        try:
+            return self.preview(x0[:1, :, : x0.shape[2] // 2 + 1]) if self.preview else None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        log.warning("There is no memory for previews: the run goes on without them.")
+        self.preview = None
+        return None
 
 
 def _previewer(latent_format: LatentFormat) -> Callable[[Tensor], Any] | None:
-    """Return what makes a picture of one latent frame, or None if the user wants none or nothing can."""
+    """Return what makes a picture of the last frame of latents, or None if the user wants none or nothing can."""
     arguments, latent_preview = _comfy("cli_args"), sys.modules.get("latent_preview")
     if not arguments or arguments.args.preview_method == arguments.LatentPreviewMethod.NoPreviews:
         return None
     if latent_format.rgb:
-        return lambda frame: _picture(latent_format, frame)
+        return lambda latents: _picture(colours(latent_format, latents[:, :, -1:]))
+    wants_decoder = arguments.args.preview_method == arguments.LatentPreviewMethod.TAESD
+    if wants_decoder and (path := _tiny_decoder_file(latent_format)):
+        try:
+            decoder = open_tiny_decoder(path, device(), latent_format.channels)
+            return lambda latents: _picture(decoder.show(latents))
+        except (ValueError, OSError) as error:
+            log.warning("Previews are made without the tiny decoder: %s", error)
     known = getattr(_comfy("latent_formats"), latent_format.comfy_name, None)
     previewer = latent_preview.get_previewer(device(), known()) if known and latent_preview else None
-    return previewer and previewer.decode_latent_to_preview
+    return previewer and (lambda latents: previewer.decode_latent_to_preview(latents[:, :, -1:]))
 
 
-def _picture(latent_format: LatentFormat, frame_BCThw: Tensor) -> Any:
+def _tiny_decoder_file(latent_format: LatentFormat) -> Path | None:
+    """Return the file of a tiny decoder that a user has put into models/vae_approx, None if there is none."""
+    folders = sys.modules.get("folder_paths")
+    names = folders.get_filename_list("vae_approx") if folders else []
+    for wanted in latent_format.tiny_decoders:
+        for name in names:
+            if Path(name).name.startswith(wanted) and name.endswith(".safetensors"):
+                return Path(folders.get_full_path("vae_approx", name))
+    return None
+
+
+def _picture(image_HWC: Tensor) -> Any:
     from PIL import Image
 
-    return Image.fromarray((colours(latent_format, frame_BCThw) * 255).byte().numpy())
+    return Image.fromarray((image_HWC * 255).byte().numpy())
 
 
 def colours(latent_format: LatentFormat, frame_BCThw: Tensor) -> Tensor:
