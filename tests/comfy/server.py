@@ -19,6 +19,7 @@ from typing import Any
 START_SECONDS = 150
 JOB_SECONDS = 90
 HISTORY_SECONDS = 10
+PREVIEW = 1  # what a binary message begins with; another number says of which format its picture is
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -44,6 +45,7 @@ class Job:
     prompt_id: str
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)  # image files
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [data for name, data in self.messages if name == kind]
@@ -72,7 +74,8 @@ class Server:
         command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.port, "--base-directory", base]
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
-                [*map(str, command), "--disable-auto-launch", "--dont-print-server", "--database-url", "sqlite:///:memory:"],
+                [*map(str, command), "--disable-auto-launch", "--dont-print-server", "--preview-method", "auto",
+             "--database-url", "sqlite:///:memory:"],
                 cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=_die_with_parent,
             )  # fmt: skip
@@ -139,6 +142,8 @@ class Server:
                     job.messages.append((kind, data))
                     job.times.append(time.monotonic())
                     yield kind, data
+            elif struct.unpack(">I", message[:4])[0] == PREVIEW:
+                job.previews.append(message[8:])
 
     def run(self, prompt: dict[str, Any]) -> Job:
         """Run a prompt to its end, good or bad."""

@@ -19,7 +19,7 @@ ENDLESS = 5000  # steps
 
 
 class State(NamedTuple):
-    """What a process holds."""
+    """What a process holds. Sockets and what waits for them come and go with requests, and are left out."""
 
     megabytes: float
     threads: int
@@ -29,7 +29,7 @@ class State(NamedTuple):
 def state_of(process: int) -> State:
     facts = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     folder = Path(f"/proc/{process}/fd")
-    files = tuple(sorted(os.readlink(entry) for entry in folder.iterdir()))
+    files = tuple(target for entry in folder.iterdir() if (target := os.readlink(entry)).startswith("/"))
     return State(int(facts["VmRSS"].split()[0]) / 1024, int(facts["Threads"]), files)
 
 
@@ -46,13 +46,13 @@ def tasks(tiny, qwen, from_picture, guided, object_info) -> dict[str, dict[str, 
     cancelled[SAMPLER]["inputs"]["steps"] = ENDLESS
     controlled = guided("WanQwenWanVACE", frames=5)
     from_text = beside(copy.deepcopy(text))
-    # Those that bring in whatever a server has only after its first run of something come first.
+    # First those that bring in what a server has only after its first run of something; the fifth is the largest.
     return {
-        "demo": to_prompt(read_workflow("demo_text_to_image"), object_info),
         "both samplers": from_text,
         "video of a picture": copy.deepcopy(from_picture("example.png", OURS)),
         "edit": qwen("qwen_image_edit"),
         "controlled video": controlled,
+        "demo": to_prompt(read_workflow("demo_text_to_image"), object_info),
         "cancelled": cancelled,
         "video of text": text,
         "latent of NaN": broken,

@@ -1,9 +1,12 @@
 """Our workflows and nodes in a real ComfyUI: what a user does on a good day."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy
 import pytest
+from PIL import Image
 
 from .convert import (
     DECODE,
@@ -75,6 +78,15 @@ def test_demo_workflow_makes_a_video(server, demo):
     progress = [message for message in job.of("progress") if message["node"] == SAMPLER]
     assert [message["value"] for message in progress][-12:] == list(range(1, 13))
     assert {message["max"] for message in progress} == {12}
+    pictures = [preview(content) for content in job.previews]
+    assert len(pictures) == 12 and all(picture.shape[0] == picture.shape[1] for picture in pictures)
+    assert preview(job.previews[-1]).std() > 10, "something is to be seen in the end"
+
+
+def preview(content: bytes) -> numpy.ndarray:
+    """Return a preview as the browser shows it."""
+    with Image.open(io.BytesIO(content)) as image:
+        return numpy.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +233,5 @@ def test_block_swap_between_loader_and_sampler_changes_nothing(server, tiny):
 
 
 def pixels(file: Path) -> bytes:
-    from PIL import Image
-
     with Image.open(file) as image:
         return image.tobytes()
