@@ -30,11 +30,11 @@ def described(handle: ModelHandle, request: SampleRequest, plan: StepPlan, dtype
 
 def _steps(request: SampleRequest, plan: StepPlan) -> str:
     taken, whole = len(plan.timesteps), request.num_steps
-    part = f" of {whole}, from number {plan.start}" if taken < whole else ""
+    part = f" (numbers {plan.start + 1} to {plan.start + taken} of {whole})" if taken < whole else ""
     levels = "" if request.shift is None or request.sigmas is not None else f", shift {request.shift:g}"
     guided = "no guidance" if request.negative is None else f"guidance {_range(plan.guidance)}"
     start = "" if plan.from_noise or not request.add_noise else f", from noise level {plan.sigmas[0]:.2f}"
-    return f"{taken}{part} steps of {request.solver}{levels}{start}, {guided}"
+    return f"{taken} steps of {request.solver}{part}{levels}{start}, {guided}"
 
 
 def _range(values: Sequence[float]) -> str:
