@@ -235,11 +235,22 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def progress(total: int, label: str, latent_format: LatentFormat) -> Progress:
-    """Return where to report steps: the log, with the time left, and in ComfyUI its progress bar, with previews."""
+def progress(
+    total: int, label: str, latent_format: LatentFormat, status: Callable[[str], None] = lambda line: None
+) -> Progress:
+    """Return where to report steps: the log, with the time left, and in ComfyUI its progress bar, with previews.
+
+    `status` hears what the log does.
+    """
+
+    def write(line: str) -> None:
+        log.info(line)
+        status(line)
+
+    console = LogProgress(label, write)
     if utils := _comfy("utils"):
-        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format), LogProgress(label))
-    return LogProgress(label)
+        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format), console)
+    return console
 
 
 class _ComfyProgress:

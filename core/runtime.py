@@ -163,10 +163,12 @@ def generate(
     request: SampleRequest,
     progress: host.Progress | None = None,
     tell: Callable[[str], None] = log.info,
+    status: Callable[[str], None] = lambda line: None,
 ) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request; finished ones without their lead.
 
-    `tell` hears in words what is made and how, where the weights are, what becomes of the plan, and what all took.
+    `tell` hears in words what is made and how, where the weights are, what becomes of the plan, and what all took;
+    `status` after each step what is done and how long the rest will take, unless `progress` hears of steps instead.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way, or memory does not suffice even so.
     """
@@ -196,7 +198,7 @@ def generate(
             combine=combination(family.guidance_patch(config)),
         )
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
-        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
+        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format, status)
         first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
         watch = _Watch(there, scene, first_passes, tell)
 

@@ -112,9 +112,12 @@ class Sampler(io.ComfyNode):
             lines.append(line)
             tell(cls.hidden.unique_id, lines)
 
+        def status(line: str) -> None:
+            tell(cls.hidden.unique_id, [*lines, line])
+
         tell(cls.hidden.unique_id, lines)
         try:
-            samples = generate(model, request, tell=add)
+            samples = generate(model, request, tell=add, status=status)
             shown = tell(cls.hidden.unique_id, lines)
             return io.NodeOutput({**latent, "samples": samples}, "\n".join(lines), ui=shown)
         except SampleError as error:
