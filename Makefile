@@ -1,6 +1,6 @@
 # make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
-# make test-oldest   the tests of the encoders with the oldest transformers that the pack takes
+# make test-oldest   the tests of the encoders and of downloads with the oldest packages that the pack takes
 # Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ READY := $(VENV)/.ready
 
 TORCH := $(shell sed -n 's/^torch==//p' requirements-dev.txt)
 OLDEST_TRANSFORMERS := $(shell sed -n 's/^transformers>=/transformers==/p' requirements.txt)
+OLDEST_HUB := $(shell sed -n 's/^huggingface_hub>=/huggingface_hub==/p' requirements.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-oldest setup clean
@@ -27,6 +28,8 @@ test-oldest: $(READY)
 	@$(PIP) install --upgrade --target $(VENV)/oldest $(OLDEST_TRANSFORMERS)
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/pytest -q tests/wan/test_text_encoder.py tests/wan/test_image_encoder.py \
 	  tests/qwen_image/test_text_encoder.py
+	@$(PIP) install --upgrade --target $(VENV)/oldest-hub $(OLDEST_HUB)
+	PYTHONPATH=$(VENV)/oldest-hub $(VENV)/bin/pytest -q tests/downloads
 
 setup: $(READY)
 

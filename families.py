@@ -5,7 +5,7 @@ from math import prod
 import torch
 
 from .core.types import Checkpoint, Family, Identity, Preset
-from .core.weights.lora import Fit, LoraFile, fit, read_names
+from .core.weights.lora import Fit, LoraFile, fit, is_lora, read_names
 from .qwen_image.family import FAMILY as QWEN_IMAGE
 from .qwen_image.identify import identify as identify_qwen_image
 from .qwen_image.identify import variant_of
@@ -18,22 +18,29 @@ IDENTIFIERS = (identify_wan, identify_qwen_image)
 SHOWN = 6  # names in an error
 
 # What people put in the wrong socket: a part of a name that tells -> what it is, and what to do.
-STRANGERS = (
+PACKED = (
     (".encoded_exponent", "a DFloat11 model, which this version does not read yet"),
     (
         ".qweight",
         "a 4-bit model (SVDQuant of Nunchaku, GPTQ, AWQ), which this version does not read: use an fp8 or "
         "16-bit file, or GGUF Q4_K",
     ),
-    *((part, "a LoRA, not a model: load it with a LoRA node") for part in (".lora_", ".hada_", ".lokr_", ".diff_b")),
-    ("vace_blocks.", "the VACE half of a model alone: use a whole VACE model"),
-    ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
-    ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),
-    ("controlnet_blocks.", "a ControlNet, which this version does not read yet"),
     (
         "bitsandbytes__",
         "a 4-bit model of bitsandbytes, which this version does not read: use an fp8 or 16-bit file, or GGUF Q4_K",
     ),
+)
+LORA = "a LoRA, not a model: load it with a LoRA node"
+STRANGERS = (
+    (
+        "v.patch_embd.",
+        "the picture part (mmproj) of a language model, in a file of its own: choose the file of its text part; for "
+        "edits take Qwen2.5-VL as .safetensors, which has both",
+    ),
+    ("vace_blocks.", "the VACE half of a model alone: use a whole VACE model"),
+    ("downsamples.0.downsamples.", "a Wan 2.2 VAE: use the Wan 2.1 VAE"),
+    ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder, not the UMT5 (umt5-xxl) of Wan"),
+    ("controlnet_blocks.", "a ControlNet, which this version does not read yet"),
     ("transformer_blocks.0.img_mod.", "a part of a Qwen-Image model, or one repacked in a way that is not known"),
     ("visual.blocks.0.mlp.fc1.", "Qwen2-VL, not the Qwen2.5-VL of Qwen-Image"),
     ("visual.blocks.0.mlp.linear_fc1.", "Qwen3-VL, not the Qwen2.5-VL of Qwen-Image"),
@@ -58,13 +65,17 @@ def identify(checkpoint: Checkpoint) -> Identity:
         if identity := identify_one(checkpoint):
             return identity
     names = list(checkpoint.tensors)
-    stranger = next((what for part, what in STRANGERS if any(part in name for name in names)), None)
+    stranger = _seen(names, PACKED) or (LORA if is_lora(checkpoint) else _seen(names, STRANGERS))
     raise ValueError(
         f"{checkpoint.path} is none of the models this pack knows (Wan 2.1 diffusion models, VAE, UMT5, CLIP ViT-H; "
         "Qwen-Image diffusion models, VAE, Qwen2.5-VL)"
         + (f"; it looks like {stranger}" if stranger else "")
         + f". It holds {len(names)} tensors: {_some(names)}"
     )
+
+
+def _seen(names: list[str], table: tuple[tuple[str, str], ...]) -> str | None:
+    return next((what for part, what in table if any(part in name for name in names)), None)
 
 
 def family(name: str) -> Family:

@@ -56,6 +56,7 @@ def describe_lora(checkpoint: Checkpoint) -> dict[str, Any]:
         "presets": list(presets_of_lora(family, checkpoint)),
         "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values()).most_common()),
         "unknown": list(file.unknown),
+        "twice": list(file.twice),
         "metadata": sorted(checkpoint.metadata),
     }
 

@@ -13,6 +13,7 @@ from .core.weights.assemble import assemble, check_formats
 from .core.weights.identity import own_metadata
 from .core.weights.lora import Fit, LoraFile, fit, is_lora, read_names
 from .core.weights.reader import open_checkpoint, read_tensors
+from .downloads.catalog import set_with
 from .families import family as family_of
 from .families import (
     family_of_lora,
@@ -88,7 +89,7 @@ def with_lora(
     Nothing but its header is read. It works in the steps from the share `start` of the schedule up to the share `end`.
     Raises ValueError for a file that is none, or that is made for another model.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open(path)
     name, known = checkpoint.path.name, handle.family
     if not is_lora(checkpoint):
         raise ValueError(
@@ -195,14 +196,38 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype | None = None, devic
     return ImageEncoder(checkpoint, identity, dtype=dtype, placement=Placement(device=where))
 
 
+def _open(path: str | Path) -> Checkpoint:
+    """Open a checkpoint; if a published one is missing, say how to get it."""
+    path = Path(path)
+    if not path.exists() and set_with(path.name):
+        raise ValueError(
+            f"{path} does not exist: check the path, or fetch the file with `python -m wanqwen download {path.name} "
+            "--to DIR`"
+        )
+    return open_checkpoint(path)
+
+
 def _device(what: str, name: str) -> torch.device:
     if name not in ("auto", "cpu", "gpu"):
         raise ValueError(f"{what} device is {name!r}: choose auto, cpu or gpu.")
     return torch.device("cpu") if name == "cpu" else host.device()
 
 
-def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:
+def open_any(path: str | Path) -> tuple[Checkpoint, Identity]:
+    """Open a file of whatever role. Raises ValueError for one that no model is known for, or that is not whole."""
     checkpoint = open_checkpoint(path)
+    if is_lora(checkpoint):
+        raise ValueError(
+            f"{checkpoint.path.name} is a LoRA, not a model. LoRAs are taken as they are, by the LoRA node and --lora."
+        )
+    identity = identify(checkpoint)
+    _check_whole(checkpoint, identity)
+    check_formats(checkpoint, identity.names)
+    return checkpoint, identity
+
+
+def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:
+    checkpoint = _open(path)
     identity = identify(checkpoint)
     if identity.role != role:
         raise ValueError(
@@ -214,6 +239,11 @@ def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Che
             f"{checkpoint.path.name} belongs to {identity.family} ({identity.variant}), and this loader is for "
             f"{family}: choose another file, or use the loader of its own family."
         )
+    _check_whole(checkpoint, identity)
+    return checkpoint, identity
+
+
+def _check_whole(checkpoint: Checkpoint, identity: Identity) -> None:
     problems = {"lacks": identity.missing, "holds, beside it,": identity.unexpected}
     listed = [f"{what} {len(names)} tensors ({_some(names)})" for what, names in problems.items() if names]
     if listed:
@@ -221,7 +251,6 @@ def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Che
             f"{checkpoint.path.name} looks like {identity.family} {identity.variant}, but {' and '.join(listed)}: it "
             "may be cut, a part of a set, or changed for other software. Download it again from where it was published."
         )
-    return checkpoint, identity
 
 
 def _some(names: tuple[str, ...]) -> str:

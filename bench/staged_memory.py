@@ -9,7 +9,6 @@ stands for the device, so its slots count too.
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from ..core.memory.slab import Loaded
 from ..core.memory.supply import Source
 from ..core.weights.assemble import prepare
 from ..core.weights.reader import open_checkpoint
+from .files import shapes_of, write_sparse
 from .models import WAN, WAN_1_3B, WAN_14B
 
 MODELS = {"14B": WAN_14B, "1.3B": WAN_1_3B}
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the file may lie (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = write_sparse(Path(folder) / "sparse.safetensors", MODELS[options.model])
+        path = write_spotted(Path(folder) / "sparse.safetensors", MODELS[options.model])
         before = _ram()
         started = time.perf_counter()
         most = stream(path, MODELS[options.model])
@@ -52,22 +52,14 @@ def main() -> None:
         )
 
 
-def write_sparse(path: Path, config: object) -> Path:
+def write_spotted(path: Path, config: object) -> Path:
     """Write a bf16 file with the names and shapes of a model, most of it holes."""
-    with torch.device("meta"):
-        shapes = {name: list(tensor.shape) for name, tensor in WAN.build(config).state_dict().items()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * 2
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text, rng = json.dumps(header).encode(), random.Random(0)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    begin, end = write_sparse(path, shapes_of(WAN, config))
+    rng, size = random.Random(0), min(SPOT_BYTES, end - begin)
+    with open(path, "r+b") as file:
         for _ in range(RANDOM_SPOTS):
-            file.seek(8 + len(text) + rng.randrange(max(1, end - SPOT_BYTES)))
-            file.write(rng.randbytes(min(SPOT_BYTES, end)))
+            file.seek(rng.randrange(begin, end - size + 1))
+            file.write(rng.randbytes(size))
     return path
 
 

@@ -253,6 +253,14 @@ def progress(
     return console
 
 
+def meter(total: int) -> Callable[[int], None]:
+    """Return what to tell how much of `total` is done: in ComfyUI its progress bar, elsewhere nothing listens."""
+    if utils := _comfy("utils"):
+        bar = utils.ProgressBar(total)
+        return lambda done: bar.update_absolute(done, total)
+    return lambda done: None
+
+
 class _ComfyProgress:
     def __init__(self, bar: Any, preview: Callable[[Tensor], Any] | None, console: "LogProgress"):
         self.bar, self.preview, self.console = bar, preview, console

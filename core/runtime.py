@@ -14,6 +14,7 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .ops.choice import Ops, choose
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .report import Costs, described
@@ -33,6 +34,12 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     if handle.dtype is not None:
         return handle.dtype
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
+
+
+def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
+    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
+    heads = handle.family.heads(handle.identity.config)
+    return choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +85,13 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
         hooks, gate = (residency, adapters, stopwatch), host.block_gate(device)
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
+        run = Run(
+            dtype=scene.dtype,
+            chunk_rows=scene.chunk_rows,
+            ops=scene.ops,
+            hooks=hooks,
+            check_interrupt=gate,
+        )
         yield Opened(module=loaded.module, run=run, residency=residency, adapters=adapters, stopwatch=stopwatch)
 
 
@@ -184,8 +197,9 @@ def generate(
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
     dtype = compute_dtype(handle, device)
-    scene, costs = scene_of(handle, request, dtype), Costs(device)
-    for line in described(handle, request, plan, dtype):
+    ops, said = spelled(handle, device)
+    scene, costs = replace(scene_of(handle, request, dtype), ops=ops), Costs(device)
+    for line in described(handle, request, plan, dtype) + said:
         tell(line)
     with torch.inference_mode(), denoising(handle, device, scene, request.num_steps, tell) as model:
         there = model.there

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .clips import ContinueClip, JoinClips
 from .decode import InpaintLatent, VAEDecode, VAEEncode
+from .download import Download
 from .load import (
     LoadQwenImageModel,
     LoadQwenImageTextEncoder,
@@ -14,7 +15,7 @@ from .load import (
 )
 from .lora import LoRA
 from .model import ComfyModel
-from .options import BlockSwap
+from .options import BlockSwap, ChooseFastPaths
 from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
@@ -47,6 +48,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanVideoToVideo,
     WanVACE,
     LoRA,
+    Download,
+    ChooseFastPaths,
     ComfyModel,
 )
 

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..core.types import ModelHandle
+from ..core.weights.lora import PEFT_CONFIG
 from ..loading import with_lora
 from .types import CATEGORY, WanModel, check_file, file_stamp, find_file, list_files, tell, verdict
 
@@ -33,7 +34,7 @@ class LoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
-        return file_stamp(FOLDER, file)
+        return file_stamp(FOLDER, file, beside=PEFT_CONFIG)
 
     @classmethod
     def execute(

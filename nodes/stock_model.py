@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.planning import Scene, working
-from ..core.runtime import Denoising, compute_dtype, denoising, prepared
+from ..core.runtime import Denoising, compute_dtype, denoising, prepared, spelled
 from ..core.sampling.guidance import combination
 from ..core.sampling.schedule import timestep_of
 from ..core.sampling.solvers import SOLVERS
@@ -215,17 +215,19 @@ class Run:
 
     def _opened(self, shape: tuple[int, ...], num_steps: int) -> Denoising:
         if self._model is None:
+            device = comfy.model_management.get_torch_device()
+            ops, _ = spelled(self.handle, device)
             scene = Scene(
                 family=self.handle.family,
                 config=self.handle.identity.config,
                 latent_shape=shape,
                 conditionings=self._checked(shape),
                 dtype=self.dtype,
+                ops=ops,
                 chunk_rows=self.handle.memory.chunk_rows,
                 kept_latents=max(solver.kept_latents for solver in SOLVERS.values()),
                 loras=working(self.handle.loras),
             )
-            device = comfy.model_management.get_torch_device()
             self._known = tuple(self.prompts)
             self._model = self._stack.enter_context(denoising(self.handle, device, scene, num_steps, log.info))
         return self._model

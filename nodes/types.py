@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.weights.reader import GGUF, PICKLES, SAFETENSORS
+from ..downloads.catalog import set_with
 from ..loading import DEMO_FOLDER
 from ..wan.family import LATENT_FORMAT
 
@@ -90,15 +91,24 @@ def find_file(folder: str, name: str) -> Path:
     if name in _bundled(folder) and _demo_path(name).is_file():
         return _demo_path(name)
     places = " or ".join(folder_paths.get_folder_paths(folder))
-    raise ValueError(f"{name} was not found: put the file into {places} and press R to refresh, or choose another.")
+    known = set_with(name.replace("\\", "/").rpartition("/")[2])
+    hint = f" The node Download (WanQwen) can fetch it: it belongs to {known.title!r}." if known else ""
+    raise ValueError(
+        f"{name} was not found: put the file into {places} and press R to refresh, or choose another.{hint}"
+    )
 
 
-def file_stamp(folder: str, name: str | None) -> str:
-    """Return what changes when a file is replaced by another of the same name, so that its loader runs again."""
+def file_stamp(folder: str, name: str | None, beside: str | None = None) -> str:
+    """Return what changes when a file is replaced by another of the same name, so that its loader runs again.
+
+    Likewise for a file `beside` it, if that is there.
+    """
     if name is None:  # the dropdown is fed by a link
         return ""
-    facts = find_file(folder, name).stat()
-    return f"{facts.st_size} {facts.st_mtime_ns}"
+    file = find_file(folder, name)
+    files = [file] if beside is None else [file, file.with_name(beside)]
+    found = [one.stat() for one in files if one.is_file()]
+    return " ".join(f"{facts.st_size} {facts.st_mtime_ns}" for facts in found)
 
 
 def check_file(folder: str, name: str | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.text import Reader, Tokens, download, fast_tokenizer, read_tokenizer_json
 from ..core.types import Checkpoint
+from ..core.weights.vocabulary import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
 from .keymap import TOKENIZER as EMBEDDED_NAME
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -126,13 +127,19 @@ class Tokenizer:
         if EMBEDDED_NAME in checkpoint.tensors:
             [(_, content)] = read(checkpoint, [EMBEDDED_NAME])
             return cls.from_json(content.numpy().tobytes(), f"{checkpoint.path} ({EMBEDDED_NAME})")
+        vocabulary = read_vocabulary(checkpoint)
+        lacking = None if vocabulary is None else _lacking(vocabulary)
+        if vocabulary is not None and lacking is None:
+            content = _from_vocabulary(vocabulary)
+            return cls._from_parts(content, hashlib.sha256(json.dumps(content).encode()), vocabulary.source)
         home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         folders = [*((home / name).resolve() for name in FOLDERS), *further]
         for folder in folders:
             if _is_tokenizer(folder):
                 return cls.from_folder(folder)
+        carries = f"carries a tokenizer that can't be used ({lacking})" if lacking else "carries no tokenizer"
         raise ValueError(
-            f"{checkpoint.path} carries no tokenizer and there is none near it. Looked for {FAST}, or {VOCAB} with"
+            f"{checkpoint.path} {carries} and there is none near it. Looked for {FAST}, or {VOCAB} with"
             f" {MERGES} and {ADDED[0]}, in {', '.join(map(str, folders))}. Put the {FAST} of {HUB_REPOSITORY}"
             " next to the file; or choose tokenizer: hub, which downloads it (--tokenizer hub on the command line)."
         )
@@ -239,7 +246,28 @@ def _assemble(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
             f"The tokenizer files in {folder} can't be read ({error!r:.120}): download {VOCAB}, {MERGES} and"
             f" {ADDED[0]} again."
         ) from error
-    merges = [line for line in lines if line and not line.startswith("#version")]
+    return _content(vocab, [line for line in lines if line and not line.startswith("#version")], added)
+
+
+def _lacking(vocabulary: Vocabulary) -> str | None:
+    """Return why a vocabulary does not make this tokenizer, None if it does."""
+    if (vocabulary.kind, vocabulary.splitting) != ("gpt2", "qwen2"):
+        found = f"{vocabulary.kind} {vocabulary.splitting or 'without a name'}"
+        return f"it reads text in the way of {found}, expected gpt2 qwen2"
+    return None if vocabulary.merges else "it has no merges"
+
+
+def _from_vocabulary(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the tokenizer.json that says the same as a vocabulary."""
+    by_type: dict[int, dict[str, int]] = {}
+    for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        by_type.setdefault(kind, {})[token] = i
+    added = by_type.get(CONTROL, {}) | by_type.get(USER_DEFINED, {})
+    return _content(by_type.get(NORMAL, {}), list(vocabulary.merges), added)
+
+
+def _content(vocab: Mapping[str, int], merges: list[str], added: Mapping[str, int]) -> dict[str, Any]:
+    """Return a tokenizer.json of Qwen2's kind."""
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": token} for token, i in added.items()],

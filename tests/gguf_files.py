@@ -1,8 +1,9 @@
 """GGUF files made by tests: written by the `gguf` package, of blocks that it, too, says the meaning of."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,6 +17,7 @@ HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
+Facts = Mapping[str, str | bool | Sequence[Any]]
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Blocks = tuple[str, Tensor]  # GGUF's name of a format, and bytes [..., bytes of a row]
 
@@ -46,9 +48,7 @@ def meaning(blocks: Blocks) -> Tensor:
         return torch.from_numpy(gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
-def write(
-    path: Path, tensors: Mapping[str, Tensor | Blocks], facts: Mapping[str, str] | None = None, arch: str = "wan"
-) -> Path:
+def write(path: Path, tensors: Mapping[str, Tensor | Blocks], facts: Facts | None = None, arch: str = "wan") -> Path:
     """Write tensors as they are, and blocks."""
     writer = _writer(path, facts, arch)
     for name, tensor in tensors.items():
@@ -84,8 +84,13 @@ def write_sparse(path: Path, tensors: Mapping[str, TensorInfo], arch: str = "wan
     return path
 
 
-def _writer(path: Path, facts: Mapping[str, str] | None, arch: str) -> gguf.GGUFWriter:
+def _writer(path: Path, facts: Facts | None, arch: str) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, arch)
-    for key, text in (facts or {}).items():
-        writer.add_string(key, text)
+    for key, value in (facts or {}).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
     return writer

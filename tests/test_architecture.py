@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_OURS = {"tests", "build"}
 
 FAMILY = (
-    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity"),
+    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity", "core/weights/export"),
+    "core/weights/vocabulary",
     *("core/conditioning", "core/memory/trace", "core/past", "core/picture", "core/text", "core/types"),
 )
 # Layer (the longest name that fits a module) -> the layers below, which it may import. A layer may import itself.
@@ -29,7 +30,7 @@ ALLOWED = {
     "core/ops": ("kernels", "core/types"),
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
-    "core/blocks": ("core/memory", "core/host", "core/types"),
+    "core/blocks": ("core/memory", "core/ops", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": (
@@ -58,14 +59,20 @@ ALLOWED = {
     "qwen_image": FAMILY,
     "qwen_image/family": (*FAMILY, "qwen_image", "wan/vae"),  # the same VAE in the world too
     "families": ("wan", "qwen_image", "core/weights/lora", "core/types"),
-    "loading": ("families", "wan", "qwen_image", "core"),
+    "loading": ("downloads", "families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
+    "conversion": ("loading", "families", "wan", "qwen_image", "core"),
     "plans": ("wan", "qwen_image", "core"),
+    "doctor": ("kernels", "core"),
     "media": ("core/host",),
-    "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "downloads": (),
+    "nodes": ("downloads", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core"),
-    "__main__": ("demo", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "bench": ("plans", "conversion", "loading", "families", "wan", "qwen_image", "core", "kernels"),
+    "__main__": (
+        *("downloads", "demo", "doctor", "plans", "loading", "families", "inspection", "conversion", "media"),
+        *("wan", "qwen_image", "core"),
+    ),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}

@@ -102,3 +102,10 @@ def test_a_file_with_an_extra_key_is_refused(folder: Path, tmp_path: Path) -> No
     save_file(tensors | {"decoder.surprise.weight": torch.zeros(3)}, tmp_path / "more.safetensors")
     with pytest.raises(ValueError, match=r"holds, beside it, 1 tensors \(decoder.surprise.weight\)"):
         load_vae(tmp_path / "more.safetensors")
+
+
+def test_a_missing_file_that_is_published_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"exist: .* `python -m wanqwen download wan_2.1_vae.safetensors --to DIR`"):
+        load_vae(tmp_path / "wan_2.1_vae.safetensors")
+    with pytest.raises(ValueError, match=r"mine.safetensors does not exist: check the path$"):
+        load_vae(tmp_path / "mine.safetensors")

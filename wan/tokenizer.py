@@ -5,12 +5,14 @@ import html
 import importlib.util
 import logging
 import re
+import struct
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..core.text import Reader, Tokens, download, fast_tokenizer, read_tokenizer_json
 from ..core.types import Checkpoint
+from ..core.weights.vocabulary import BYTE, UNKNOWN, Vocabulary, read_vocabulary
 from .config import TEXT_LEN
 
 log = logging.getLogger(__name__)
@@ -105,6 +107,10 @@ class Tokenizer:
         if EMBEDDED_NAME in checkpoint.tensors and has_sentencepiece():
             [(_, spiece)] = read(checkpoint, [EMBEDDED_NAME])
             return cls.from_spiece(spiece.numpy().tobytes(), f"{checkpoint.path} ({EMBEDDED_NAME})")
+        vocabulary = read_vocabulary(checkpoint)
+        lacking = None if vocabulary is None else _lacking(vocabulary)
+        if vocabulary is not None and lacking is None:
+            return cls.from_spiece(spiece_of(vocabulary), vocabulary.source)
         home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         for folder in (*(home / name for name in FOLDERS), *further):
             if (folder / FAST).is_file() or (folder / SPIECE).is_file():
@@ -114,8 +120,9 @@ class Tokenizer:
                 f"{checkpoint.path} carries its tokenizer as a sentencepiece model, which needs the package"
                 f" sentencepiece: `pip install sentencepiece`, or put the {FAST} of {HUB_REPOSITORY} next to the file."
             )
+        carries = f"carries a tokenizer that can't be used ({lacking})" if lacking else "carries no tokenizer"
         raise ValueError(
-            f"{checkpoint.path} carries no tokenizer and there is none near it ({SPIECE} or {FAST} in {home} or its"
+            f"{checkpoint.path} {carries} and there is none near it ({SPIECE} or {FAST} in {home} or its"
             f" google/umt5-xxl). Either use ComfyUI's single file (umt5_xxl_*.safetensors), which carries one; or put"
             f" the {SPIECE} of {HUB_REPOSITORY} next to the file; or choose"
             " tokenizer: hub, which downloads it (--tokenizer hub on the command line)."
@@ -128,6 +135,57 @@ class Tokenizer:
         cut = len(pieces) - len(kept)
         notice = f"The prompt has {len(pieces)} tokens and Wan reads {len(kept)}: the last {cut} were cut off."
         return Tokens(text=text, ids=(*kept, EOS_ID), notice=notice if cut else None)
+
+
+def spiece_of(vocabulary: Vocabulary) -> bytes:
+    """Return the sentencepiece model that a vocabulary with scores was made from.
+
+    Format: protocol buffers, with the field numbers of sentencepiece_model.proto.
+    """
+    pieces = (
+        _field(1, token.encode()) + _key(2, 5) + struct.pack("<f", score) + _field(3, kind)
+        for token, score, kind in zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
+    )
+    unigram, falls_back = 1, int(BYTE in vocabulary.types)
+    trainer = _field(3, unigram) + _field(4, len(vocabulary.tokens)) + _field(35, falls_back)
+    normaliser = (
+        _field(2, vocabulary.charsmap or b"")
+        + _field(3, int(vocabulary.adds_space))
+        + _field(4, int(vocabulary.strips_spaces))
+        + _field(5, 1)  # spaces are written as U+2581
+    )
+    return b"".join(_field(1, piece) for piece in pieces) + _field(2, trainer) + _field(3, normaliser)
+
+
+def _lacking(vocabulary: Vocabulary) -> str | None:
+    """Return why a vocabulary does not make this tokenizer, None if it does."""
+    if vocabulary.kind != "t5":
+        return f"it is of the kind {vocabulary.kind}, expected t5"
+    if not vocabulary.scores:
+        return "it has no scores"
+    if vocabulary.types.count(UNKNOWN) != 1:
+        return "it has not one token for what is unknown"
+    if vocabulary.charsmap is None:
+        return "it lacks the table that makes characters alike, precompiled_charsmap"
+    return None if has_sentencepiece() else "that needs the package sentencepiece: `pip install sentencepiece`"
+
+
+def _field(number: int, value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        return _key(number, 0) + _varint(value)
+    return _key(number, 2) + _varint(len(value)) + value
+
+
+def _key(number: int, wire_type: int) -> bytes:
+    return _varint(number << 3 | wire_type)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*found, value))
 
 
 def has_sentencepiece() -> bool:

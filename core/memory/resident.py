@@ -12,6 +12,7 @@ from .. import host
 from . import kept
 from .block_swap import BlockSwap
 from .link import link_to
+from .pinned import HostBuffer
 from .placement import GB, NUM_SLOTS, Plan
 from .report import where
 from .slab import Loaded, Slot, is_there, tensors
@@ -165,7 +166,7 @@ class Residency:
 
     def _fill(self) -> None:
         if not self._has_others:
-            in_ram = torch.empty(self._others.nbytes, dtype=torch.uint8)
+            in_ram = HostBuffer(self._others.nbytes).bytes
             self.loaded.fill(self._others, in_ram, host.check_interrupt)
             self._others.bind(in_ram.to(self.device))
             self._has_others = True

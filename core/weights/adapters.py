@@ -6,11 +6,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from .. import host
 from ..ops.change import Change, Dense, Difference, Hadamard, Kronecker, LowRank, changed
 from ..ops.linear import Linear
 from ..types import Lora
 from .lora import BESIDE, WEIGHT, scale_of
-from .reader import DTYPE_BYTES, TORCH_NAMES, read_tensors
+from .reader import DTYPE_BYTES, TORCH_NAMES, check_unchanged, read_tensors
 
 _DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -135,15 +136,17 @@ def read_changes(lora: Lora, dtype: torch.dtype, device: torch.device) -> dict[s
     """Return a LoRA's changes on a device, for products in `dtype`, by the parameter that they are of.
 
     On the meta device they have no content, and nothing is read. Raises ValueError or OSError for a file that can't be
-    read.
+    read or is another one by now, and what ComfyUI does when the user stops the run.
     """
     names, infos = [name for tensors in lora.parts.values() for name in tensors.values()], lora.checkpoint.tensors
     if device.type == "meta":
         found = {n: torch.empty(infos[n].shape, dtype=_DTYPES[infos[n].dtype], device=device) for n in names}
     else:
+        check_unchanged(lora.checkpoint)
         found = dict(read_tensors(lora.checkpoint, names))
     changes = {}
     for parameter, tensors in lora.parts.items():
+        host.check_interrupt()
         kept = {role: _kept(found[name], dtype, device) for role, name in tensors.items() if role not in BESIDE}
         difference = _difference(kept)
         rank, alpha = _rank(difference), tensors.get("alpha")

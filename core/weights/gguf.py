@@ -7,6 +7,7 @@ text encoder's file.
 
 import mmap
 import struct
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ ALIGNMENT_KEY = "general.alignment"
 SHAPE_KEY = "comfy.gguf.orig_shape."  # + a tensor's name: its shape in PyTorch, where the file's is another
 
 
+# Tensors; metadata without long lists; the lists that were asked for.
+Said = tuple[dict[str, TensorInfo], dict[str, str], dict[str, tuple[Any, ...]]]
+
+
 class _Cut(Exception):
     """The header goes on where the file has ended."""
 
@@ -46,6 +51,16 @@ def read_gguf(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     Shapes are PyTorch's. Raises ValueError where the file is not what it says.
     """
+    tensors, metadata, _ = _read(file, ())
+    return tensors, metadata
+
+
+def read_lists(file: Path, keys: Collection[str]) -> dict[str, tuple[Any, ...]]:
+    """Return the lists of a GGUF file's metadata that these keys have, whole. Raises ValueError as `read_gguf`."""
+    return _read(file, keys)[2]
+
+
+def _read(file: Path, whole: Collection[str]) -> Said:
     size = file.stat().st_size
     with open(file, "rb") as opened:
         start = opened.read(8)
@@ -60,7 +75,7 @@ def read_gguf(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             )
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
-                return _Header(file, content, len(start)).read()
+                return _Header(file, content, len(start)).read(whole)
             except _Cut as error:
                 raise ValueError(f"{file} is cut off in its header ({size} bytes): download it again") from error
             except UnicodeDecodeError as error:
@@ -77,14 +92,14 @@ class _Header:
     def __init__(self, file: Path, content: mmap.mmap, at: int):
         self.file, self.content, self.at, self.size = file, content, at, len(content)
 
-    def read(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    def read(self, whole: Collection[str]) -> Said:
         num_tensors, num_facts = self._number("Q"), self._number("Q")
         facts: dict[str, Any] = {}
         for _ in range(num_facts):
             key = self._name()
             if key in facts:
                 raise _damaged(self.file, f"{key[:80]!r} is stated twice")
-            facts[key] = self._value(self._number("I"))
+            facts[key] = self._value(self._number("I"), key in whole)
         stated: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for _ in range(num_tensors):
             name, stored, shape, offset = self._tensor()
@@ -97,7 +112,8 @@ class _Header:
         begin = -(-self.at // alignment) * alignment
         tensors = {name: TensorInfo(stored, shape, begin + offset) for name, (stored, shape, offset) in stated.items()}
         self._check_spans(tensors)
-        return tensors, {key: str(value) for key, value in facts.items() if value is not None}
+        lists = {key: facts.pop(key) for key in whole if isinstance(facts.get(key), tuple)}
+        return tensors, {key: str(value) for key, value in facts.items() if value is not None}, lists
 
     def _tensor(self) -> tuple[str, str, tuple[int, ...], int]:
         name = self._name()
@@ -135,22 +151,23 @@ class _Header:
                 )
             end, before = max(end, info.start + length), name
 
-    def _value(self, kind: int) -> Any:
-        """Return a fact; None for long texts, and lists of many items or of texts, which are stepped over."""
+    def _value(self, kind: int, is_whole: bool) -> Any:
+        """Return a fact; None for long texts and, but for `is_whole`, for lists of many items or of texts."""
         if kind == STRING:
             length = self._number("Q")
             return self._text(length) if length <= MAX_TEXT_BYTES else self._skip(length)
         if kind != ARRAY:
             return self._number(self._scalar(kind))
         kind, count = self._number("I"), self._number("Q")
+        begin = self.at
         if kind == STRING:
             self._skip_texts(count)
-            return None
+            return self._texts(begin, count) if is_whole else None
         letter = self._scalar(kind)
-        if count > FEW:
-            self._skip(count * struct.calcsize(letter))
+        self._skip(count * struct.calcsize(letter))
+        if count > FEW and not is_whole:
             return None
-        return tuple(self._number(letter) for _ in range(count))
+        return struct.unpack_from(f"<{count}{letter}", self.content, begin)
 
     def _scalar(self, kind: int) -> str:
         if kind not in SCALARS:
@@ -172,6 +189,15 @@ class _Header:
         begin = self.at
         self._skip(struct.calcsize(letter))
         return struct.unpack_from(f"<{letter}", self.content, begin)[0]
+
+    def _texts(self, at: int, count: int) -> tuple[str, ...]:
+        """Return texts that have been stepped over, and so are there."""
+        found, length_at = [], struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            end = at + 8 + length_at(self.content, at)[0]
+            found.append(self.content[at + 8 : end].decode())
+            at = end
+        return tuple(found)
 
     def _skip_texts(self, count: int) -> None:
         """Step over texts. Vocabularies have hundreds of thousands, so this one loop is written for speed."""

@@ -68,13 +68,14 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 class LoraFile:
     """What a file changes. `parts` maps (module path, parameter), in official names, to its tensors by role.
 
-    `unknown` are names of the file that are none of a family's.
+    `unknown` are names of the file that are none of a family's, `twice` those that say again what others say.
     """
 
     checkpoint: Checkpoint
     dialect: str
     parts: Mapping[tuple[str, str], Mapping[str, str]]
     unknown: tuple[str, ...]
+    twice: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> list[int]:
@@ -107,6 +108,7 @@ def read_names(checkpoint: Checkpoint, spellings: Iterable[Spelling]) -> LoraFil
     lookup = _lookup(tuple(spellings))
     parts: dict[tuple[str, str], dict[str, str]] = {}
     unknown: list[str] = []
+    twice: list[str] = []
     spelled: Counter[str] = Counter()
     endings: set[str] = set()
     for name in checkpoint.tensors:
@@ -119,14 +121,14 @@ def read_names(checkpoint: Checkpoint, spellings: Iterable[Spelling]) -> LoraFil
         _, leaf, role, suffix = ending
         tensors = parts.setdefault((official, leaf), {})
         if role in tensors:
-            unknown.append(name)
+            twice.append(name)
             continue
         tensors[role] = name
         spelled[spelling] += 1
         endings.add(suffix)
     kinds = (suffix.strip(".").removesuffix(".weight") for suffix in (*ENDINGS, MODULATION_ENDING) if suffix in endings)
     dialect = f"{' and '.join(name for name, _ in spelled.most_common())}: {', '.join(kinds)}"
-    return LoraFile(checkpoint=checkpoint, dialect=dialect, parts=parts, unknown=tuple(unknown))
+    return LoraFile(checkpoint=checkpoint, dialect=dialect, parts=parts, unknown=tuple(unknown), twice=tuple(twice))
 
 
 def fit(file: LoraFile, parameters: Mapping[str, Shape], parts: Mapping[str, str]) -> Fit:
@@ -143,6 +145,8 @@ def fit(file: LoraFile, parameters: Mapping[str, Shape], parts: Mapping[str, str
             unused.setdefault(reason, []).extend(tensors.values())
     if file.unknown:
         unused["no model of this family has such names"] = list(file.unknown)
+    if file.twice:
+        unused["the file has this twice, in two ways to name it; the first one counts"] = list(file.twice)
     return Fit(parts=used, unused={reason: tuple(names) for reason, names in unused.items()})
 
 

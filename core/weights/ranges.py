@@ -1,17 +1,19 @@
 """Bytes of a file to where they are wanted, in few large reads and without a copy between."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-PIECE = 64 << 20  # bytes read at once: large enough for full speed, small enough to stop between two
+PIECE = 8 << 20  # bytes read at once: large enough for full speed, small enough to share out and to stop between two
 MAX_PARTS = 512  # of one scattered read; Linux and macOS take 1024
+READERS = 4  # threads at most: one keeps neither a fast disk nor RAM busy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,62 +26,76 @@ class Range:
     out: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Piece:
+    """What one read brings: the bytes from a place in the file on, into memory here and there, for ranges by name."""
+
+    start: int
+    views: list[memoryview]
+    names: list[str]
+
+
 def read_ranges(ranges: Iterable[Range], go_on: Callable[[], None] = lambda: None) -> None:
     """Read each range into its tensor; neighbours in a file are read together. `go_on` is asked between two reads.
 
-    No file stays open. Raises ValueError for a file that ends too early, OSError for one that can't be read.
+    No file and no thread stays. Raises ValueError for a file that ends too early, OSError for one that can't be read.
     """
     by_file: dict[Path, list[Range]] = {}
     for one in ranges:
         by_file.setdefault(one.file, []).append(one)
+    readers = min(READERS, os.cpu_count() or 1) if hasattr(os, "preadv") else 1
     for file, inside in by_file.items():
-        with open(file, "rb", buffering=0) as opened:
-            for neighbours in _neighbours(sorted(inside, key=lambda one: one.start)):
-                _read(opened, neighbours, go_on)
+        with open(file, "rb", buffering=0) as opened, ThreadPoolExecutor(readers, "reader") as pool:
+            under_way: deque[Future[None]] = deque()
+            for piece in _pieces(sorted(inside, key=lambda one: one.start)):
+                go_on()
+                if len(under_way) == 2 * readers:
+                    under_way.popleft().result()
+                under_way.append(pool.submit(_read, opened, file, piece))
+            while under_way:
+                under_way.popleft().result()
 
 
-def _neighbours(ranges: Sequence[Range]) -> Iterable[list[Range]]:
-    """Divide ranges in the order of the file into those that follow one another without a gap."""
-    group: list[Range] = []
+def _pieces(ranges: Sequence[Range]) -> Iterator[_Piece]:
+    """Divide ranges, in the order of the file, into pieces without a gap."""
+    piece, room, end = _Piece(start=0, views=[], names=[]), 0, -1
     for one in ranges:
-        if group and group[-1].start + group[-1].out.nbytes != one.start:
-            yield group
-            group = []
-        group.append(one)
-    if group:
-        yield group
+        view, at = memoryview(_bytes(one.out).numpy()), one.start
+        while view:
+            if at != end or not room or len(piece.views) == MAX_PARTS:
+                if piece.views:
+                    yield piece
+                piece, room = _Piece(start=at, views=[], names=[]), PIECE
+            part, view = view[:room], view[room:]
+            piece.views.append(part)
+            piece.names.append(one.name)
+            room, at = room - len(part), at + len(part)
+            end = at
+    if piece.views:
+        yield piece
 
 
-def _read(opened: FileIO, neighbours: list[Range], go_on: Callable[[], None]) -> None:
-    at = neighbours[0].start
-    left = [(one, memoryview(_bytes(one.out).numpy())) for one in neighbours if one.out.nbytes]
+def _read(opened: FileIO, file: Path, piece: _Piece) -> None:
+    at, left = piece.start, list(zip(piece.views, piece.names, strict=True))
     while left:
-        go_on()
-        views, room = [], PIECE
-        for _, view in islice(left, MAX_PARTS):
-            views.append(view[:room])
-            room -= len(views[-1])
-            if not room:
-                break
-        count = _read_once(opened, views, at)
+        count = _read_once(opened, [view for view, _ in left], at)
         if not count:
-            one = left[0][0]
             raise ValueError(
-                f"{one.file} ends at byte {at}, in the middle of {one.name}: it was cut off since it was opened. "
+                f"{file} ends at byte {at}, in the middle of {left[0][1]}: it was cut off since it was opened. "
                 "Download it again."
             )
         at += count
-        while left and count >= len(left[0][1]):
-            count -= len(left.pop(0)[1])
+        while left and count >= len(left[0][0]):
+            count -= len(left.pop(0)[0])
         if left:
-            left[0] = (left[0][0], left[0][1][count:])
+            left[0] = left[0][0][count:], left[0][1]
 
 
 def _read_once(opened: FileIO, views: list[memoryview], at: int) -> int:
     """Read from a place in the file into memory that follows one after the other; return how many bytes came."""
     if hasattr(os, "preadv"):
         return os.preadv(opened.fileno(), views, at)
-    opened.seek(at)  # Windows has no scattered reads
+    opened.seek(at)  # Windows has no scattered reads, so one thread reads
     return opened.readinto(views[0])
 
 

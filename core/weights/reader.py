@@ -77,6 +77,16 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple
             yield from ((name, _mapped(file, name, checkpoint.tensors[name], mapped)) for name in inside)
 
 
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise ValueError if a file of a checkpoint has been replaced or written to since it was opened."""
+    try:
+        found = _identity(dict.fromkeys(checkpoint.location.values()))
+    except OSError as error:
+        raise ValueError(f"{checkpoint.path} can't be read any more ({error.strerror}): put it back") from error
+    if checkpoint.identity not in ("", found):
+        raise ValueError(f"{checkpoint.path} has changed since it was opened: run again, and the new file is read")
+
+
 def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
     """Return a tensor of a file that is mapped as bytes. Blocks of GGUF stay bytes, [..., bytes of a row]."""
     dtype, shape = formats.layout(info)

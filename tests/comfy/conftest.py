@@ -1,9 +1,12 @@
 """One ComfyUI server for all tests here, with our pack, tiny checkpoints and some bad files in its folders."""
 
+import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from wanqwen.media import write_mp4
 from wanqwen.tests import loras
+from wanqwen.tests.downloads.hub_double import Hub
 from wanqwen.tests.nodes import tiny as checkpoints
 
 from .convert import MODEL, SAMPLER, SIZE, TEXT_ENCODER, TINY, VAE, read_workflow, to_prompt
@@ -31,12 +35,20 @@ def comfyui() -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def hub() -> Iterator[Hub]:
+    """What the server takes for the mirror that its user set."""
+    with closing(Hub()) as double:
+        yield double
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: tuple[Path, Path], hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "wanqwen").symlink_to(ROOT)
     write_files(base)
-    server = Server(*comfyui, base)
+    with patch.dict(os.environ, HF_ENDPOINT=hub.endpoint):
+        server = Server(*comfyui, base)
     yield server
     server.close()
 

@@ -1,5 +1,6 @@
 """The LoRA node: what it tells, what it refuses, and that it changes nobody else's model."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -89,5 +90,21 @@ def test_what_cannot_be_is_refused(nodes, model: ModelHandle, models: Path, file
 def test_a_replaced_file_is_read_again(nodes, models: Path, file: str) -> None:
     before = nodes.LoRA.fingerprint_inputs(file)
     assert before == nodes.LoRA.fingerprint_inputs(file)
+    (models / "loras" / "adapter_config.json").write_text('{"lora_alpha": 2}')
+    beside = nodes.LoRA.fingerprint_inputs(file)
+    assert beside != before
     (models / "loras" / file).write_bytes(b"another")
-    assert before != nodes.LoRA.fingerprint_inputs(file)
+    assert nodes.LoRA.fingerprint_inputs(file) not in (before, beside)
+
+
+def test_a_file_replaced_between_node_and_sampler_is_refused(
+    nodes, models: Path, model: ModelHandle, file: str, prompts, latent
+) -> None:
+    changed = nodes.LoRA.execute(model, file, 1.0).values[0]
+    path = models / "loras" / file
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"wan_lightx2v\.safetensors has changed since it was opened: run again"):
+        nodes.Sampler.execute(changed, prompts[0], latent, 0, 2, 3.0, 0.0, "euler", 1.0, prompts[1])
+    path.unlink()
+    with pytest.raises(ValueError, match=r"wan_lightx2v\.safetensors can't be read any more"):
+        nodes.Sampler.execute(changed, prompts[0], latent, 0, 2, 3.0, 0.0, "euler", 1.0, prompts[1])

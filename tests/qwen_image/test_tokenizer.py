@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 from wanqwen.core import host
 from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.vocabulary import CONTROL, NORMAL, UNUSED
 from wanqwen.qwen_image import tokenizer as module
 from wanqwen.qwen_image.tokenizer import EMBEDDED_NAME, IM_END, IMAGE_PAD, SPECIAL, TEMPLATES, WORDS, Tokenizer
+
+from ..gguf_files import write
 
 PUBLISHED = Path.home() / "comfy/ComfyUI/comfy/text_encoders/qwen25_tokenizer"  # ComfyUI's copy
 T2I = (
@@ -301,3 +305,56 @@ def test_the_file_may_be_a_folder(tmp_path, tiny):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/tokenizer.json").write_bytes(tiny_tokenizer())
     assert find(folder).source == str(tmp_path / "tokenizer/tokenizer.json")
+
+
+def gguf_facts(content: dict) -> dict:
+    """Return what llama.cpp's tools write of a tokenizer.json, with ids that no token has filled up."""
+    by_id = {i: (token, NORMAL) for token, i in content["model"]["vocab"].items()}
+    by_id |= {token["id"]: (token["content"], CONTROL) for token in content["added_tokens"]}
+    size = max(by_id) + 3
+    listed = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [token for token, _ in listed],
+        "tokenizer.ggml.token_type": [kind for _, kind in listed],
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def write_gguf(path: Path, facts: dict) -> Path:
+    return write(path, {"output_norm.weight": torch.ones(32)}, facts, arch="qwen2vl")
+
+
+def test_the_tokenizer_of_a_gguf_file_is_the_one_it_was_made_from(tmp_path, tiny):
+    own = find(write_gguf(tmp_path / "vl.gguf", gguf_facts(json.loads(tiny_tokenizer()))))
+    assert own.source == f"{tmp_path / 'vl.gguf'} (tokenizer.ggml.*)"
+    assert (own.size, own.special) == (tiny.size, tiny.special)
+    composed = [unicodedata.normalize("NFC", text) for text in TEXTS]  # which the tiny one leaves to others
+    plain = [text for text in composed if not any(token in text for token in SPECIAL)]
+    assert [own(text) for text in plain] == [tiny(text) for text in plain] and len(plain) > 5
+
+
+def test_the_published_tokenizer_survives_a_gguf_file(tmp_path, published):
+    files = {path.name: path.read_bytes() for path in PUBLISHED.iterdir()}
+    content = module._assemble(PUBLISHED, {name: files[name] for name in ("vocab.json", "merges.txt", module.ADDED[0])})
+    own = find(write_gguf(tmp_path / "vl.gguf", gguf_facts(content)))
+    assert own.special == published.special
+    assert [own(text) for text in TEXTS] == [published(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokenizer.ggml.pre": "llama-bpe"}, "in the way of gpt2 llama-bpe, expected gpt2 qwen2"),
+        ({"tokenizer.ggml.merges": None}, "has no merges"),
+    ],
+)
+def test_a_gguf_file_that_says_too_little_is_no_tokenizer(tmp_path, change, reason):
+    facts = gguf_facts(json.loads(tiny_tokenizer())) | change
+    path = write_gguf(tmp_path / "vl.gguf", {key: value for key, value in facts.items() if value is not None})
+    with pytest.raises(ValueError, match=rf"vl\.gguf carries a tokenizer that can't be used \(it .*{reason}.*hub"):
+        find(path)
+    (tmp_path / "tokenizer.json").write_bytes(tiny_tokenizer())
+    assert find(path).source == str(tmp_path / "tokenizer.json")

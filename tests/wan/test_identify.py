@@ -190,6 +190,13 @@ def test_loras_of_every_kind_are_sent_to_their_node(kind):
         identify(found)
 
 
+def test_the_picture_part_of_a_language_model_is_sent_for_the_text_part():
+    names = ("v.patch_embd.weight", "v.blk.0.attn_q.weight", "mm.0.weight")
+    found = fake({name: TensorInfo("F16", (8, 8)) for name in names})
+    with pytest.raises(ValueError, match=r"picture part \(mmproj\).*choose the file of its text part"):
+        identify(found)
+
+
 def tiny(config, metadata=None):
     return fake(
         {name: TensorInfo("F32", s) for name, s in on_meta(lambda: WanTransformer(config)).items()}, "tiny", metadata

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import struct
 import sys
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, read_vocabulary
 from wanqwen.wan import tokenizer as module
-from wanqwen.wan.tokenizer import EMBEDDED_NAME, EOS_ID, Tokenizer, repair_text, text_cleaner
+from wanqwen.wan.tokenizer import EMBEDDED_NAME, EOS_ID, Tokenizer, repair_text, spiece_of, text_cleaner
+
+from ..gguf_files import write
 
 # Of the official repository's shared configuration.
 OFFICIAL_NEGATIVE = (
@@ -218,3 +222,101 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(ValueError, match=r"no network\. Put that file next to the text encoder"):
         Tokenizer.from_hub()
+
+
+def parsed(message: bytes) -> dict[int, list[int | bytes]]:
+    """Return the fields of a protocol buffer by number; numbers of four bytes as bytes."""
+    found: dict[int, list[int | bytes]] = {}
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            found.setdefault(number, []).append(varint())
+        else:
+            length = {2: varint, 5: lambda: 4, 1: lambda: 8}[wire_type]()
+            found.setdefault(number, []).append(message[at : at + length])
+            at += length
+    return found
+
+
+def gguf_facts(spiece: bytes) -> dict:
+    """Return what llama.cpp's tools write of a sentencepiece model."""
+    model = parsed(spiece)
+    pieces = [parsed(piece) for piece in model[1]]
+    [normaliser] = (parsed(field) for field in model[3])
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [piece[1][0].decode() for piece in pieces],
+        "tokenizer.ggml.scores": [struct.unpack("<f", piece[2][0])[0] for piece in pieces],
+        "tokenizer.ggml.token_type": [piece.get(3, [NORMAL])[0] for piece in pieces],
+        "tokenizer.ggml.precompiled_charsmap": list(normaliser[2][0]),
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+    }
+
+
+def write_gguf(path: Path, facts: dict) -> Path:
+    return write(path, {"enc.output_norm.weight": torch.ones(32)}, facts, arch="t5encoder")
+
+
+def test_the_tokenizer_of_a_gguf_file_is_the_one_it_was_made_from(tmp_path, spiece):
+    facts = gguf_facts(spiece)
+    assert {UNKNOWN, CONTROL, BYTE, NORMAL} <= set(facts["tokenizer.ggml.token_type"])
+    own, original = find(write_gguf(tmp_path / "umt5.gguf", facts)), Tokenizer.from_spiece(spiece)
+    assert own.source == f"{tmp_path / 'umt5.gguf'} (tokenizer.ggml.*)" and own.size == original.size
+    texts = [*TEXTS, *SENTENCES, "</s> <unk> <pad> <0x41> \u2581x", "  two  spaces  ", "ﬃ Ⅷ ① ㍿", "\u200b"]
+    assert [own(text).ids for text in texts] == [original(text).ids for text in texts]
+    assert len({own(text).ids for text in texts}) > len(SENTENCES)
+
+
+def test_the_sentencepiece_model_of_a_gguf_file_has_what_the_original_says(tmp_path, spiece):
+    vocabulary = read_vocabulary(open_checkpoint(write_gguf(tmp_path / "umt5.gguf", gguf_facts(spiece))))
+    made, original = parsed(spiece_of(vocabulary)), parsed(spiece)
+    assert [parsed(p) | {3: parsed(p).get(3, [NORMAL])} for p in original[1]] == [parsed(p) for p in made[1]]
+    assert parsed(made[3][0])[2] == parsed(original[3][0])[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokenizer.ggml.precompiled_charsmap": None}, "lacks the table .* precompiled_charsmap"),
+        ({"tokenizer.ggml.precompiled_charsmap": ["A", "A"]}, "lacks the table .* precompiled_charsmap"),
+        ({"tokenizer.ggml.scores": None}, "has no scores"),
+        ({"tokenizer.ggml.token_type": None}, "has not one token for what is unknown"),
+        ({"tokenizer.ggml.model": "llama"}, "of the kind llama, expected t5"),
+    ],
+)
+def test_a_gguf_file_that_says_too_little_is_no_tokenizer(tmp_path, spiece, change, reason):
+    facts = {key: value for key, value in (gguf_facts(spiece) | change).items() if value is not None}
+    path = write_gguf(tmp_path / "umt5.gguf", facts)
+    with pytest.raises(ValueError, match=rf"umt5\.gguf carries a tokenizer that can't be used \(it .*{reason}.*hub"):
+        find(path)
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    assert find(path).source == str(tmp_path / "spiece.model")
+
+
+@pytest.mark.parametrize("change", [{"tokens": [1, 2]}, {"token_type": [1]}, {"scores": [0.5]}, {"tokens": None}])
+def test_a_damaged_vocabulary_is_refused(tmp_path, spiece, change):
+    facts = gguf_facts(spiece) | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    facts = {key: value for key, value in facts.items() if value is not None}
+    with pytest.raises(ValueError, match=r"umt5\.gguf \(tokenizer.* can't be right: .*Download"):
+        find(write_gguf(tmp_path / "umt5.gguf", facts))
+
+
+def test_sentencepiece_is_asked_for_where_the_vocabulary_needs_it(tmp_path, spiece, monkeypatch):
+    path = write_gguf(tmp_path / "umt5.gguf", gguf_facts(spiece))
+    monkeypatch.setattr(module, "has_sentencepiece", lambda: False)
+    with pytest.raises(ValueError, match="pip install sentencepiece"):
+        find(path)

@@ -1,6 +1,7 @@
 """Where slabs come from: pinned as far as the system allows, staged, or straight from the file; and what goes wrong."""
 
 import gc
+import mmap
 import os
 import random
 import threading
@@ -213,6 +214,22 @@ def test_a_buffer_has_its_pages_to_itself(cuda_runtime: Runtime) -> None:
     del buffers
     gc.collect()
     assert cuda_runtime.registered == {}
+
+
+@pytest.mark.parametrize("kernel", ["another system", "without large pages"])
+def test_a_buffer_needs_no_large_pages(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "another system":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    else:
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 1 << 20, raising=False)  # an advice that no kernel knows
+    buffer = HostBuffer(3 * PAGE + 17).bytes
+    assert buffer.shape == (3 * PAGE + 17,) and buffer.data_ptr() % PAGE == 0
+    assert int(buffer.fill_(3).sum()) == 3 * len(buffer)
+
+
+def test_a_buffer_that_no_ram_has_is_an_error_as_pytorchs() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        HostBuffer(1 << 60)
 
 
 def test_one_thread_at_most_and_none_where_all_is_pinned(path: Path, cuda_runtime: Runtime) -> None:

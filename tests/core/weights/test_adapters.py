@@ -338,3 +338,22 @@ def test_a_pass_that_breaks_inside_a_block_leaves_the_model_as_it_was(
         runtime.generate(lora, request)
     monkeypatch.undo()
     assert torch.equal(runtime.generate(handle, request), plain)
+
+
+def test_reading_stops_when_the_user_does(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(folder / "wan.safetensors", torch.float32)
+    file = loras.write(
+        tmp_path / "x.safetensors", loras.low_rank(loras.official(model.checkpoint.path), loras.DIALECTS["kohya"])
+    )
+    [lora] = with_lora(model, file)[0].loras
+    asked: list[int] = []
+
+    def interrupt() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(host, "check_interrupt", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read_changes(lora, torch.float32, torch.device("cpu"))
+    assert len(asked) == 3 < len(lora.parts)

@@ -112,6 +112,15 @@ def test_what_is_not_used_has_a_reason(tensors: dict[str, TensorInfo], reason: s
     assert list(fit.unused) == [reason] and set(fit.unused[reason]) == set(tensors) and not fit.parts
 
 
+def test_what_a_file_has_twice_counts_once_and_is_told() -> None:
+    once = one("blocks.0.ffn.0.lora_up.weight", 8960, 4) | one("blocks.0.ffn.0.lora_down.weight", 4, 1536)
+    again = one("lora_unet_blocks_0_ffn_0.lora_down.weight", 4, 1536)
+    fit = held(fake(once | again), WAN, "t2v-1.3B")
+    [(reason, names)] = fit.unused.items()
+    assert "twice" in reason and set(names) == set(again)
+    assert set(fit.parts["blocks.0.ffn.0.weight"].values()) == set(once)
+
+
 def test_underscores_are_looked_up_and_never_guessed() -> None:
     """`to_out_0` and `net_0_proj` have dots before digits, `to_add_out` and `add_q_proj` none at all."""
     layers = ("attn_to_out_0", "attn_to_add_out", "attn_add_q_proj", "img_mlp_net_0_proj", "txt_mlp_net_2", "img_mod_1")

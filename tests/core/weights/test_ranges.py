@@ -2,7 +2,9 @@
 
 import os
 import random
+import threading
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -40,6 +42,26 @@ def test_any_ranges_in_any_order(file: Path, piece: int, monkeypatch: pytest.Mon
         read_ranges(Range(file=file, start=a, name="x", out=out) for (a, _), out in zip(chosen, outs, strict=True))
         for (a, b), out in zip(chosen, outs, strict=True):
             assert bytes(out.view(torch.uint8).tolist()) == content[a:b]
+
+
+def test_threads_share_the_work_and_none_stays(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PIECE", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    both, original, threads = Barrier(3, timeout=20), ranges._read, set()
+
+    def read(*given: object) -> None:
+        if threading.current_thread() not in threads:
+            threads.add(threading.current_thread())
+            both.wait()  # passes only when three are here at once
+        original(*given)
+
+    monkeypatch.setattr(ranges, "_read", read)
+    if not hasattr(os, "preadv"):
+        pytest.skip("one thread reads on this system")
+    out = torch.zeros(10_000, dtype=torch.uint8)
+    read_ranges([Range(file=file, start=0, name="x", out=out)])
+    assert bytes(out.tolist()) == file.read_bytes()
+    assert len(threads) == 3 and not any(thread.is_alive() for thread in threads)
 
 
 def test_neighbours_are_read_in_one_call(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

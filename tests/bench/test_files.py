@@ -1,0 +1,39 @@
+"""What benches measure is what they say: files are whole, and ways of loading bring all of a file."""
+
+from pathlib import Path
+
+import torch
+from wanqwen.bench import inspect_files, load_file
+from wanqwen.bench.files import shapes_of, write_random
+from wanqwen.bench.models import WAN
+from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.families import identify
+from wanqwen.wan.config import WanConfig
+
+SMALL = WanConfig(dim=128, ffn_dim=192, num_heads=1, num_layers=2, text_dim=64)
+
+
+def test_random_files_are_whole(tmp_path: Path) -> None:
+    shapes = shapes_of(WAN, SMALL)
+    found = open_checkpoint(write_random(tmp_path / "m.safetensors", shapes))
+    assert {name: info.shape for name, info in found.tensors.items()} == shapes
+    assert all(tensor.float().std() > 0.01 for _, tensor in read_tensors(found, found.tensors) if tensor.numel() > 99)
+
+
+def test_every_way_of_loading_brings_the_whole_file(tmp_path: Path) -> None:
+    path = write_random(tmp_path / "m.safetensors", shapes_of(WAN, SMALL))
+    assert bytes(load_file.floor(path)) == path.read_bytes()
+    module, buffers = load_file.mapped(path), load_file.slabs(path)
+    blocks = WAN.blocks(module)
+    for block, buffer in zip(blocks, buffers, strict=False):
+        parts = [part for part in block.state_dict().values() if part.numel() > 99]
+        held = buffer.view(torch.uint8).numpy().tobytes()
+        assert parts and all(load_file._bytes(part).numpy().tobytes() in held for part in parts)
+    assert len(buffers) == len(blocks) + 1
+
+
+def test_one_model_in_each_container_is_the_same(tmp_path: Path) -> None:
+    files = inspect_files.write_all(tmp_path, shapes_of(WAN, SMALL))
+    found = [identify(open_checkpoint(path)) for path in files]
+    assert len(found) == 3 and len({(one.variant, one.config) for one in found}) == 1
+    assert all(not one.missing and not one.unexpected for one in found)
