@@ -13,6 +13,8 @@ from .planning import working
 from .sampling.schedule import StepPlan
 from .types import Lora, ModelHandle, SampleRequest
 
+WORTH_SAYING = GB // 100  # bytes
+
 
 def described(handle: ModelHandle, request: SampleRequest, plan: StepPlan, dtype: torch.dtype) -> list[str]:
     """Return lines that say which model makes what, and how."""
@@ -71,7 +73,8 @@ class Costs:
         first, *others = self._steps or [0.0]
         each = f"the others {sum(others) / len(others):.2f} s each" if others else ""
         spent = [f"opening the model {self._opening:.1f} s", f"the first step {first:.1f} s", each]
-        memory = [f"RAM kept for the next run: {idle_bytes() / GB:.2f} GB"] if idle_bytes() else []
+        kept = idle_bytes()
+        memory = [f"RAM kept for the next run: {kept / GB:.2f} GB"] if kept >= WORTH_SAYING else []
         if (peak := host.peak(self.device)) is not None:
             memory.insert(0, f"VRAM: {peak / GB:.2f} GB at most")
         total = time.monotonic() - self._started
