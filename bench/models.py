@@ -81,6 +81,8 @@ CASES = {
 class RandomWeights:
     """The `Weights` of a model that was never trained: small numbers, the same in every run."""
 
+    converted_bytes = 0  # nothing is kept that a plan counts on
+
     def __init__(self, module: nn.Module):
         self.module = module
         self.pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -105,6 +107,8 @@ class RandomWeights:
 
 class NoWeights:
     """The `Weights` of a model of which only the shapes matter."""
+
+    converted_bytes = 0
 
     def __init__(self, module: nn.Module):
         self.module = module

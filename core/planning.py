@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from . import host
 from .blocks import BlockHook, Run
+from .memory.kept import idle_bytes
 from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
-from .memory.slab import Loaded, Traced, idle_bytes
+from .memory.slab import Loaded, Traced
 from .memory.trace import LiveBytes
 from .ops.choice import EXACT, Ops
 from .ops.linear import Linear

@@ -17,6 +17,7 @@ from .memory.slab import Loaded
 from .ops.choice import Ops, choose
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
+from .report import Costs, described
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
@@ -148,16 +149,39 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
     return request, notices
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoising:
+    """A model that is open for a run: ask `denoise` for velocities, after `at` has said in which step of how many."""
+
+    there: Opened
+    denoise: Denoiser
+    at: Callable[[int], None]
+
+
+@contextmanager
+def denoising(
+    handle: ModelHandle, device: torch.device, scene: Scene, num_steps: int, tell: Callable[[str], None]
+) -> Iterator[Denoising]:
+    """Open a model for a run of so many steps, of which another loop than ours may be in charge.
+
+    A pass that runs out of memory is repeated with more blocks streaming. Raises what `opened` does.
+    """
+    with opened(handle, device, scene, tell) as there:
+        stepping = _Stepping(there, scene, device, num_steps)
+        yield Denoising(there=there, denoise=_persistent(stepping, there, tell), at=stepping.turn_to)
+
+
 def generate(
     handle: ModelHandle,
     request: SampleRequest,
     progress: host.Progress | None = None,
     tell: Callable[[str], None] = log.info,
+    status: Callable[[str], None] = lambda line: None,
 ) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request; finished ones without their lead.
 
-    `tell` hears in words where the weights are and what becomes of the plan. A pass through the model that runs out of
-    memory is repeated with more blocks streaming.
+    `tell` hears in words what is made and how, where the weights are, what becomes of the plan, and what all took;
+    `status` after each step what is done and how long the rest will take, unless `progress` hears of steps instead.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way, or memory does not suffice even so.
     """
@@ -172,28 +196,31 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
+    dtype = compute_dtype(handle, device)
     ops, said = spelled(handle, device)
-    for line in said:
+    scene, costs = replace(scene_of(handle, request, dtype), ops=ops), Costs(device)
+    for line in described(handle, request, plan, dtype) + said:
         tell(line)
-    scene = replace(scene_of(handle, request, compute_dtype(handle, device)), ops=ops)
-    log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
-    with torch.inference_mode(), opened(handle, device, scene, tell) as there:
-        stepping = _Stepping(there, scene, device, plan.start, request.num_steps)
+    with torch.inference_mode(), denoising(handle, device, scene, request.num_steps, tell) as model:
+        there = model.there
+        model.at(plan.start)
+        costs.opened()
         guided = Guided(
-            denoise=_persistent(stepping, there, tell),
+            denoise=model.denoise,
             has_negative=len(scene.conditionings) > 1,
             interleaved=there.residency.plan.interleaved,
             combine=combination(family.guidance_patch(config)),
         )
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
-        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
+        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format, status)
         first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
         watch = _Watch(there, scene, first_passes, tell)
 
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
             watch.step()
-            stepping.step = plan.start + done
+            costs.step()
+            model.at(plan.start + done)
 
         try:
             x = sample(x, plan, request.solver, guided, step_noise, on_step, hold)
@@ -202,7 +229,10 @@ def generate(
             raise
         if plan.sigmas[-1] == 0:  # a sampler that goes on needs the frames before the clip
             x = x[:, :, request.positive.lead :]
-        return latent_format.denormalise(x).cpu()
+        made = latent_format.denormalise(x).cpu()
+    for line in costs.lines():
+        tell(line)
+    return made
 
 
 def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) -> Scene:
@@ -225,10 +255,14 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
 class _Stepping:
     """The denoiser of a run, made anew when other LoRAs begin to work, as prompts keep what weights made of them."""
 
-    def __init__(self, there: Opened, scene: Scene, device: torch.device, step: int, num_steps: int):
+    def __init__(self, there: Opened, scene: Scene, device: torch.device, num_steps: int):
         self.there, self.scene, self.device = there, scene, device
-        self.step, self.num_steps = step, num_steps
+        self.step, self.num_steps = 0, num_steps
         self._denoise: Denoiser | None = None
+
+    def turn_to(self, step: int) -> None:
+        """Say which step of the whole schedule comes next."""
+        self.step = step
 
     def __call__(self, x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
         there, scene = self.there, self.scene

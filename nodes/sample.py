@@ -43,7 +43,12 @@ class Sampler(io.ComfyNode):
                 io.Latent.Output(
                     display_name="latent",
                     tooltip="The finished latents, or noisy ones if end_step stopped before the end. For VAE Decode.",
-                )
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What the node shows: model, settings, LoRAs, where the weights were, time and memory. For "
+                    "Preview as Text, or to save with the result.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -102,16 +107,20 @@ class Sampler(io.ComfyNode):
         if preset != NO_PRESET:
             request, said = with_preset(model, request, preset)
             lines.append(said)
-        lines = [*lines, *prepared(model, request)[1]] or [f"{request.num_steps} steps"]
+        lines += prepared(model, request)[1]
 
         def add(line: str) -> None:
             lines.append(line)
             tell(cls.hidden.unique_id, lines)
 
+        def status(line: str) -> None:
+            tell(cls.hidden.unique_id, [*lines, line])
+
         tell(cls.hidden.unique_id, lines)
         try:
-            samples = generate(model, request, tell=add)
-            return io.NodeOutput({**latent, "samples": samples}, ui=tell(cls.hidden.unique_id, lines))
+            samples = generate(model, request, tell=add, status=status)
+            shown = tell(cls.hidden.unique_id, lines)
+            return io.NodeOutput({**latent, "samples": samples}, "\n".join(lines), ui=shown)
         except SampleError as error:
             raise ValueError(f"{error}{_kept(error)}") from error
 

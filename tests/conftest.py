@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         from wanqwen.tests.goldens import plugin
 
         pluginmanager.register(plugin, PLUGIN)
+    parser.addoption("--soak", type=int, default=0, help="how many prompts to send to ComfyUI in a row (default: none)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

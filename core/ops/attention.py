@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BACKEND = "PyTorch (scaled_dot_product_attention)"  # as users are told
+
 # Heads are divided into so many groups at most, of so many rows of all their heads at least: these keep a large card
 # busy.
 MOST_GROUPS = 8

@@ -122,16 +122,30 @@ class Weights:
             read_tensors(self.checkpoint, [name for name in names if self.checkpoint.tensors[name].start is None])
         )
 
+    @property
+    def converted_bytes(self) -> int:
+        """How much RAM all weights take that are not stored as they are wanted; the others stay memory-mapped."""
+        return sum(map(self._made_bytes, self.recipes))
+
+    def _made_bytes(self, name: str) -> int:
+        if not self._converts(name):
+            return 0
+        return self._shapes[name].numel() * self.recipes[name].dtype.itemsize
+
+    def _converts(self, name: str) -> bool:
+        recipe = self.recipes[name]
+        stored, _ = formats.layout(self.checkpoint.tensors[recipe.tensor])
+        return name in self._shapes and (stored != recipe.dtype or recipe.scale is not None)
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.module.named_parameters()}
+
     def _check_ram(self, chosen: Mapping[str, Recipe]) -> None:
-        parameters = dict(self.module.named_parameters())
-        needed, dtypes = 0, set()
-        for name, recipe in chosen.items():
-            stored, _ = formats.layout(self.checkpoint.tensors[recipe.tensor])
-            if name in parameters and (stored != recipe.dtype or recipe.scale is not None):
-                needed += parameters[name].numel() * recipe.dtype.itemsize
-                dtypes.add(recipe.dtype)
+        converted = [r.dtype for name, r in chosen.items() if self._converts(name)]
+        needed = sum(self._made_bytes(name) for name in chosen)
         if needed > (free := host.available_ram()):
-            wanted = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            wanted = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(converted)))
             raise ValueError(
                 f"{self.checkpoint.path} stores its weights in another way than {wanted}, in which they take "
                 f"{needed / 1e9:.1f} GB of RAM, and {free / 1e9:.1f} GB are free: choose the precision that the file "
