@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.types import ModelHandle
 from ..qwen_image.family import NAME as QWEN_IMAGE
 from ..wan.family import NAME as WAN
-from .types import CATEGORY, WanModel, clip_of, tell
+from .types import CATEGORY, WanModel, clip_of, found_by, tell
 
 PUBLISHED = 0.0
 USUAL_SIZES = {WAN: (81, 480, 832), QWEN_IMAGE: (1, 1328, 1328)}  # frames, height and width in pixels
@@ -21,6 +21,7 @@ class ComfyModel(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenComfyModel",
             display_name="Model for ComfyUI's Samplers (WanQwen)",
+            **found_by("ksampler", "model", "custom sampler", "scheduler", "guider"),
             category=CATEGORY,
             description="Makes a MODEL of a model of this pack, for KSampler, SamplerCustomAdvanced and any scheduler, "
             "guider and sampler. Its blocks stream as for our own Sampler, and LoRAs put on before go with it. Nodes "
