@@ -15,6 +15,8 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
+from .memory.unpack import Unpack
+from .ops.dfloat11 import Packed
 from .ops.linear import Linear
 from .types import Conditioning, Family, Lora, MemoryOptions, same
 from .weights.adapters import Adapters, device_bytes
@@ -193,6 +195,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
     loras = [replace(lora, start=0.0, end=1.0) for lora in scene.loras]
     adapters = Adapters(twin, family.blocks(twin), loras, scene.dtype, META)
     adapters.turn_to(0, 1)
+    unpack = Unpack(family.blocks(twin), META, scene.dtype)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
     with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
         # The first walk makes what stays for the run; the others tell what comes and goes.
@@ -201,7 +204,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks)
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         for walk, which in ((first, every), (together, every), (alone, (longest,))):
-            hooks[:] = [walk, adapters]
+            hooks[:] = [unpack, walk, adapters]
             counted.peak = counted.live
             denoise(x, timestep_B, which)
         waiting = max(both - one for both, one in zip(together.held, alone.held, strict=True))
@@ -218,6 +221,10 @@ def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:
     with META:
         twin = scene.family.build(scene.family.shallow(scene.config, SHALLOW)).requires_grad_(False)
     stored = dict((*module.named_parameters(), *module.named_buffers()))
+    for path, part in module.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(part, Packed) and all(path in dict(twin.named_modules()) for path in (parent, *part.layers)):
+            twin.get_submodule(parent).add_module(name, Packed(twin, part.layers, part.planes))
     for path, part in twin.named_modules():
         if isinstance(part, Linear):
             part.stored = module.get_submodule(path).stored

@@ -14,6 +14,7 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .memory.unpack import Unpack
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
@@ -72,11 +73,12 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         return found
 
     # The adapters leave first: what they changed are the weights that the residency has bound.
-    with placed(loaded, device, plan) as residency, closing(adapters):
+    unpack = Unpack(loaded.blocks, device, scene.dtype)
+    with placed(loaded, device, plan) as residency, closing(unpack), closing(adapters):
         if told and residency.plan is not told[0]:
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
-        hooks, gate = (residency, adapters, stopwatch), host.block_gate(device)
+        hooks, gate = (residency, stopwatch, unpack, adapters), host.block_gate(device)
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
         yield Opened(module=loaded.module, run=run, residency=residency, adapters=adapters, stopwatch=stopwatch)
 
@@ -92,6 +94,7 @@ def loaded_of(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
             float32=handle.family.float32,
             dtype=dtype,
             ignored=handle.identity.ignored,
+            blocks=handle.family.blocks,
         )
         return Loaded(weights, handle.family.blocks(weights.module))
 
