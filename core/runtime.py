@@ -15,6 +15,7 @@ from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
 from .memory.unpack import Unpack
+from .ops.choice import choose
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
@@ -79,7 +80,13 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
         hooks, gate = (residency, stopwatch, unpack, adapters), host.block_gate(device)
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
+        run = Run(
+            dtype=scene.dtype,
+            chunk_rows=scene.chunk_rows,
+            ops=scene.ops,
+            hooks=hooks,
+            check_interrupt=gate,
+        )
         yield Opened(module=loaded.module, run=run, residency=residency, adapters=adapters, stopwatch=stopwatch)
 
 
@@ -162,7 +169,11 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
-    scene = scene_of(handle, request, compute_dtype(handle, device))
+    dtype = compute_dtype(handle, device)
+    ops, said = choose(handle.fast.kernels, family.heads(config), dtype, device)
+    for line in said:
+        tell(line)
+    scene = replace(scene_of(handle, request, dtype), ops=ops)
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
         stepping = _Stepping(there, scene, device, plan.start, request.num_steps)

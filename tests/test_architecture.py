@@ -28,7 +28,7 @@ ALLOWED = {
     "core/ops": ("kernels", "core/types"),
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
-    "core/blocks": ("core/memory", "core/host", "core/types"),
+    "core/blocks": ("core/memory", "core/ops", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": (
@@ -51,7 +51,7 @@ ALLOWED = {
     "media": ("core/host",),
     "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core"),
+    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core", "kernels"),
     "__main__": ("demo", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "__init__": ("nodes",),
 }

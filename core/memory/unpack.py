@@ -1,11 +1,19 @@
 """Weights that are compressed on the device too: a block's are decoded before its call, for all passes through it."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.dfloat11 import WORK_BYTES, Packed
+from ..ops.choice import verdict
+from ..ops.dfloat11 import WORK_BYTES, Decode, Packed, decode
+from ..ops.trials import Tokens
+
+log = logging.getLogger(__name__)
+
+KERNEL = "dfloat11_decode"
+PROBE = Tokens(rows=64, heads=8, head_width=128)  # as many weights as two sections have
 
 
 class Unpack:
@@ -20,6 +28,9 @@ class Unpack:
         self._packed = [[part for part in block.modules() if isinstance(part, Packed)] for block in blocks]
         self.size = max((sum(part.count for part in packed) for packed in self._packed), default=0)
         self._buffer: Tensor | None = None
+        self._decode: Decode = decode
+        if self.size and device.type == "cuda":
+            self._decode = _proven(device)
 
     @property
     def nbytes(self) -> int:
@@ -35,11 +46,9 @@ class Unpack:
             return
         if self._buffer is None:
             self._buffer = torch.empty(self.size, dtype=torch.bfloat16, device=self.device)
-        if self.device.type == "meta":  # to be counted where a run is planned
-            torch.empty(WORK_BYTES, dtype=torch.uint8, device=self.device)
         counts = [part.count for part in self._packed[i]]
         for part, out in zip(self._packed[i], self._buffer[: sum(counts)].split(counts), strict=True):
-            part.unpack(out, self.dtype)
+            part.unpack(out, self.dtype, self._decode)
 
     def after(self, i: int) -> None:
         """Take them away again."""
@@ -51,3 +60,12 @@ class Unpack:
         for i in range(len(self._packed)):
             self.after(i)
         self._buffer = None
+
+
+def _proven(device: torch.device) -> Decode:
+    """Return the kernel if it gives what plain PyTorch does on this card, else that; and say why."""
+    found = verdict(KERNEL, PROBE, torch.bfloat16, device)
+    if found.kernel is None:
+        log.warning("DFloat11 weights are decoded by plain PyTorch, which is slow: kernel %s %s.", KERNEL, found.reason)
+        return decode
+    return found.kernel

@@ -6,13 +6,12 @@ window is 8 bytes of that stream, a section 512 windows. Sign and mantissa have 
 """
 # n weights of a group, W windows, S sections, R tables of 256 entries
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from ... import kernels
 from ..types import TensorInfo
 from .linear import Linear
 
@@ -26,7 +25,8 @@ SECTION_BYTES = WINDOW_BYTES * SECTION_WINDOWS
 WINDOW_BITS, LONGEST_CODE, TABLE = 8 * WINDOW_BYTES, 32, 256
 POINTERS = 240  # entries from here on point: 256 - entry is the number of a table
 MOST_TABLES = 1 + TABLE - POINTERS
-KERNEL = "dfloat11_decode"
+
+Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # `decode`, and what takes its place
 
 ROOT_BITS = 16  # of a code that are looked up at once
 SECTIONS_AT_ONCE = 64  # that are decoded together: what is made on the way stays in a processor's cache
@@ -59,17 +59,12 @@ def decode(
 ) -> Tensor:
     """Write the n weights of a group into `out` [n] in bf16, and return it. The planes are U8 and on one device.
 
-    Raises ValueError for streams that end too early; what else is wrong with a damaged one gives wrong weights.
+    The next code of all windows of some sections is decoded at a time. Raises ValueError for streams that end too
+    early; what else is wrong with a damaged one gives wrong weights.
     """
-    kernel, _ = kernels.find(KERNEL, encoded_exponent, sign_mantissa, luts, output_positions, gaps, out)
-    run = decode_eagerly if kernel is None else kernel
-    return run(encoded_exponent, sign_mantissa, luts, output_positions, gaps, out)
-
-
-def decode_eagerly(
-    encoded_exponent: Tensor, sign_mantissa: Tensor, luts: Tensor, output_positions: Tensor, gaps: Tensor, out: Tensor
-) -> Tensor:
-    """Do what `decode` does, in PyTorch's own operations: the next code of all windows of some sections at a time."""
+    if out.is_meta:  # where memory is counted and nothing decoded
+        torch.empty(WORK_BYTES, dtype=torch.uint8, device=out.device)
+        return out
     positions = output_positions.clone().view(torch.int32).cpu().long() & 0xFFFFFFFF
     places, root, words = positions.tolist(), _root(luts), _Tables(luts)
     sections, total = len(places) - 1, sign_mantissa.numel()
@@ -169,10 +164,9 @@ class Packed(nn.Module):
         layers = zip(self._owners, self.layers.values(), strict=True)
         return sum(prod(shape) for layer, shape in layers if not isinstance(layer, Linear))
 
-    def unpack(self, out: Tensor, dtype: torch.dtype) -> None:
+    def unpack(self, out: Tensor, dtype: torch.dtype, decode: Decode) -> None:
         """Give the layers their weights, which lie in `out` [count] then; layers not of ours take them in `dtype`."""
-        if not out.is_meta:  # on which there is nothing to decode
-            decode(*(self._buffers[name] for name in PLANES), out)
+        decode(*(self._buffers[name] for name in PLANES), out)
         parts = out.split([prod(shape) for shape in self.layers.values()])
         for layer, part, shape in zip(self._owners, parts, self.layers.values(), strict=True):
             weight = part.view(shape) if isinstance(layer, Linear) else part.view(shape).to(dtype)

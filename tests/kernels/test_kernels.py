@@ -1,0 +1,119 @@
+"""Every kernel beside float64, on shapes that divide nothing: interpreted on the CPU, compiled where there is CUDA."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from wanqwen import kernels
+from wanqwen.core.ops.trials import TRIALS, Tokens, Trial
+from wanqwen.tests.kernels import references
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT32_NOISE = 2e-6  # of sums in float32, beside the number and its row
+SHAPES = {
+    "odd": Tokens(rows=7, heads=3, head_width=10, batch=2),
+    "one row": Tokens(rows=1, heads=1, head_width=6),
+    "wide": Tokens(rows=3, heads=9, head_width=82),
+}
+each_trial = pytest.mark.parametrize(
+    ("name", "trial"),
+    [pytest.param(name, trial, id=f"{name}-{i}") for name, trials in TRIALS.items() for i, trial in enumerate(trials)],
+)
+each_dtype = pytest.mark.parametrize("dtype", kernels.FLOATS, ids=str)
+
+
+class Counted:
+    """A Triton function that counts its launches."""
+
+    def __init__(self, function: Any):
+        self.function, self.launches = function, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launches += 1
+        return self.function[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Counted]:
+    """The Triton functions of a kernel's file: what is not launched has not been tested."""
+    module = sys.modules[kernels.KERNELS[name].load(name).__module__]
+    found = [Counted(value) for key, value in vars(module).items() if key.endswith("_kernel")]
+    for one in found:
+        monkeypatch.setattr(module, one.function.__name__, one)
+    return found
+
+
+@each_trial
+@each_dtype
+@pytest.mark.parametrize("tokens", SHAPES.values(), ids=SHAPES)
+def test_a_kernel_rounds_what_is_true_once(
+    name: str, trial: Trial, dtype: torch.dtype, tokens: Tokens, launches: list[Counted]
+) -> None:
+    arguments = trial.arguments(tokens, dtype, DEVICE)
+    wanted = getattr(references, name)(*trial.arguments(tokens, dtype, DEVICE))
+    kernel, reason = kernels.find(name, *trial.tensors(arguments))
+    assert kernel is not None, reason
+    results = trial.run(kernel, arguments)
+    assert sum(one.launches for one in launches) == 1
+    assert len(results) == len(wanted)
+    for result, true in zip(results, wanted, strict=True):
+        assert result.shape == true.shape
+        within_half_a_step(result, true)
+
+
+def within_half_a_step(result: Tensor, true: Tensor) -> None:
+    """Hold that a result is the nearest number of its dtype, but for the noise of float32."""
+    row = true.square().mean(-1, keepdim=True).sqrt()
+    noise = FLOAT32_NOISE * (true.abs() + row)
+    half_step = torch.finfo(result.dtype).eps / 2 * true.abs() if result.dtype != torch.float32 else 0
+    excess = (result.double() - true).abs() - half_step - noise
+    assert excess.max() <= 0, f"{float(excess.max()):.3g} too far, of numbers of {float(row.mean()):.3g}"
+
+
+@each_trial
+def test_a_kernel_has_the_same_bits_each_time(name: str, trial: Trial) -> None:
+    tokens, kernel = SHAPES["odd"], kernels.KERNELS[name].load(name)
+    runs = [trial.run(kernel, trial.arguments(tokens, torch.bfloat16, DEVICE)) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@each_trial
+def test_on_the_meta_device_a_kernel_gives_shapes(name: str, trial: Trial) -> None:
+    """By which the memory of a run is planned."""
+    tokens, meta = SHAPES["odd"], torch.device("meta")
+    wanted = trial.run(trial.eager, trial.arguments(tokens, torch.bfloat16, DEVICE))
+    results = trial.run(kernels.KERNELS[name].load(name), trial.arguments(tokens, torch.bfloat16, meta))
+    assert [(r.shape, r.dtype, r.device) for r in results] == [(w.shape, w.dtype, meta) for w in wanted]
+
+
+def test_a_part_of_the_rows_is_added_to_where_it_lies() -> None:
+    x, branch = torch.randn(2, 9, 30, device=DEVICE), torch.randn(2, 4, 30, device=DEVICE)
+    wanted = x.clone()
+    wanted[:, 3:7] += branch
+    found = kernels.KERNELS["add_to_rows"].load("add_to_rows")(x, slice(3, 7), branch, None)
+    assert found is x and torch.allclose(x, wanted, atol=1e-6)
+
+
+def test_one_modulation_serves_all_batches() -> None:
+    trial = TRIALS["layer_norm"][0]
+    x, (weight, bias, eps), dtype = trial.arguments(SHAPES["odd"], torch.float32, DEVICE)
+    shared = (weight[:1], bias[:1], eps)
+    (found,) = trial.run(kernels.KERNELS["layer_norm"].load("layer_norm"), (x, shared, dtype))
+    within_half_a_step(found, references.layer_norm(x, shared, dtype)[0])
+
+
+def test_the_rotated_go_to_a_part_of_a_larger_tensor() -> None:
+    """As both streams of a joint attention do, without being put together afterwards."""
+    trial, tokens = TRIALS["norm_rotate"][1], SHAPES["odd"]
+    x, constants, rope, whole = trial.arguments(tokens, torch.bfloat16, DEVICE)
+    joint = torch.zeros(2, 12, *whole.shape[2:], dtype=whole.dtype, device=DEVICE)
+    (true,) = references.norm_rotate(x, constants, rope, whole)
+    kernels.KERNELS["norm_rotate"].load("norm_rotate")(x, constants, rope, joint[:, 5:])
+    assert not joint[:, :5].any()
+    within_half_a_step(joint[:, 5:], true)
+    with pytest.raises(ValueError, match="side by side"):
+        kernels.KERNELS["norm_rotate"].load("norm_rotate")(x, constants, rope, joint[:, 5:].transpose(1, 2))
