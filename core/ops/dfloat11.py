@@ -91,21 +91,24 @@ class _Tables:
     def __init__(self, luts: Tensor):
         self.entries, self.lengths = luts[:-1].reshape(-1).int(), luts[-1].int()
 
-    def find(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Return exponent and length of codes that begin in the highest of 32 bits, as int64."""
+    def find(self, code: Tensor, num_bytes: int = LONGEST_CODE // 8) -> tuple[Tensor, Tensor]:
+        """Return exponent and length of codes that begin in the highest of 32 bits, as int64; looked up by their bytes.
+
+        Where more of these than `num_bytes` are needed, the length is 0.
+        """
         entry = torch.full_like(code, TABLE)  # which points to table 0
-        for shift in (24, 16, 8, 0):
-            at = (TABLE - entry).clamp_(0, len(self.entries) // TABLE - 1) * TABLE + ((code >> shift) & 0xFF)
+        for k in range(num_bytes):
+            at = (TABLE - entry).clamp_(0, len(self.entries) // TABLE - 1) * TABLE + ((code >> (24 - 8 * k)) & 0xFF)
             entry = torch.where(entry >= POINTERS, self.entries[at].long(), entry)
-        entry = torch.where(entry >= POINTERS, 0, entry)
-        return entry, self.lengths[entry].clamp(1, LONGEST_CODE).long()
+        length = self.lengths[entry].clamp(1, LONGEST_CODE).long()
+        return entry & 0xFF, torch.where(entry >= POINTERS, 0, length)
 
 
 def _root(luts: Tensor) -> Tensor:
     """Return for all beginnings of codes `length << 8 | exponent`, with length 0 for those that need more bits."""
     starts = torch.arange(1 << ROOT_BITS, device=luts.device)
-    exponent, length = _Tables(luts).find(starts << (LONGEST_CODE - ROOT_BITS))
-    return torch.where(length <= ROOT_BITS, (length << 8) | exponent, 0).int()
+    exponent, length = _Tables(luts).find(starts << (LONGEST_CODE - ROOT_BITS), ROOT_BITS // 8)
+    return torch.where(length > 0, (length << 8) | exponent, 0).int()
 
 
 def _starts(gaps: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ def _exponents(part: Tensor, starts: Tensor, root: Tensor, tables: _Tables) -> T
             byte = (place >> 3).long()
             code = (words[byte].long() << 24) | words[byte + 3].long()
             exponent, length = tables.find((code >> (16 - (place & 7))) & 0xFFFFFFFF)
-            entry[longer] = ((length << 8) | exponent).int()
+            entry[longer] = ((length.clamp(min=1) << 8) | exponent).int()
         found.append(entry.to(torch.uint8))
         active.append(is_in)
         at = torch.where(is_in, at + (entry >> 8), at)
