@@ -337,7 +337,7 @@ class Part:
 
     name: str
     loaded: Loaded
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.bfloat16
     table: TokenTable | None = None
 
     def embed(self, ids: Sequence[int]) -> Tensor:

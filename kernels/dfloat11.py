@@ -30,7 +30,8 @@ def dfloat11_decode(
     positions = output_positions.view(torch.int32)
     _decode_kernel[(len(positions) - 1,)](
         encoded_exponent, sign_mantissa, luts, positions, gaps, out.view(torch.int16),
-        encoded_exponent.numel(), sign_mantissa.numel(), gaps.numel(), luts.shape[0] - 1, num_warps=NUM_WARPS,
+        encoded_exponent.numel(), sign_mantissa.numel(), gaps.numel(), luts.shape[0] - 1,
+        num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -55,7 +56,7 @@ def _find(high, luts_ptr, num_tables):
     return entry, tl.minimum(tl.maximum(length, 1), 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bytes", "num_weights", "num_gap_bytes", "num_tables"])
 def _decode_kernel(
     stream_ptr, rest_ptr, luts_ptr, positions_ptr, gaps_ptr, out_ptr,
     num_bytes, num_weights, num_gap_bytes, num_tables,
