@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import conversion
 from .core.sampling.solvers import SOLVERS
 from .core.types import SOURCES, Conditioning, MemoryOptions, ModelHandle, SampleRequest
 from .families import FAMILIES
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     _plan_arguments(commands.add_parser("plan", help="what a run takes of a card, from the model's header alone"))
+    conversion.add_arguments(commands.add_parser("convert", help="a model in other names, or in another format"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:

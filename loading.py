@@ -201,6 +201,19 @@ def _device(what: str, name: str) -> torch.device:
     return torch.device("cpu") if name == "cpu" else host.device()
 
 
+def open_any(path: str | Path) -> tuple[Checkpoint, Identity]:
+    """Open a file of whatever role. Raises ValueError for one that no model is known for, or that is not whole."""
+    checkpoint = open_checkpoint(path)
+    if is_lora(checkpoint):
+        raise ValueError(
+            f"{checkpoint.path.name} is a LoRA, not a model. LoRAs are taken as they are, by the LoRA node and --lora."
+        )
+    identity = identify(checkpoint)
+    _check_whole(checkpoint, identity)
+    check_formats(checkpoint, identity.names)
+    return checkpoint, identity
+
+
 def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Checkpoint, Identity]:
     checkpoint = open_checkpoint(path)
     identity = identify(checkpoint)
@@ -214,6 +227,11 @@ def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Che
             f"{checkpoint.path.name} belongs to {identity.family} ({identity.variant}), and this loader is for "
             f"{family}: choose another file, or use the loader of its own family."
         )
+    _check_whole(checkpoint, identity)
+    return checkpoint, identity
+
+
+def _check_whole(checkpoint: Checkpoint, identity: Identity) -> None:
     problems = {"lacks": identity.missing, "holds, beside it,": identity.unexpected}
     listed = [f"{what} {len(names)} tensors ({_some(names)})" for what, names in problems.items() if names]
     if listed:
@@ -221,7 +239,6 @@ def _opened(path: str | Path, role: str, family: str | None = None) -> tuple[Che
             f"{checkpoint.path.name} looks like {identity.family} {identity.variant}, but {' and '.join(listed)}: it "
             "may be cut, a part of a set, or changed for other software. Download it again from where it was published."
         )
-    return checkpoint, identity
 
 
 def _some(names: tuple[str, ...]) -> str:

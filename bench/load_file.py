@@ -29,6 +29,7 @@ from ..core.memory.slab import Loaded
 from ..core.weights.assemble import Weights, prepare
 from ..core.weights.reader import open_checkpoint
 from ..families import identify
+from ..wan.config import WanConfig
 from .models import WAN, WAN_1_3B
 
 PAGE = 4096
@@ -60,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(report(path, compared(path, ways, options.rounds)))
 
 
-def write_random(path: Path) -> Path:
-    """Write a bf16 file with the names and shapes of the model and small random numbers."""
+def write_random(path: Path, config: WanConfig = WAN_1_3B) -> Path:
+    """Write a bf16 file with the names and shapes of a model and small random numbers."""
     with torch.device("meta"):
-        shapes = {name: list(tensor.shape) for name, tensor in WAN.build(WAN_1_3B).state_dict().items()}
+        shapes = {name: list(tensor.shape) for name, tensor in WAN.build(config).state_dict().items()}
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()

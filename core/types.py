@@ -115,6 +115,7 @@ class Identity:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    prefix: str = ""  # of the file's names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_OURS = {"tests", "build"}
 
 FAMILY = (
-    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity"),
+    *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity", "core/weights/export"),
     *("core/conditioning", "core/memory/trace", "core/past", "core/picture", "core/text", "core/types"),
 )
 # Layer (the longest name that fits a module) -> the layers below, which it may import. A layer may import itself.
@@ -47,12 +47,16 @@ ALLOWED = {
     "families": ("wan", "qwen_image", "core/weights/lora", "core/types"),
     "loading": ("families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
+    "conversion": ("loading", "families", "wan", "qwen_image", "core"),
     "plans": ("wan", "qwen_image", "core"),
     "media": ("core/host",),
     "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core", "kernels"),
-    "__main__": ("demo", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "bench": ("plans", "conversion", "loading", "families", "wan", "qwen_image", "core", "kernels"),
+    "__main__": (
+        *("demo", "plans", "loading", "families", "inspection", "conversion", "media", "wan", "qwen_image"),
+        "core",
+    ),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}

@@ -28,6 +28,7 @@ def identity(
         missing=found.missing,
         unexpected=found.unexpected,
         ignored=found.ignored,
+        prefix=prefix,
     )
 
 

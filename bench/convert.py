@@ -1,0 +1,92 @@
+"""How fast is a model converted, and in how much memory?
+
+    python -m wanqwen.bench.convert [--folder DIR] [--layers N ...] [TARGET ...]
+
+Writes a file of the names and shapes of Wan 2.1 T2V-1.3B in bf16 with random numbers (2.8 GB), and smaller ones of
+fewer blocks, and converts each, every time in a process of its own. Memory is what that process took at its fullest
+beyond what it had before: it should be the same whatever the size of the file. MB/s are those of the source. Copying is
+what the disk and the system do by themselves.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..conversion import convert
+from ..core.weights.convert import Wish
+from ..core.weights.targets import TARGETS
+from .load_file import write_random
+from .models import WAN_1_3B
+
+DEFAULT_TARGETS = ("fp16", "fp8_scaled", "int8", "gguf_q8_0")
+DEFAULT_LAYERS = (10, 30)
+COPY = "copy"
+SAMPLE_SECONDS = 0.005
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the files, convert each, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=DEFAULT_TARGETS, metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--folder", type=Path, help="where the files may lie (default: a temporary folder)")
+    parser.add_argument("--layers", type=int, nargs="+", default=DEFAULT_LAYERS, help="blocks of each file")
+    parser.add_argument("--one", nargs=3, metavar=("TARGET", "FILE", "OUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        target, file, out = options.one
+        sys.stdout.write(json.dumps(measured(target, Path(file), Path(out))))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for layers in options.layers:
+            path = write_random(Path(folder) / "source.safetensors", replace(WAN_1_3B, num_layers=layers))
+            size = path.stat().st_size
+            for target in (COPY, *options.targets):
+                out = path.with_name(f"out{'.gguf' if target.startswith('gguf') else '.safetensors'}")
+                command = [sys.executable, "-m", __spec__.name, "--one", target, str(path), str(out)]
+                seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                sys.stdout.write(
+                    f"{layers:3} blocks, {size / 1e9:.2f} GB -> {out.stat().st_size / 1e9:.2f} GB {target:<18} "
+                    f"{seconds:6.1f} s {size / seconds / 1e6:6.0f} MB/s, at most {peak / 1e6:4.0f} MB of memory\n"
+                )
+                sys.stdout.flush()
+                out.unlink()
+
+
+def measured(target: str, file: Path, out: Path) -> tuple[float, int]:
+    """Return the seconds that a conversion takes, and the bytes of memory beyond what there was before."""
+    before, peak, done = resident_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLE_SECONDS):
+            peak = max(peak, resident_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    if target == COPY:
+        shutil.copyfile(file, out)
+    else:
+        convert(file, out, Wish(target=target), lambda text: None)
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return seconds, peak
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process, pages of mapped files included (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Turn a checkpoint into another one of the same model: in another spelling, in another format of its weights."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .core.types import Checkpoint, Identity
+from .core.weights.convert import Plan, Wish, make_plan
+from .core.weights.export import Export
+from .core.weights.targets import SAME, TARGETS
+from .core.weights.write import check_place
+from .families import identify, with_variant
+from .loading import open_any
+from .qwen_image.export import export_of as qwen_image_export
+from .qwen_image.family import NAME as QWEN_IMAGE
+from .wan.export import export_of as wan_export
+from .wan.family import NAME as WAN
+
+EXPORTS: Mapping[str, Callable[[Checkpoint, Identity], Export]] = {WAN: wan_export, QWEN_IMAGE: qwen_image_export}
+NOWHERE = Path("nowhere") / "model"  # a file about which neither its name nor its folder tells anything
+SECONDS_BETWEEN_LINES = 0.2
+SHOWN = 4  # names in a line
+
+Write = Callable[[str], None]
+
+
+def plan(path: Path, wish: Wish, variant: str | None = None) -> tuple[Checkpoint, Identity, Plan]:
+    """Return what a file is, and how it becomes what is wished; nothing but its header is read.
+
+    `variant` is a user's word for which of Qwen-Image's models it holds. Raises ValueError for what can't be converted.
+    """
+    checkpoint, identity = open_any(path)
+    if variant is not None:
+        identity = with_variant(identity, variant)
+    made = make_plan(checkpoint, identity, EXPORTS[identity.family](checkpoint, identity), wish)
+    found = identify(made.checkpoint(NOWHERE.with_suffix(made.container.suffix)))
+    if _facts(found) != _facts(identity):
+        raise ValueError(
+            f"{checkpoint.path.name} is {identity.family} {identity.variant}, which a file of it as {wish.target} "
+            f"could not tell: it would be taken for {found.variant}, {found.config}. Choose another spelling or format."
+        )
+    return checkpoint, identity, made
+
+
+def _facts(identity: Identity) -> tuple[object, ...]:
+    return identity.family, identity.role, identity.variant, identity.config, identity.missing, identity.unexpected
+
+
+def convert(
+    path: Path, out: Path, wish: Wish, write: Write, *, variant: str | None = None, replace: bool = False
+) -> Path:
+    """Write the file that is wished to `out`, and tell in lines of text what is done. The source is not touched.
+
+    Raises ValueError, before any weight is read, for what can't be converted and for a place that is taken, not there
+    or too small; OSError where the disk fails. Then, and on Ctrl-C, nothing is left behind.
+    """
+    checkpoint, identity, made = plan(path, wish, variant)
+    suffix, size = made.container.suffix, made.size
+    if out.suffix.lower() != suffix and not out.is_dir():
+        raise ValueError(f"--out {out}: {wish.target} of this file is written as {suffix}, name it {out.stem}{suffix}")
+    check_place(out, size, set(checkpoint.location.values()), replace)
+    where = f"{identity.family} {identity.variant}"
+    write(f"{checkpoint.path.name}: {where}, {identity.weight_format}, {identity.spelling}\n")
+    layers = f", {made.num_quantised} layers quantised" if made.num_quantised else ""
+    write(f"{out.name}: {wish.target}{layers}, {size / 1e9:.2f} GB\n")
+    if made.dropped:
+        shown = ", ".join(made.dropped[:SHOWN]) + ", ..." * (len(made.dropped) > SHOWN)
+        write(f"left out, as no model of this kind reads them: {len(made.dropped)} tensors ({shown})\n")
+    made.write(out, Progress(size, write).advance)
+    write("\n")
+    return out
+
+
+class Progress:
+    """Tell how much of a file has been written, how fast, and how long the rest will take."""
+
+    def __init__(self, size: int, write: Write):
+        self.size, self.write, self.done = size, write, 0
+        self.started = self.told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count bytes that have been written."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.told < SECONDS_BETWEEN_LINES and self.done < self.size:
+            return
+        self.told, rate = now, self.done / max(now - self.started, 1e-9)
+        left = (self.size - self.done) / max(rate, 1.0)
+        line = f"{self.done / self.size:4.0%} of {self.size / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left"
+        self.write(f"\r{line:<60}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those of `python -m wanqwen convert`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "formats:\n" + "\n".join(f"  {name:<18} {target.title}" for name, target in TARGETS.items())
+    add = parser.add_argument
+    add("file", type=Path, help="of a model: any that `inspect` knows; of shards any one, or their folder")
+    add("--to", default=SAME, metavar="FORMAT", help=f"one of those below (default {SAME})")
+    add("--spelling", help="official, diffusers, comfyui, kijai, huggingface: whose names (default: the file's own)")
+    add("--prefix", help="before every name, such as model.diffusion_model. (default: the spelling's)")
+    add("--out", type=Path, required=True, help=".safetensors or .gguf")
+    add("--keep", action="append", default=[], metavar="PATTERN", help="names of weights that stay precise, with *")
+    add("--variant", help="which Qwen-Image model the file holds, if it does not tell")
+    add("--requantise", action="store_true", help="round what has 8 bits or fewer already a second time")
+    add("--force", action="store_true", help="replace --out if it exists")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert as the command line says, and print the new file's path."""
+    wish = Wish(
+        target=options.to.lower(),
+        spelling=options.spelling,
+        prefix=options.prefix,
+        keep=tuple(options.keep),
+        requantise=options.requantise,
+    )
+    out = convert(options.file, options.out, wish, _terminal, variant=options.variant, replace=options.force)
+    sys.stdout.write(f"{out.resolve()}\n")
+    return 0
+
+
+def _terminal(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
