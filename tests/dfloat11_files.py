@@ -1,11 +1,13 @@
 """Models in DFloat11, each with its twin in bf16: what the one gives, the other must give bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from wanqwen.core.weights.compress import Compressed, compress
+from wanqwen.conversion import convert
+from wanqwen.core.weights.convert import Wish
 from wanqwen.core.weights.reader import open_checkpoint, read_tensors
 from wanqwen.loading import DEMO_FOLDER
 
@@ -21,11 +23,18 @@ def write_bf16(source: Path, path: Path) -> Path:
     return path
 
 
-def write_pair(source: str | Path, folder: Path, out: str = "dfloat11.safetensors") -> tuple[Path, Compressed]:
-    """Write a model, given by its file or the name of a miniature, in bf16, and that as DFloat11."""
+def write_dfloat11(source: Path, out: Path, **wish: Any) -> Path:
+    """Convert a model, and return the new file."""
+    said: list[str] = []
+    return convert(source, out, Wish(target="dfloat11", **wish), said.append)
+
+
+def write_pair(source: str | Path, folder: Path) -> tuple[Path, Path]:
+    """Write a model, given by its file or the name of a miniature, in bf16, and that as DFloat11 in a folder."""
     source = DEMO_FOLDER / f"{source}.safetensors" if isinstance(source, str) else source
-    plain = write_bf16(source, folder / "bf16.safetensors")
-    return plain, compress(open_checkpoint(plain), folder / out, threads=1)
+    plain, out = write_bf16(source, folder / "bf16.safetensors"), folder / "df11"
+    out.mkdir()
+    return plain, write_dfloat11(plain, out / "model.safetensors")
 
 
 def words(tensor: Tensor) -> Tensor:

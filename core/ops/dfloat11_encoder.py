@@ -34,6 +34,11 @@ def refusal(weight: Tensor) -> str | None:
     return f"it holds values of 2 ** {POINTERS - 127} or more" if largest >= POINTERS else None
 
 
+def most_bytes(count: int) -> int:
+    """Return how long the stream of so many weights can get: a byte for each, and for the end."""
+    return count + 1
+
+
 def encode(weights: Sequence[Tensor], threads: int | None = None) -> dict[str, Tensor]:
     """Return the planes of a group of bf16 tensors, by name, for its weights in this order.
 

@@ -16,12 +16,14 @@ Code = dict[int, tuple[int, int]]  # symbol -> length in bits, and the bits as a
 def make_code(counts: Mapping[int, int]) -> tuple[Code, np.ndarray]:
     """Return a prefix code for symbols below 240 that occur so often, `END` among them, and its tables.
 
-    It is the shortest code unless that has codes of more than 32 bits or needs more tables than can be pointed to.
+    It is the shortest code unless that has codes of more than 32 bits or needs more tables than can be pointed to. No
+    symbol takes more than 8 bits on the average.
     """
     total = sum(counts.values())
     for floor in (None, *FLOORS):
         code = _limited(counts if floor is None else {s: max(n, total >> floor) for s, n in counts.items()})
-        if len(tables := _rows(code)) <= MOST_TABLES + 1:
+        num_bits = sum(counts[symbol] * length for symbol, (length, _) in code.items() if symbol != END)
+        if num_bits <= 8 * total and len(tables := _rows(code)) <= MOST_TABLES + 1:
             return code, tables
     code = {symbol: (8, k) for k, symbol in enumerate((END, *sorted(counts)))}
     return code, _rows(code)

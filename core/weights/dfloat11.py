@@ -59,8 +59,36 @@ def config_in(folder: Path) -> dict[str, Any]:
 
 
 def files_with(path: Path) -> list[Path]:
-    """Return all files of the model that a file belongs to, itself among them: those of its folder if that says so."""
-    return sorted(path.parent.glob("*.safetensors")) if config_in(path.parent) else [path]
+    """Return all files of the model that a file belongs to, itself among them.
+
+    Those are the ones of its folder that are called after groups of the folder's config, and what is not.
+    """
+    of_groups, others = _divided(path.parent)
+    if path in of_groups:
+        return [*of_groups, *others]
+    return [path, *of_groups]
+
+
+def rest_in(folder: Path) -> Path | None:
+    """Return the file of a folder that has what is in none of its groups' files; None if that is not clear."""
+    _, others = _divided(folder)
+    return others[0] if len(others) == 1 and config_in(folder) else None
+
+
+def _divided(folder: Path) -> tuple[list[Path], list[Path]]:
+    patterns = config_in(folder).get(PATTERNS, {})
+    if not patterns or not isinstance(patterns, dict):
+        return [], []
+    files = sorted(folder.glob("*.safetensors"))
+    of_groups = [file for file in files if any(_matches(p.replace(r"\.", "_"), file.stem) for p in patterns)]
+    return of_groups, [file for file in files if file not in of_groups]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def seen_through(checkpoint: Checkpoint) -> Checkpoint:
@@ -82,9 +110,16 @@ def seen_through(checkpoint: Checkpoint) -> Checkpoint:
         dfloat11.check_sizes({kind: info.shape for kind, info in inside.items()}, where)
         if others := {info.dtype for info in inside.values()} - {"U8"}:
             raise ValueError(f"{where}: parts of a DFloat11 group are {', '.join(others)}, expected U8: {AGAIN}")
-        ends = [*_splits(checkpoint, prefix, tensors.pop(f"{prefix}.{SPLITS}", None)), prod(inside[SIGNS].shape)]
-        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        layers = _layers(checkpoint, prefix, len(counts), config)
+        splits = tensors.pop(f"{prefix}.{SPLITS}", None)
+        layers = _layers(checkpoint, prefix, 1 + prod(splits.shape) if splits else 1, config)
+        stated = [shapes.get(f"{layer}.weight") for layer in layers]
+        if None in stated:
+            ends = [*_splits(checkpoint, prefix, splits), prod(inside[SIGNS].shape)]
+            counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        else:
+            counts = [_count(checkpoint, shape) for shape in stated]
+        if sum(counts) != prod(inside[SIGNS].shape):
+            raise ValueError(f"{where}: {prod(inside[SIGNS].shape)} weights, and layers of {sum(counts)}: {AGAIN}")
         for layer, count in zip(layers, counts, strict=True):
             name = f"{layer}.weight"
             if name in tensors:
@@ -142,7 +177,7 @@ def _shape(checkpoint: Checkpoint, layer: str, count: int, shapes: Mapping[str, 
     name, bias = f"{layer}.weight", checkpoint.tensors.get(f"{layer}.bias")
     if name in shapes:
         shape = tuple(shapes[name]) if isinstance(shapes[name], list) else ()
-        if not all(type(side) is int and side > 0 for side in shape) or prod(shape) != count:
+        if prod(shape) != count:
             raise ValueError(
                 f"{checkpoint.path}: {name} is said to be {shapes[name]}, and has {count} weights: {AGAIN}"
             )
@@ -155,6 +190,13 @@ def _shape(checkpoint: Checkpoint, layer: str, count: int, shapes: Mapping[str, 
     if len(bias.shape) != 1 or not bias.shape[0] or count % bias.shape[0]:
         raise ValueError(f"{checkpoint.path}: {count} weights of {name} don't fit its bias {list(bias.shape)}: {AGAIN}")
     return bias.shape[0], count // bias.shape[0]
+
+
+def _count(checkpoint: Checkpoint, shape: Any) -> int:
+    is_shape = isinstance(shape, list) and shape and all(type(side) is int and side > 0 for side in shape)
+    if not is_shape:
+        raise ValueError(f"{checkpoint.path}: metadata {SHAPES_KEY} has a shape {shape!r:.80}: {AGAIN}")
+    return prod(shape)
 
 
 def _splits(checkpoint: Checkpoint, prefix: str, info: TensorInfo | None) -> Iterator[int]:

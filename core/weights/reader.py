@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import dfloat11, formats
 from ..types import Checkpoint, TensorInfo
-from .dfloat11 import config_in, files_with, seen_through
+from .dfloat11 import files_with, rest_in, seen_through
 from .gguf import read_gguf
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -251,10 +251,10 @@ def _is_there(file: Path) -> bool:
 def _in_folder(folder: Path) -> Path:
     """Return the one checkpoint of a folder: an index, a single file, or a shard of a set without an index.
 
-    Of a DFloat11 model it is the file of what is in none of its groups, which has the longest name.
+    Of a DFloat11 model of many files it is the one of what is in none of its groups.
     """
-    if config_in(folder) and (files := sorted(folder.glob(f"*{SAFETENSORS}"), key=lambda file: len(file.name))):
-        return files[-1]
+    if rest := rest_in(folder):
+        return rest
     indices = sorted(folder.glob(f"*{INDEX}"))
     weights = sorted(file for file in folder.iterdir() if file.suffix.lower() in (SAFETENSORS, GGUF))
     found = indices + [file for file in weights if not any(_belongs(file, index) for index in indices)]

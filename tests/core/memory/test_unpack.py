@@ -40,7 +40,7 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder, name = tmp_path_factory.mktemp(request.param), request.param
     source = tiny.write_model(folder / "vace.safetensors", tiny.VACE) if name == "vace" else name
     plain, compressed = write_pair(source, folder)
-    return plain, compressed.file, name
+    return plain, compressed, name
 
 
 @pytest.fixture
