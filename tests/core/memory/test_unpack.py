@@ -1,26 +1,29 @@
 """DFloat11 models give the bits of the bf16 models that they were made of: resident, streamed, with LoRAs, encoded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from wanqwen.core import runtime
-from wanqwen.core.memory import unpack
+from wanqwen.core import runtime, text
+from wanqwen.core.memory import resident, unpack
+from wanqwen.core.memory.placement import Plan
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.memory.unpack import Unpack
 from wanqwen.core.ops.dfloat11 import Packed, decode
 from wanqwen.core.ops.dfloat11_encoder import encode
 from wanqwen.core.ops.linear import Linear
+from wanqwen.core.text import Placement
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest, TensorInfo
 from wanqwen.families import parameters_of
-from wanqwen.loading import load_model, with_lora
+from wanqwen.loading import load_model, load_text_encoder, with_lora
 from wanqwen.tests.dfloat11_files import write_pair
 
 from ... import loras
 from ...nodes import tiny
+from .late_link import LateLink
 from .test_streamed_models import stream
 
 pytestmark = pytest.mark.usefixtures("cuda_runtime")
@@ -98,7 +101,7 @@ def test_a_dfloat11_model_gives_the_bits_of_its_bf16_twin(
 
 
 @each_way
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_loras_change_a_dfloat11_model_as_its_bf16_twin(
     twins: tuple[Path, Path, str],
     request_of: SampleRequest,
@@ -164,3 +167,25 @@ def test_weights_of_layers_that_are_not_ours_come_in_their_dtype() -> None:
     hook.before(0)
     hook.close()
     assert not list(root.parameters())
+
+
+@pytest.mark.parametrize("write", [tiny.write_text_encoder, tiny.write_qwen_text_encoder], ids=["umt5", "qwen-vl"])
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_text_encoders_give_the_rows_of_their_bf16_twins(
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    is_streamed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    decoded: list[int],
+) -> None:
+    plain, compressed = write_pair(write(tmp_path / "text.safetensors"), tmp_path)
+    encoders = [load_text_encoder(path, dtype=torch.bfloat16, device="cpu") for path in (plain, compressed)]
+    if is_streamed:
+        plan = Plan(streaming=(0, 1), num_slots=1, sources=dict.fromkeys((0, 1), Source.DISK))
+        monkeypatch.setattr(resident, "computes_in_ram", lambda device: False)
+        monkeypatch.setattr(resident, "link_to", lambda where, slots: LateLink())
+        monkeypatch.setattr(text, "make_plan", lambda *asked: plan)
+        monkeypatch.setattr(Placement, "limit", lambda self, wanted: wanted)
+    rows = [encoder.encode(["a red star moving left"])[0].text for encoder in encoders]
+    assert torch.equal(*rows) and rows[0].abs().max() > 0
+    assert len(decoded) == 2, "both layers, of the second encoder only"

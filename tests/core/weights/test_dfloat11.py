@@ -70,7 +70,8 @@ def test_the_published_qwen_image_is_a_whole_model(
     assert facts["format"] == "dfloat11" and 20.4e9 < facts["parameters"] < 20.5e9
     main(["plan", "--model", str(path), "--size", "1328x1328", "--json", "--vram", "24"])
     plan = json.loads(capsys.readouterr().out)
-    assert plan == 0
+    # A block as it is stored; one in bf16, 0.68 GB, is a part of what computation takes.
+    assert 0.46 < plan["block_gb"] < 0.49 and plan["computation_gb"] > 0.68 and plan["peak_gb"] < 24
 
 
 def published_wan(folder: Path) -> Path:
