@@ -142,7 +142,7 @@ def _exponents(part: Tensor, starts: Tensor, root: Tensor, tables: _Tables) -> T
         found.append(entry.to(torch.uint8))
         active.append(is_in)
         at = torch.where(is_in, at + (entry >> 8), at)
-    return torch.stack(found, dim=1)[torch.stack(active, dim=1)]
+    return torch.stack(found, dim=1).masked_select(torch.stack(active, dim=1))
 
 
 class Packed(nn.Module):
