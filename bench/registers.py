@@ -56,6 +56,12 @@ class Launch:
     options: dict[str, Any]
 
 
+def capabilities_of(name: str) -> list[int]:
+    """Return the generations of cards that a kernel is for."""
+    major, minor = kernels.KERNELS[name].capability
+    return [capability for capability in CAPABILITIES if capability >= 10 * major + minor]
+
+
 def launches_of(name: str) -> list[Launch]:
     """Return how a kernel is launched in each of its trials."""
     launcher = kernels.KERNELS[name].load(name)
@@ -146,7 +152,7 @@ def main() -> None:
         usage(name, launch, capability)
         for name in TRIALS
         for launch in launches_of(name)
-        for capability in CAPABILITIES
+        for capability in capabilities_of(name)
     ]
     print(json.dumps([asdict(one) for one in found]) if options.json else table(found))
 

@@ -15,7 +15,7 @@ from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
 from .memory.unpack import Unpack
-from .ops.choice import choose
+from .ops.choice import Ops, choose
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
@@ -34,6 +34,12 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     if handle.dtype is not None:
         return handle.dtype
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
+
+
+def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
+    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
+    heads = handle.family.heads(handle.identity.config)
+    return choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +62,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     """
     loaded = loaded_of(handle, scene.dtype)
     adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device)
+    unpack = Unpack(loaded.blocks, device, scene.dtype)
     told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:
@@ -65,7 +72,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         headroom = headroom_of(host.driver_spills())
         host.make_room(wanted_bytes(job_of(loaded, scene, card), options, headroom), device)
         machine = machine_of(device)
-        machine = replace(machine, vram=machine.vram + adapters.nbytes)  # planned for anew, and there already
+        there = adapters.nbytes + unpack.held_bytes  # already, and planned for anew
+        machine = replace(machine, vram=machine.vram + there)
         found, _ = plan_for(loaded, scene, card, machine, options, at_least)
         if not told:
             for line in describe(found, len(loaded.blocks)):
@@ -74,7 +82,6 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         return found
 
     # The adapters leave first: what they changed are the weights that the residency has bound.
-    unpack = Unpack(loaded.blocks, device, scene.dtype)
     with placed(loaded, device, plan) as residency, closing(unpack), closing(adapters):
         if told and residency.plan is not told[0]:
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
@@ -169,11 +176,10 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
-    dtype = compute_dtype(handle, device)
-    ops, said = choose(handle.fast.kernels, family.heads(config), dtype, device)
+    ops, said = spelled(handle, device)
     for line in said:
         tell(line)
-    scene = replace(scene_of(handle, request, dtype), ops=ops)
+    scene = replace(scene_of(handle, request, compute_dtype(handle, device)), ops=ops)
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
         stepping = _Stepping(there, scene, device, plan.start, request.num_steps)

@@ -19,14 +19,14 @@ FP8_CARD = (8, 9)  # the first with conversions to float8
 WIDEST_ROW = 16384  # numbers that one program holds in registers
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+BLOCK_FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")  # of GGUF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
     """One kernel: where it is, and what it can do.
 
-    `dtypes` are those of the tensors it is asked about, `widest` the most numbers in a row of the first of them, and
+    `dtypes` are those of the tensors that it is given, `widest` the most numbers in a row of the first of them, and
     `capability` the oldest card.
     """
 
@@ -42,8 +42,6 @@ class Kernel:
         if reason:
             return reason
         found = {tensor.dtype for tensor in tensors}
-        if torch.float8_e4m3fn in found and (reason := _wrong_device([tensors[0].device], FP8_CARD)):
-            return reason
         if unknown := found - set(self.dtypes):
             return f"takes {_names(self.dtypes)}, not {_names(unknown)}"
         if self.widest is not None and tensors[0].shape[-1] > self.widest:
@@ -64,13 +62,23 @@ KERNELS: Mapping[str, Kernel] = {
         file="dfloat11", does="DFloat11 to bf16", dtypes=(torch.uint8, torch.bfloat16), widest=None
     ),
     "norm_rotate": Kernel(file="rms_norm", does="RMSNorm of q or k and their rotation, into the attention's tensor"),
+    "gelu_int8": Kernel(file="gelu_quantise", does="GELU, then int8 with a scale for each row"),
+    "gelu_float8": Kernel(
+        file="gelu_quantise", does="GELU, then float8 with a scale for each row", capability=FP8_CARD
+    ),
+    "unpack_blocks": Kernel(
+        file="gguf", does=f"GGUF's {', '.join(BLOCK_FORMATS)}, bit for bit", dtypes=(torch.uint8,), widest=None
+    ),
+    "norm_silu_into": Kernel(
+        file="channel_norm", does="the VAE's norm and SiLU, into a convolution's window", widest=None
+    ),
 }
 
 
 def find(name: str, *tensors: Tensor) -> tuple[Callable[..., Any] | None, str]:
     """Return the kernel of that name for these tensors and a word on it, or None and the reason why there is none.
 
-    The tensors are what the kernel reads and writes, first of all its rows; of them only dtype, device and width count.
+    The tensors are those among its arguments, its rows first; of them only dtype, device and width count.
     """
     kernel = KERNELS.get(name)
     if kernel is None:

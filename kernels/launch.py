@@ -10,11 +10,16 @@ from triton.runtime.jit import JITFunction
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """Return float32 values in another dtype, rounded to the nearest, ties to even."""
-    if ROUNDS_BY_HAND and dtype == tl.bfloat16:
-        # Triton's interpreter cuts the lower bits off.
+    if ROUNDS_BY_HAND:
+        # Triton's interpreter cuts bits off, or rounds by a way of its own.
         bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
-        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        if dtype == tl.bfloat16:
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+            x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        elif dtype == tl.float8e4nv:
+            bits += 0x7FFFF + ((bits >> 20) & 1)
+            tiny = (x + 24576.0) - 24576.0  # 1.5 * 2**14: multiples of 2**-9, which numbers below 2**-6 are
+            x = tl.where(tl.abs(x) < 0.015625, tiny, (bits & 0xFFF00000).to(tl.float32, bitcast=True))
     return x.to(dtype)
 
 

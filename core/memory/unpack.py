@@ -40,6 +40,11 @@ class Unpack:
             copies = max(sum(part.num_foreign for part in packed) for packed in self._packed) * self.dtype.itemsize
         return self.size * torch.bfloat16.itemsize + copies + WORK_BYTES if self.size else 0
 
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes are taken now."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
     def before(self, i: int) -> None:
         """Give the layers of block i their weights."""
         if not self._packed[i]:

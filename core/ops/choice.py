@@ -4,23 +4,15 @@ The choice is made before a run and lives in it. Fused spellings round once wher
 order: a result is the same in every run with the same choice, but not the same bits as with the other.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from ... import kernels
 from ..types import EXACT_KERNELS
 from . import norm, rope, rows
-from .trials import TRIALS, Tokens, deviation
-
-log = logging.getLogger(__name__)
-
-PROBE_ROWS = 64
+from .proof import PROBE, Verdict, verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,39 +27,6 @@ class Ops:
 
 
 EXACT = Ops()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """A kernel that has proven itself, or None and why; `is_broken` if it should have worked and did not."""
-
-    kernel: Callable[..., Any] | None
-    reason: str
-    is_broken: bool = False
-    error: float | None = None
-
-
-@cache
-def verdict(name: str, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Verdict:
-    """Try a kernel beside its eager twin, on a few rows of a model's shape: once in the life of the process."""
-    worst = 0.0
-    for trial in TRIALS[name]:
-        arguments = trial.arguments(tokens, dtype, device)
-        found, reason = kernels.find(name, *trial.tensors(arguments))
-        if found is None:
-            return Verdict(kernel=None, reason=reason)
-        wanted = trial.run(trial.eager, arguments)
-        try:
-            results = trial.run(found, trial.arguments(tokens, dtype, device))
-            error = max(deviation(*pair) for pair in zip(results, wanted, strict=True))
-        except kernels.errors() as trouble:
-            first = (str(trouble).strip() or "no message").splitlines()[0]
-            return Verdict(kernel=None, reason=f"failed with {type(trouble).__name__}: {first}", is_broken=True)
-        if not error <= trial.allowed:  # NaN is not
-            reason = f"differs by {error:.3g} from plain PyTorch, where {trial.allowed:.3g} is allowed"
-            return Verdict(kernel=None, reason=reason, is_broken=True, error=error)
-        worst = max(worst, error)
-    return Verdict(kernel=found, reason=reason, error=worst)
 
 
 def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
@@ -85,12 +44,9 @@ def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.
 
 def proven(heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
     """Return all operations that have a working kernel as that kernel, and what there is to say of them."""
-    tokens = Tokens(rows=PROBE_ROWS, heads=heads[0], head_width=heads[1])
+    tokens = replace(PROBE, heads=heads[0], head_width=heads[1])
     verdicts = {field.name: verdict(field.name, tokens, dtype, device) for field in fields(Ops)}
     taken = {name: found.kernel for name, found in verdicts.items() if found.kernel is not None}
-    for name, found in verdicts.items():
-        if found.is_broken:
-            log.warning("Kernel %s %s. Plain PyTorch takes its place.", name, found.reason)
     return Ops(**taken), _said(verdicts)
 
 

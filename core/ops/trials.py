@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dfloat11, norm, rope, rows
+from ...kernels import BLOCK_FORMATS
+from . import dfloat11, eight_bits, gguf_blocks, norm, rope, rows
 from .dfloat11_encoder import encode
 
+FLOAT32_STEP = 4e-6
 LOUD = 60.0  # how much larger than the others some channels of trained models are
 EPS = 1e-6
 RARE = 120  # weights of a trial of DFloat11 that are of unusual sizes
@@ -69,12 +71,12 @@ class Trial:
 def deviation(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference, in steps of the result's dtype at the size of the number, or of its row's mean.
 
-    A step is a part in a million at least, by which float32 sums in another order may differ. NaN if there is any, and
+    A step of float32 is some parts in a million, by which sums in another order may differ. NaN if there is any, and
     infinite if the two have other shapes.
     """
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return float("inf")
-    step = max(torch.finfo(wanted.dtype).eps, 1e-6) if wanted.is_floating_point() else 1.0
+    step = max(torch.finfo(wanted.dtype).eps, FLOAT32_STEP) if wanted.is_floating_point() else 1.0
     found, wanted = found.double(), wanted.double()
     scale = wanted.abs() + wanted.square().mean(-1, keepdim=True).sqrt() if step < 1 else 1.0
     return float(((found - wanted).abs() / (step * scale + 1e-30)).max())
@@ -138,6 +140,32 @@ def _dfloat11(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Argum
     return *(planes[name].to(device) for name in dfloat11.PLANES), out
 
 
+def _gelu(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
+    return (_random(tokens.batch, tokens.rows, 3 * tokens.width, device=device, dtype=dtype),)
+
+
+def _blocks(tokens: Tokens, dtype: torch.dtype, device: torch.device, stored: str) -> Arguments:
+    """Random bytes, but the two that begin or end a block as finite halves: scales of real blocks are small."""
+    packing = gguf_blocks.PACKINGS[stored]
+    num = tokens.rows * max(1, tokens.width // packing.numbers)
+    generator = torch.Generator().manual_seed(6)
+    blocks = torch.randint(0, 256, (num, packing.num_bytes), dtype=torch.uint8, generator=generator)
+    scales = (torch.randn(num, 2, generator=generator) * 0.01).half().view(torch.uint8)
+    for at, scale in ((0, scales[:, :2]), (2, scales[:, 2:]), (packing.num_bytes - 2, scales[:, :2])):
+        if stored != "Q8_0" or at == 0:
+            blocks[:, at : at + 2] = scale
+    return blocks.view(tokens.rows, -1).to(device), stored, dtype
+
+
+def _frames(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
+    """Frames with the VAE's channels, channels last in memory, and the end of a convolution's window to write to."""
+    shape = tokens.batch, 3 * tokens.head_width, 2, tokens.rows, 3
+    frames = _random(*shape[:1], *shape[2:], shape[1], device=device, dtype=dtype).movedim(-1, 1)
+    window = torch.zeros((shape[0], 4, *shape[3:], shape[1]), device=device, dtype=dtype).movedim(-1, 1)
+    weight = _random(shape[1], device=device, dtype=dtype, seed=4).view(-1, 1, 1, 1)
+    return frames, weight, window[:, :, 2:]
+
+
 def _rotated(_: None, arguments: Arguments) -> tuple[Tensor, ...]:
     return (arguments[-1],)
 
@@ -149,6 +177,14 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
     "add_to_rows": (Trial(eager=rows.add_to_rows, arguments=_add_to_rows),),
     "rms_norm": (Trial(eager=norm.rms_norm, arguments=_rms_norm),),
     "dfloat11_decode": (Trial(eager=dfloat11.decode, arguments=_dfloat11, allowed=0.0, fills=5),),
+    "gelu_int8": (Trial(eager=eight_bits.gelu_int8, arguments=_gelu, results=lambda returned, _: returned),),
+    "gelu_float8": (Trial(eager=eight_bits.gelu_float8, arguments=_gelu, results=lambda returned, _: returned),),
+    "unpack_blocks": tuple(
+        Trial(eager=gguf_blocks.unpack_blocks, arguments=partial(_blocks, stored=stored), allowed=0.0)
+        for stored in BLOCK_FORMATS
+    ),
+    # In 16 bits plain PyTorch rounds four times on the way.
+    "norm_silu_into": (Trial(eager=norm.norm_silu_into, arguments=_frames, allowed=4.0, fills=2),),
     "norm_rotate": (
         Trial(eager=rope.norm_rotate, arguments=_norm_rotate, results=_rotated),
         Trial(eager=rope.norm_rotate, arguments=partial(_norm_rotate, per_head=True), results=_rotated),

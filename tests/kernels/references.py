@@ -43,3 +43,9 @@ def norm_rotate(x: Tensor, constants: tuple[Tensor, float], rope: tuple[Tensor, 
 def dfloat11_decode(*planes_and_out: Tensor) -> Reference:
     planes = dict(zip(PLANES, planes_and_out, strict=False))
     return (dfloat11_reference.decode(planes).double(),)
+
+
+def norm_silu_into(x: Tensor, weight: Tensor, out: Tensor) -> Reference:
+    x = x.double()
+    normed = x / x.square().sum(1, keepdim=True).sqrt() * len(weight) ** 0.5 * weight.double()
+    return (normed * normed.sigmoid(),)

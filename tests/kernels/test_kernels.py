@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from wanqwen import kernels
+from wanqwen.core.ops import eight_bits
+from wanqwen.core.ops.gguf_blocks import PACKINGS
 from wanqwen.core.ops.trials import TRIALS, Tokens, Trial
 from wanqwen.tests.kernels import references
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's; 1 / inf is right
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32_NOISE = 2e-6  # of sums in float32, beside the number and its row
@@ -19,10 +23,16 @@ SHAPES = {
     "one row": Tokens(rows=1, heads=1, head_width=6),
     "wide": Tokens(rows=3, heads=9, head_width=82),
 }
-each_trial = pytest.mark.parametrize(
-    ("name", "trial"),
-    [pytest.param(name, trial, id=f"{name}-{i}") for name, trials in TRIALS.items() for i, trial in enumerate(trials)],
-)
+
+
+def _trials(*names: str) -> pytest.MarkDecorator:
+    found = [pytest.param(name, trial, id=f"{name}-{i}") for name in names for i, trial in enumerate(TRIALS[name])]
+    return pytest.mark.parametrize(("name", "trial"), found)
+
+
+GELUS = {"gelu_int8": torch.int8, "gelu_float8": torch.float8_e4m3fn}
+BLOCKS = "unpack_blocks"
+each_trial = _trials(*TRIALS)
 each_dtype = pytest.mark.parametrize("dtype", kernels.FLOATS, ids=str)
 
 
@@ -47,18 +57,23 @@ def launches(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Counted]:
     return found
 
 
-@each_trial
+def run(name: str, trial: Trial, arguments: tuple, launches: list[Counted]) -> tuple[Tensor, ...]:
+    """Return what the kernel makes, and no other."""
+    kernel, reason = kernels.find(name, *trial.tensors(arguments))
+    assert kernel is not None, reason
+    results = trial.run(kernel, arguments)
+    assert sum(one.launches for one in launches) == 1
+    return results
+
+
+@_trials(*(name for name in TRIALS if name not in (*GELUS, BLOCKS)))
 @each_dtype
 @pytest.mark.parametrize("tokens", SHAPES.values(), ids=SHAPES)
 def test_a_kernel_rounds_what_is_true_once(
     name: str, trial: Trial, dtype: torch.dtype, tokens: Tokens, launches: list[Counted]
 ) -> None:
-    arguments = trial.arguments(tokens, dtype, DEVICE)
     wanted = getattr(references, name)(*trial.arguments(tokens, dtype, DEVICE))
-    kernel, reason = kernels.find(name, *trial.tensors(arguments))
-    assert kernel is not None, reason
-    results = trial.run(kernel, arguments)
-    assert sum(one.launches for one in launches) == 1
+    results = run(name, trial, trial.arguments(tokens, dtype, DEVICE), launches)
     assert len(results) == len(wanted)
     for result, true in zip(results, wanted, strict=True):
         assert result.shape == true.shape
@@ -69,9 +84,54 @@ def within_half_a_step(result: Tensor, true: Tensor) -> None:
     """Hold that a result is the nearest number of its dtype, but for the noise of float32."""
     row = true.square().mean(-1, keepdim=True).sqrt()
     noise = FLOAT32_NOISE * (true.abs() + row)
-    half_step = torch.finfo(result.dtype).eps / 2 * true.abs() if result.dtype != torch.float32 else 0
+    format_ = torch.finfo(result.dtype)
+    half_step = (format_.eps / 2 * true.abs()).clamp_min(format_.smallest_normal * format_.eps / 2)
     excess = (result.double() - true).abs() - half_step - noise
     assert excess.max() <= 0, f"{float(excess.max()):.3g} too far, of numbers of {float(row.mean()):.3g}"
+
+
+@_trials(*GELUS)
+@each_dtype
+@pytest.mark.parametrize("tokens", SHAPES.values(), ids=SHAPES)
+def test_rows_in_8_bits_are_half_a_step_from_what_is_true(
+    name: str, trial: Trial, dtype: torch.dtype, tokens: Tokens, launches: list[Counted]
+) -> None:
+    (x,) = trial.arguments(tokens, dtype, DEVICE)
+    x[-1, -1] = 0  # a row of nothing
+    true = F.gelu(x.double(), approximate="tanh")
+    values, scale = run(name, trial, (x,), launches)
+    largest = eight_bits.LARGEST[GELUS[name]]
+    assert values.dtype == GELUS[name] and scale.shape == (*x.shape[:-1], 1)
+    assert torch.allclose(scale.double(), (true.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-12), rtol=1e-5)
+    half_step = scale.double() / 2 if name == "gelu_int8" else float8_half_step(true / scale.double()) * scale.double()
+    excess = (values.double() * scale.double() - true).abs() - half_step * (1 + 1e-4) - 1e-5 * true.abs()
+    assert excess.max() <= 0
+
+
+def float8_half_step(x: Tensor) -> Tensor:
+    """Return half the distance of numbers of float8 (e4m3) around x: three bits of mantissa, exponents from -6."""
+    return torch.exp2(x.abs().clamp_min(2.0**-6).log2().floor() - 4)
+
+
+@_trials(BLOCKS)
+@each_dtype
+def test_blocks_have_the_bits_of_plain_pytorch(
+    name: str, trial: Trial, dtype: torch.dtype, launches: list[Counted]
+) -> None:
+    tokens = Tokens(rows=37, heads=3, head_width=128)
+    arguments = trial.arguments(tokens, dtype, DEVICE)
+    (wanted,) = trial.run(trial.eager, arguments)
+    (found,) = run(name, trial, arguments, launches)
+    assert found.dtype == dtype and torch.equal(found, wanted)
+
+
+def test_the_formats_of_blocks_are_those_that_can_be_asked_for() -> None:
+    launcher = kernels.KERNELS[BLOCKS].load(BLOCKS)
+    formats = sys.modules[launcher.__module__].FORMATS
+    assert tuple(formats) == kernels.BLOCK_FORMATS
+    for stored, (parts, length, num_bytes) in formats.items():
+        packing = PACKINGS[stored]
+        assert (packing.numbers, packing.num_bytes) == (parts * length, num_bytes)
 
 
 @each_trial

@@ -1,11 +1,13 @@
 """The Block Swap node: what is fixed by hand reaches the model's options and the plan, and nothing else changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wanqwen import plans
-from wanqwen.core import planning
+from wanqwen.core import host, planning
 from wanqwen.core.memory.placement import Machine
-from wanqwen.core.types import MemoryOptions
+from wanqwen.core.types import FastPaths, MemoryOptions
 
 GIB = 1 << 30
 AUTO = {
@@ -80,3 +82,14 @@ def test_the_vae_s_way_can_be_fixed(nodes, monkeypatch: pytest.MonkeyPatch) -> N
     assert [mode and mode.name for mode in asked] == [None, None, "smallest", "whole"]
     assert all(torch.allclose(picture, pictures[0], atol=1e-5) for picture in pictures)
     assert "memory is 'none'" in nodes.VAEDecode.validate_inputs("auto", "none")
+
+
+def test_fast_paths_are_chosen_and_said(nodes, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.fast == FastPaths(kernels="auto")
+    out = nodes.ChooseFastPaths.execute(model, kernels="exact")
+    assert out.values[0].fast == FastPaths(kernels="exact") and out.values[0].weights is model.weights
+    assert out.ui == {"text": ["This machine computes on its cpu, with plain PyTorch."]}
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    out = nodes.ChooseFastPaths.execute(replace(model, dtype=torch.bfloat16), kernels="exact")
+    assert out.ui == {"text": ["Fused kernels are off: the result has the bits of plain PyTorch."]}
+    assert "choose" in nodes.ChooseFastPaths.validate_inputs(kernels="fast")

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 from wanqwen import kernels
-from wanqwen.core.ops import choice
+from wanqwen.core.ops import proof
 from wanqwen.core.ops.choice import EXACT, Ops, choose, proven
 from wanqwen.core.ops.trials import TRIALS
 from wanqwen.core.types import FastPaths
@@ -17,9 +17,9 @@ NAMES = [field.name for field in fields(Ops)]
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    choice.verdict.cache_clear()
+    proof.verdict.cache_clear()
     yield
-    choice.verdict.cache_clear()
+    proof.verdict.cache_clear()
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, name: str, kernel) -> None:
@@ -80,6 +80,16 @@ def test_what_does_not_work_is_not_taken_and_said(
         ops, said = proven(HEADS, torch.float32, CPU)
     assert ops == EXACT and any(complaint in line for line in said)
     assert f"Kernel layer_norm {complaint}" in caplog.text and "takes its place" in caplog.text
+
+
+def test_each_result_of_a_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_right(*arguments):
+        x, normed = EXACT.add_norm(*arguments)
+        return x, normed * float("nan")
+
+    offer(monkeypatch, "add_norm", half_right)
+    ops, said = proven(HEADS, torch.float32, CPU)
+    assert ops == EXACT and any("add_norm: differs by nan" in line for line in said)
 
 
 def test_a_kernel_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
