@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.set_defaults(run=_inspect)
     _plan_arguments(commands.add_parser("plan", help="what a run takes of a card, from the model's header alone"))
     conversion.add_arguments(commands.add_parser("convert", help="a model in other names, or in another format"))
-    doctor = commands.add_parser("doctor", help="which kernels work on this machine, and how well")
-    doctor.set_defaults(run=_doctor)
+    commands.add_parser("doctor", help="which kernels work on this machine, and how well").set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.memory.slab import Loaded
-from ..core.ops.dfloat11 import Packed, num_sections
+from ..core.ops.dfloat11 import num_sections
 from ..core.ops.linear import Linear
+from ..core.ops.packed import Packed
 from ..core.planning import Scene, conditionings_of
 from ..core.types import Family, TensorInfo
 from ..core.weights.dfloat11_target import planes_of

@@ -17,8 +17,8 @@ from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
 from .memory.unpack import Unpack
 from .ops.choice import EXACT, Ops
-from .ops.dfloat11 import Packed
 from .ops.linear import Linear
+from .ops.packed import Packed
 from .types import Conditioning, Family, Lora, MemoryOptions, same
 from .weights.adapters import Adapters, device_bytes
 

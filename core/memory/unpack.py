@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.choice import verdict
-from ..ops.dfloat11 import WORK_BYTES, Decode, Packed, decode
-from ..ops.trials import Tokens
+from ..ops.dfloat11 import WORK_BYTES, Decode, decode
+from ..ops.packed import Packed
+from ..ops.proof import PROBE, verdict
 
 log = logging.getLogger(__name__)
 
 KERNEL = "dfloat11_decode"
-PROBE = Tokens(rows=64, heads=8, head_width=128)  # as many weights as two sections have
 
 
 class Unpack:
@@ -71,6 +70,6 @@ def _proven(device: torch.device) -> Decode:
     """Return the kernel if it gives what plain PyTorch does on this card, else that; and say why."""
     found = verdict(KERNEL, PROBE, torch.bfloat16, device)
     if found.kernel is None:
-        log.warning("DFloat11 weights are decoded by plain PyTorch, which is slow: kernel %s %s.", KERNEL, found.reason)
+        log.warning("DFloat11 weights are decoded by plain PyTorch, which is slow: %s.", found.reason)
         return decode
     return found.kernel

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import host
 from ..ops import dfloat11, formats
-from ..ops.dfloat11 import Packed
 from ..ops.linear import Linear
+from ..ops.packed import Packed
 from ..types import Checkpoint
 from .keymap import Share
 from .ranges import Range, read_ranges

@@ -12,9 +12,10 @@ from wanqwen.core.memory import resident, unpack
 from wanqwen.core.memory.placement import Plan
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.memory.unpack import Unpack
-from wanqwen.core.ops.dfloat11 import Packed, decode
+from wanqwen.core.ops.dfloat11 import decode
 from wanqwen.core.ops.dfloat11_encoder import encode
 from wanqwen.core.ops.linear import Linear
+from wanqwen.core.ops.packed import Packed
 from wanqwen.core.text import Placement
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest, TensorInfo
 from wanqwen.families import parameters_of
