@@ -4,7 +4,8 @@
 
 The weights of one block of the published shapes, random numbers whose rows are as loud as one another by a factor of
 four. Memory is what encoding took at its fullest beyond the weights. The bound is the entropy of the exponents, with
-what the format adds to the code at the least. On CUDA the kernel decodes, elsewhere plain PyTorch.
+what the format adds to the code at the least. On CUDA the kernel decodes, by the clock; elsewhere plain PyTorch, by the
+processors' seconds of work.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def measured(weights: list[Tensor], threads: int | None) -> tuple[dict[str, Tens
 
 
 def decoding(planes: dict[str, Tensor], weights: list[Tensor], device: torch.device, rounds: int) -> float:
-    """Return the least seconds of decoding. Raises RuntimeError if other weights come out."""
+    """Return the least seconds of decoding, see above. Raises RuntimeError if other weights come out."""
     parts = [planes[name].to(device) for name in PLANES]
     out = torch.empty(sum(weight.numel() for weight in weights), dtype=torch.bfloat16, device=device)
     run: Decode = decode
@@ -95,13 +96,13 @@ def decoding(planes: dict[str, Tensor], weights: list[Tensor], device: torch.dev
         if kernel is None:
             raise RuntimeError(reason)
         run = kernel
-    seconds = []
+    seconds, now = [], time.perf_counter if device.type == "cuda" else time.process_time
     for _ in range(rounds + (device.type == "cuda")):
-        started = time.perf_counter()
+        started = now()
         run(*parts, out)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
     for found, weight in zip(out.cpu().split([weight.numel() for weight in weights]), weights, strict=True):
         if not torch.equal(found.view(torch.int16), weight.flatten().view(torch.int16)):
             raise RuntimeError("decoding gives other weights")
