@@ -69,7 +69,7 @@ def convert(
     write(f"{out.name}: {wish.target}{layers}, {size / 1e9:.2f} GB\n")
     if made.dropped:
         shown = ", ".join(made.dropped[:SHOWN]) + ", ..." * (len(made.dropped) > SHOWN)
-        write(f"left out, as no model of this kind reads them: {len(made.dropped)} tensors ({shown})\n")
+        write(f"left out, as they are no weights of this model: {len(made.dropped)} tensors ({shown})\n")
     made.write(out, Progress(size, write).advance)
     write("\n")
     if out.stat().st_size < size:

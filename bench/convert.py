@@ -4,8 +4,9 @@
 
 Writes a file of the names and shapes of Wan 2.1 T2V-1.3B in bf16 with random numbers (2.8 GB), and smaller ones of
 fewer blocks, and converts each, every time in a process of its own. Memory is what that process took at its fullest
-beyond what it had before: it should be the same whatever the size of the file. MB/s are those of the source. Copying is
-what the disk and the system do by themselves.
+beyond what it had before: it should be the same whatever the size of the file. MB/s are those of the source, by the
+clock and by the work of the processor, which other programs don't change. Copying is what the disk and the system do by
+themselves.
 """
 
 import argparse
@@ -51,17 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for target in (COPY, *options.targets):
                 out = path.with_name(f"out{'.gguf' if target.startswith('gguf') else '.safetensors'}")
                 command = [sys.executable, "-m", __spec__.name, "--one", target, str(path), str(out)]
-                seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                seconds, work, peak = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                made = out.stat().st_size
                 sys.stdout.write(
-                    f"{layers:3} blocks, {size / 1e9:.2f} GB -> {out.stat().st_size / 1e9:.2f} GB {target:<18} "
-                    f"{seconds:6.1f} s {size / seconds / 1e6:6.0f} MB/s, at most {peak / 1e6:4.0f} MB of memory\n"
+                    f"{layers:3} blocks, {size / 1e9:.2f} GB -> {made / 1e9:.2f} GB {target:<18} {seconds:6.1f} s, "
+                    f"{size / seconds / 1e6:5.0f} MB/s, by work {size / work / 1e6:5.0f} MB/s, "
+                    f"at most {peak / 1e6:4.0f} MB of memory\n"
                 )
                 sys.stdout.flush()
                 out.unlink()
 
 
-def measured(target: str, file: Path, out: Path) -> tuple[float, int]:
-    """Return the seconds that a conversion takes, and the bytes of memory beyond what there was before."""
+def measured(target: str, file: Path, out: Path) -> tuple[float, float, int]:
+    """Return the seconds that a conversion takes, those of work, and the bytes beyond what there was before."""
     before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -71,15 +74,15 @@ def measured(target: str, file: Path, out: Path) -> tuple[float, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     if target == COPY:
         shutil.copyfile(file, out)
     else:
         convert(file, out, Wish(target=target), lambda text: None)
-    seconds = time.perf_counter() - started
+    seconds, work = time.perf_counter() - started, time.process_time() - worked
     done.set()
     watcher.join()
-    return seconds, peak
+    return seconds, work, peak
 
 
 def resident_bytes() -> int:

@@ -38,6 +38,7 @@ def _diffusion_model(checkpoint: Checkpoint, identity: Identity) -> Export:
         # As Comfy-Org's qwen_image_edit_2511_fp8mixed.
         quantised=("transformer_blocks.*.weight",),
         whole=("transformer_blocks.0.img_mod.1.weight",),
+        linears=("*.weight",),
         float32=FAMILY.float32,
         marks={ZERO_COND_T_MARKER: (OFFICIAL, COMFYUI)} if config.zero_cond_t else {},
         told={"num_heads": config.num_heads, "axes": list(config.axes), "variant": identity.variant},

@@ -1,12 +1,13 @@
 """Published files turned into one another, by their headers alone: nothing of full size is read or written here."""
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import permutations
 
 import pytest
 from wanqwen.conversion import EXPORTS, NOWHERE
-from wanqwen.core.ops.formats import companion
-from wanqwen.core.types import Checkpoint, Identity
+from wanqwen.core.ops.formats import WEIGHT_SCALES, companion
+from wanqwen.core.types import Checkpoint, Identity, TensorInfo
 from wanqwen.core.weights.convert import Plan, Wish, make_plan
 from wanqwen.core.weights.export import Export
 from wanqwen.families import identify
@@ -81,25 +82,30 @@ def test_each_publication_becomes_each_other_one_to_the_last_name_and_shape(
     }
 
 
-# What published quantised files round, and what they were made of.
+# What published quantised files round, what they were made of, and what to ask for.
 ROUNDED = {
-    "wan21_kijai_i2v_14B_fp8_e4m3fn_scaled_KJ": "wan21_official_i2v_14B_480P_and_720P",
-    "qwen_comfy_edit_2511_fp8mixed": "qwen_diffusers_transformer",
-    "wan21_comfy_umt5_xxl_fp8_e4m3fn_scaled": "wan21_diffusers_umt5_xxl",
-    "qwen_comfy_qwen_2.5_vl_7b_fp8_scaled": "qwen_diffusers_text_encoder",
+    "wan21_kijai_i2v_14B_fp8_e4m3fn_scaled_KJ": ("wan21_official_i2v_14B_480P_and_720P", "fp8_scaled"),
+    "wan21_comfy_i2v_480p_14B_fp8_scaled": ("wan21_official_i2v_14B_480P_and_720P", "fp8_scaled_tensor"),
+    "qwen_comfy_edit_2511_fp8mixed": ("qwen_diffusers_transformer", "fp8_scaled"),
+    "wan21_comfy_umt5_xxl_fp8_e4m3fn_scaled": ("wan21_diffusers_umt5_xxl", "fp8_scaled_tensor"),
+    "qwen_comfy_qwen_2.5_vl_7b_fp8_scaled": ("qwen_diffusers_text_encoder", "fp8_scaled_tensor"),
 }
 
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_the_layers_are_quantised_that_published_files_quantise(name: str) -> None:
-    plan = planned(ROUNDED[name], Wish(target="fp8_scaled_tensor"))
-    published = {key: info for key, info in checkpoint(name).tensors.items() if key != "scaled_fp8"}
-    ours = {key: info for key, info in plan.tensors.items() if key != "scaled_fp8"}
-    assert {key for key, info in ours.items() if info.dtype == "F8_E4M3"} == {
-        key for key, info in published.items() if info.dtype == "F8_E4M3"
-    }
-    scales = {key.replace("weight_scale", "scale_weight") for key in published if "scale" in key and "input" not in key}
-    assert {key for key in ours if key.endswith("scale_weight")} == scales
+    source, target = ROUNDED[name]
+    published, ours = checkpoint(name).tensors, planned(source, Wish(target=target)).tensors
+
+    def rounded(tensors: Mapping[str, TensorInfo]) -> set[str]:
+        return {key for key, info in tensors.items() if info.dtype == "F8_E4M3"} - {"scaled_fp8"}
+
+    def scales(tensors: Mapping[str, TensorInfo]) -> set[str]:
+        return {key.removesuffix(end) for key in tensors for end in WEIGHT_SCALES if key.endswith(end)}
+
+    assert rounded(ours) == rounded(published) and scales(ours) == scales(published)
+    if target == "fp8_scaled_tensor":
+        assert {info.shape for key, info in ours.items() if key.endswith(".scale_weight")} == {()}
 
 
 @pytest.mark.parametrize("name", [next(iter(among)) for among in SETS])

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wanqwen.__main__ import main
-from wanqwen.conversion import convert
-from wanqwen.core.types import Identity
-from wanqwen.core.weights.convert import CONVERTED_KEY, Wish
+from wanqwen.conversion import EXPORTS, convert
+from wanqwen.core.types import Identity, TensorInfo
+from wanqwen.core.weights.convert import CONVERTED_KEY, Wish, make_plan
 from wanqwen.core.weights.reader import open_checkpoint, read_tensors
-from wanqwen.core.weights.targets import TARGETS
+from wanqwen.core.weights.targets import TARGETS, Layer, Target
 from wanqwen.families import identify
 from wanqwen.loading import load_image_encoder, load_text_encoder, load_vae
 from wanqwen.wan.family import FAMILY as WAN
@@ -229,6 +230,36 @@ def test_other_containers_are_sources_too(folder: Path, tmp_path: Path) -> None:
         assert found.keys() == wanted.keys() and all(torch.equal(found[n].float(), wanted[n].float()) for n in wanted)
 
 
+def test_a_format_may_take_layers_together_and_end_up_smaller(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compressed ones do, which know their size when they are done."""
+
+    def planes(layers: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+        block = ".".join(next(iter(layers)).split(".")[:2])
+        numbers = sum(prod(shape) for shape in layers.values())
+        return {f"{block}.packed": TensorInfo("U8", (4 * numbers,))}
+
+    def pack(layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
+        [name] = planes({path: layer.shape for path, layer in layers.items()})
+        exponents = [layer.at(torch.bfloat16).flatten().view(torch.int16) >> 7 for layer in layers.values()]
+        yield name, torch.cat(exponents).to(torch.uint8)
+
+    together = Target(title="", planes=planes, pack=pack, unit=lambda path: ".".join(path.split(".")[:2]))
+    monkeypatch.setitem(TARGETS, "together", together)
+    source = open_checkpoint(folder / "wan_bf16.safetensors")
+    identity = identify(source)
+    plan = make_plan(source, identity, EXPORTS["wan21"](source, identity), Wish(target="together"))
+    out = tmp_path / "out.safetensors"
+    plan.write(out)
+    found = open_checkpoint(out)
+    assert [name for name in found.tensors if name.endswith("packed")] == ["blocks.0.packed", "blocks.1.packed"]
+    assert found.tensors["blocks.1.packed"].shape[0] * 4 == plan.tensors["blocks.1.packed"].shape[0]
+    assert out.stat().st_size < plan.size / 2
+    for name in ("blocks.1.ffn.2.bias", "head.head.weight"):  # they come after what is smaller than planned
+        assert torch.equal(contents(out)[name], contents(source.path)[name])
+
+
 def test_the_file_says_where_it_came_from(folder: Path, tmp_path: Path) -> None:
     source = folder / "wan_fp32.safetensors"
     first = converted(source, tmp_path / "first.safetensors", "bf16", spelling="diffusers")
@@ -266,6 +297,8 @@ def test_edit_models_stay_edit_models(folder: Path, tmp_path: Path) -> None:
             has_mark = "__index_timestep_zero__" in open_checkpoint(made).tensors
             if spelling == "comfyui" or target.startswith("gguf"):
                 assert has_mark == (variant == "edit-2511"), "what ComfyUI tells it by"
+            else:
+                assert has_mark == (source is by_mark and spelling is None), "diffusers knows no such tensor"
             made.unlink()
     said = convert(folder / "qwen_image_bf16.safetensors", out / "a.safetensors", Wish(), str, variant="edit")
     assert identified(said).variant == "edit"

@@ -38,8 +38,8 @@ def _diffusion_model(checkpoint: Checkpoint, identity: Identity) -> Export:
         shapes=shapes,
         spellings={OFFICIAL: official, DIFFUSERS: diffusers, COMFYUI: official, KIJAI: official},
         respell=renamed(identity, shapes),
-        # As Kijai's scaled files. Comfy-Org's round the embeddings and the head as well, 1 % of all.
-        quantised=("blocks.*.weight", "vace_blocks.*.weight"),
+        quantised=("blocks.*.weight", "vace_blocks.*.weight"),  # as Kijai's scaled files
+        linears=("*.weight",),  # as Comfy-Org's
         float32=FAMILY.float32,
         carried=("model_type.*",),
         gguf=ARCHITECTURE,

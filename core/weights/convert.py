@@ -191,10 +191,15 @@ class _Planner:
     def _is_quantised(self, piece: Piece) -> bool:
         return (
             self.target.planes is not None
-            and (self.target.is_for or self.export.is_quantised)(piece.official)
+            and self._is_meant(piece.official)
             and self.target.takes(piece.shape)
             and not self._is_kept(piece)
         )
+
+    def _is_meant(self, official: str) -> bool:
+        if self.target.is_for is not None:
+            return self.target.is_for(official)
+        return self.export.is_quantised(official, self.target.all_linears)
 
     def _is_kept(self, piece: Piece) -> bool:
         names = (piece.official, self.identity.names[piece.official])
@@ -202,7 +207,7 @@ class _Planner:
 
     def _check(self) -> None:
         where, file = f"{self.identity.family} {self.identity.variant}", self.checkpoint.path.name
-        known = [name for pair in self.identity.names.items() for name in pair]
+        known = list(dict.fromkeys(name for pair in self.identity.names.items() for name in pair))
         if unused := [pattern for pattern in self.wish.keep if not any(fits(name, (pattern,)) for name in known)]:
             raise ValueError(
                 f"{file} has no tensor that fits --keep {' '.join(unused)}: names are such as {', '.join(known[:4])}"
@@ -288,9 +293,11 @@ class _Planner:
         dropped = []
         for file in self.identity.ignored:
             inner, info = file.removeprefix(self.identity.prefix), self.checkpoint.tensors[file]
-            is_marker, holds = inner == formats.SCALED_MARKER, info.dtype in FLOATS or not self.is_gguf
+            is_marker, holds = inner == formats.SCALED_MARKER, FLOATS if self.is_gguf else formats.DTYPES
             is_own = not self.is_respelled or fits(inner, (*self.export.carried, *self.export.marks))
-            if holds and (self.wish.target == SAME if is_marker else is_own):
+            if inner in self.export.marks and self.wish.spelling is not None:
+                is_own = self._wants(self.export.marks[inner])
+            if info.dtype in holds and (self.wish.target == SAME if is_marker else is_own):
                 as_float = self.target.dtype if info.dtype in FLOATS else None
                 name = (self.prefix if file.startswith(self.identity.prefix) else "") + inner
                 files[name], outputs[name] = file, TensorInfo(as_float or info.dtype, info.shape)

@@ -38,6 +38,7 @@ class Export:
     `shapes` are those of its parameters by official name, leading ones included that a file may leave out.
     `spellings` are those it can be given, by the names that users know, and `respell` returns its tensors in one.
     `quantised` are patterns of the official names of weights that published quantised files round, less `whole`;
+    `linears` are all of those that multiply rows (its embeddings, its head), for readers that take all or none;
     `float32` tells the parameters that are computed in float32. `carried` are patterns of names of the file that are
     no weights and go with it into every spelling; `marks` are empty tensors by which readers of some spellings tell the
     model. `told` is what a file must say of itself because its shapes don't. `gguf` names its architecture there, and
@@ -49,6 +50,7 @@ class Export:
     respell: Callable[[Spelling], tuple[Piece, ...]]
     quantised: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()
     float32: Callable[[str], bool] = lambda name: False
     carried: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # mark -> names of the spellings that have it
@@ -56,8 +58,10 @@ class Export:
     gguf: str | None = None
     gguf_spelling: Spelling | None = None
 
-    def is_quantised(self, official: str) -> bool:
-        """Say whether a weight is one of those that published quantised files round."""
+    def is_quantised(self, official: str, all_linears: bool) -> bool:
+        """Say whether a weight is one of those that published quantised files round, or one of all that may be."""
+        if all_linears and self.linears:
+            return fits(official, self.linears)
         return fits(official, self.quantised) and not fits(official, self.whole)
 
 
@@ -87,8 +91,3 @@ def stated_shapes(checkpoint: Checkpoint, identity: Identity) -> dict[str, tuple
         for official, file in identity.names.items()
         if formats.companion(official) is None
     }
-
-
-def same_names(name: str, paths: Iterable[str], prefix: str = "") -> Spelling:
-    """Return a spelling that calls every module as the official one does."""
-    return Spelling(name=name, table={path: path for path in paths}, prefix=prefix)

@@ -61,7 +61,7 @@ class Layer:
         """Return all numbers in `dtype`. Raises ValueError where float16 is too narrow for them."""
         found = [part.at(dtype) for part in self.parts]
         out = (found[0] if len(found) == 1 else torch.cat(found)).reshape(self.shape)
-        if dtype == torch.float16 and any(part.kind != "F16" for part in self.parts) and out.isinf().any():
+        if dtype == torch.float16 and any(part.kind != "F16" for part in self.parts) and not _is_finite(out):
             raise ValueError(
                 f"{self.name} has numbers beyond 65504, the largest of fp16: choose bf16, or give --keep {self.name}"
             )
@@ -74,12 +74,17 @@ class Layer:
         for first in range(0, self.shape[0], size):
             chosen = slice(first, min(first + size, self.shape[0]))
             numbers = self.parts[0].rows(chosen)
-            if not numbers.isfinite().all():
+            if not _is_finite(numbers):
                 raise ValueError(
                     f"{self.name} holds infinite numbers or NaN, for which there is no scale. Is the file damaged? "
                     f"--keep {self.name} leaves this one as it is."
                 )
             yield chosen, numbers
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    """Say whether none is infinite or NaN, in a single pass: the least and the largest are NaN if one is."""
+    return not numbers.numel() or all(end.isfinite().item() for end in numbers.aminmax())
 
 
 Planes = Callable[[Mapping[str, Shape]], dict[str, TensorInfo]]
@@ -95,7 +100,9 @@ class Target:
     never larger. Without them no layer is quantised. `takes` says whether a weight of a shape can be in this format,
     and `unit` which layers, by path, are made together: those for which it returns the same.
     `dtype` is what every other tensor of floating point numbers is stored as; None leaves them what they are but for
-    float32, of which only what is computed in it remains. `marks` are tensors that tell of the format, once per file.
+    float32, of which only what is computed in it remains. `marks` are tensors that tell of the format, once per file,
+    and `facts` go into the metadata of its `container`.
+    `all_linears` is whether it is for readers that keep no linear layer precise beside those that are quantised.
     `is_narrow` is whether a number has 8 bits or fewer; `check` raises ValueError for what is not installed.
     `is_for` says which weights, by official name; None are those that published quantised files round. `tells` makes
     metadata of the layers that are packed, of which official loaders look for `beside` in a config.json. Where
@@ -111,6 +118,7 @@ class Target:
     unit: Callable[[str], str] = lambda layer: layer
     marks: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, str | int] = field(default_factory=dict)
+    all_linears: bool = False
     is_narrow: bool = False
     check: Callable[[], object] = lambda: None
     is_for: Callable[[str], bool] | None = None
@@ -251,9 +259,11 @@ TARGETS = {
         is_narrow=True,
     ),
     "fp8_scaled_tensor": Target(
-        title="fp8 with one scale for every weight, as ComfyUI's own files are",
+        title="fp8 with one scale for every weight, in all linear layers: what ComfyUI's own loader takes",
         planes=_fp8_planes(lambda shape: ()),
         pack=_each(_fp8_whole),
+        # ComfyUI 0.3.64 rounds linear layers without a scale to fp8 as they are.
+        all_linears=True,
         marks={formats.SCALED_MARKER: torch.zeros(FP8_MARKER_SHAPE, dtype=torch.float8_e4m3fn)},
         is_narrow=True,
     ),

@@ -106,7 +106,7 @@ def check_place(path: Path, size: int, sources: Iterable[Path], replace: bool = 
     """
     folder = path.parent
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file to write in it, such as {path / 'model'}")
+        raise ValueError(f"{path} is a folder: name the file that is to be written in it")
     if not folder.is_dir():
         raise ValueError(f"{path} can't be written, as there is no folder {folder}: make it, or choose another")
     if path.exists():
