@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import formats
-from ..ops.gguf_blocks import PACKINGS
+from ..ops.gguf_blocks import ELEMENTS_AT_ONCE, PACKINGS
 from ..types import TensorInfo
 from . import dfloat11_target
 from .dfloat11 import CONFIG_KEY
@@ -70,7 +70,7 @@ class Layer:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of a matrix's rows with their numbers in float32, a few million at a time."""
         assert len(self.parts) == 1, "a tensor put together is not quantised"
-        size = max(1, formats.ELEMENTS_AT_ONCE // max(1, prod(self.shape[1:])))
+        size = max(1, ELEMENTS_AT_ONCE // max(1, prod(self.shape[1:])))
         for first in range(0, self.shape[0], size):
             chosen = slice(first, min(first + size, self.shape[0]))
             numbers = self.parts[0].rows(chosen)
