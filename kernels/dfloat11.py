@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced
-
 WINDOWS = tl.constexpr(512)  # of a section
 WINDOW_BITS = tl.constexpr(64)
 POINTERS = tl.constexpr(240)  # entries of tables from here on point to another one
@@ -23,16 +21,17 @@ def dfloat11_decode(
     encoded_exponent: Tensor, sign_mantissa: Tensor, luts: Tensor, output_positions: Tensor, gaps: Tensor, out: Tensor
 ) -> Tensor:
     """Write the n weights of a group into `out` [n] in bf16, and return it; see `core.ops.dfloat11.decode`."""
-    if is_traced(out):
+    if out.is_meta:
         return out
     if output_positions.data_ptr() % 4:
         output_positions = output_positions.clone()
     positions = output_positions.view(torch.int32)
-    _decode_kernel[(len(positions) - 1,)](
-        encoded_exponent, sign_mantissa, luts, positions, gaps, out.view(torch.int16),
-        encoded_exponent.numel(), sign_mantissa.numel(), gaps.numel(), luts.shape[0] - 1,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _decode_kernel[(len(positions) - 1,)](
+            encoded_exponent, sign_mantissa, luts, positions, gaps, out.view(torch.int16),
+            encoded_exponent.numel(), sign_mantissa.numel(), gaps.numel(), luts.shape[0] - 1,
+            num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

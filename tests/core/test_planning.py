@@ -71,15 +71,10 @@ def test_the_peak_of_models_of_pictures_is_predicted_as_well(size: tuple[int, in
     check_peak(Case(family=WAN, config=config, size=size, rows=(300, 20)), random.Random(1), interleave=True)
 
 
-@pytest.mark.parametrize(
-    ("family", "config", "size", "interleave"),
-    [(WAN, WAN_14B, (832, 480, 81), False), (QWEN_IMAGE, QwenImageConfig(), (1328, 1328, 1), True)],
-)
-def test_the_peak_of_compressed_models_has_a_decoded_block_in_it(
-    family: Family, config: object, size: tuple[int, int, int], interleave: bool
-) -> None:
-    case = Case(family=family, config=replace(config, num_layers=3), size=size, rows=(300, 20), stored=DFLOAT11)
-    check_peak(case, random.Random(3), interleave)
+def test_the_peak_of_compressed_models_has_a_decoded_block_in_it() -> None:
+    config = QwenImageConfig(num_layers=3)
+    case = Case(family=QWEN_IMAGE, config=config, size=(1328, 1328, 1), rows=(300, 20), stored=DFLOAT11)
+    check_peak(case, random.Random(3), interleave=True)
     packed, plain = (planning.job_of(load(one), one.scene(), None) for one in (case, replace(case, stored="bf16")))
     assert 0.66 < packed.blocks[0] / plain.blocks[0] < 0.71
     assert packed.working >= plain.working + 0.95 * plain.blocks[0]

@@ -35,8 +35,6 @@ WAYS = {
     "all streamed": ((0, 1, 2, 3), 2, Source.PINNED, True),
     "some streamed": ((1, 3), 3, Source.DISK, False),
 }
-each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
@@ -76,8 +74,15 @@ def packed(handle: ModelHandle, dtype: torch.dtype) -> Iterator[Packed]:
     return (part for part in runtime.loaded_of(handle, dtype).module.modules() if isinstance(part, Packed))
 
 
-@each_way
-@each_dtype
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        (WAYS["resident"], torch.float32),
+        (WAYS["all streamed"], torch.bfloat16),
+        (WAYS["some streamed"], torch.float32),
+    ],
+    ids=WAYS,
+)
 def test_a_dfloat11_model_gives_the_bits_of_its_bf16_twin(
     twins: tuple[Path, Path, str],
     request_of: SampleRequest,
@@ -101,8 +106,7 @@ def test_a_dfloat11_model_gives_the_bits_of_its_bf16_twin(
     assert len(layers) >= 40 and all(layer.weight is None for layer in layers), "nothing stays decoded"
 
 
-@each_way
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize(("way", "dtype"), [(WAYS["resident"], torch.bfloat16), (WAYS["all streamed"], torch.float32)])
 def test_loras_change_a_dfloat11_model_as_its_bf16_twin(
     twins: tuple[Path, Path, str],
     request_of: SampleRequest,
