@@ -224,9 +224,10 @@ def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:
     with META:
         twin = scene.family.build(scene.family.shallow(scene.config, SHALLOW)).requires_grad_(False)
     stored = dict((*module.named_parameters(), *module.named_buffers()))
+    there = dict(twin.named_modules())
     for path, part in module.named_modules():
         parent, _, name = path.rpartition(".")
-        if isinstance(part, Packed) and all(path in dict(twin.named_modules()) for path in (parent, *part.layers)):
+        if isinstance(part, Packed) and parent in there:
             twin.get_submodule(parent).add_module(name, Packed(twin, part.layers, part.planes))
     for path, part in twin.named_modules():
         if isinstance(part, Linear):

@@ -45,9 +45,9 @@ PUBLISHED = {
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """Return the `dfloat11_config` of a folder's config.json, nothing if there is none. Raises ValueError for others.
+    """Return the `dfloat11_config` of a folder's config.json, nothing if there is none.
 
-    A config.json of another kind is none of ours to judge.
+    A config.json that can't be read is none of ours to judge. Raises ValueError for a `dfloat11_config` of no use.
     """
     try:
         found = read_json(folder / CONFIG_FILE).get(CONFIG_KEY, {})
