@@ -1,12 +1,15 @@
 """Turn a checkpoint into another one of the same model: in another spelling, in another format of its weights."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .core.types import Checkpoint, Identity
 from .core.weights.convert import Plan, Wish, make_plan
+from .core.weights.dfloat11 import CONFIG_FILE
 from .core.weights.export import Export
+from .core.weights.targets import TARGETS
 from .core.weights.write import check_place
 from .families import identify, with_variant
 from .loading import open_any
@@ -67,7 +70,20 @@ def convert(
         write(f"left out, as they are no weights of this model: {len(made.dropped)} tensors ({shown})\n")
     made.write(out, Progress(size, write).advance)
     write("\n")
+    if out.stat().st_size < size:
+        write(f"{out.name} has {out.stat().st_size / 1e9:.2f} GB\n")
+    if key := TARGETS[wish.target].beside:
+        _write_beside(out.with_name(CONFIG_FILE), key, made, write)
     return out
+
+
+def _write_beside(config: Path, key: str, made: Plan, write: Write) -> None:
+    """Write a fact of the new file where official loaders look for it, unless something is there already."""
+    if config.exists():
+        write(f"{config} is there already and stays as it is: loaders other than ours need {key} in it\n")
+        return
+    config.write_text(json.dumps({key: json.loads(made.facts[key])}, indent=2) + "\n", encoding="utf-8")
+    write(f"{config.name} beside it is for loaders other than ours\n")
 
 
 class Progress:

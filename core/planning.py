@@ -16,8 +16,10 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced
 from .memory.trace import LiveBytes
+from .memory.unpack import Unpack
 from .ops.choice import EXACT, Ops
 from .ops.linear import Linear
+from .ops.packed import Packed
 from .types import Conditioning, Family, Lora, MemoryOptions, same
 from .weights.adapters import Adapters, device_bytes
 
@@ -197,6 +199,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
     loras = [replace(lora, start=0.0, end=1.0) for lora in scene.loras]
     adapters = Adapters(twin, family.blocks(twin), loras, scene.dtype, META)
     adapters.turn_to(0, 1)
+    unpack = Unpack(family.blocks(twin), META, scene.dtype)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
     with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
         # The first walk makes what stays for the run; the others tell what comes and goes.
@@ -205,7 +208,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=hooks)
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         for walk, which in ((first, every), (together, every), (alone, (longest,))):
-            hooks[:] = [walk, adapters]
+            hooks[:] = [unpack, walk, adapters]
             counted.peak = counted.live
             denoise(x, timestep_B, which)
         waiting = max(both - one for both, one in zip(together.held, alone.held, strict=True))
@@ -222,6 +225,11 @@ def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:
     with META:
         twin = scene.family.build(scene.family.shallow(scene.config, SHALLOW)).requires_grad_(False)
     stored = dict((*module.named_parameters(), *module.named_buffers()))
+    there = dict(twin.named_modules())
+    for path, part in module.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(part, Packed) and parent in there:
+            twin.get_submodule(parent).add_module(name, Packed(twin, part.layers, part.planes))
     for path, part in twin.named_modules():
         if isinstance(part, Linear):
             part.stored = module.get_submodule(path).stored

@@ -14,6 +14,7 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .memory.unpack import Unpack
 from .ops.choice import Ops, choose
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
@@ -62,6 +63,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     """
     loaded = loaded_of(handle, scene.dtype)
     adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device)
+    unpack = Unpack(loaded.blocks, device, scene.dtype)
     told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:
@@ -71,7 +73,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         headroom = headroom_of(host.driver_spills())
         host.make_room(wanted_bytes(job_of(loaded, scene, card), options, headroom), device)
         machine = machine_of(device)
-        machine = replace(machine, vram=machine.vram + adapters.nbytes)  # planned for anew, and there already
+        there = adapters.nbytes + unpack.held_bytes  # already, and planned for anew
+        machine = replace(machine, vram=machine.vram + there)
         found, _ = plan_for(loaded, scene, card, machine, options, at_least)
         if not told:
             for line in describe(found, len(loaded.blocks)):
@@ -80,11 +83,11 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         return found
 
     # The adapters leave first: what they changed are the weights that the residency has bound.
-    with placed(loaded, device, plan) as residency, closing(adapters):
+    with placed(loaded, device, plan) as residency, closing(unpack), closing(adapters):
         if told and residency.plan is not told[0]:
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
-        hooks, gate = (residency, adapters, stopwatch), host.block_gate(device)
+        hooks, gate = (residency, stopwatch, unpack, adapters), host.block_gate(device)
         run = Run(
             dtype=scene.dtype,
             chunk_rows=scene.chunk_rows,
@@ -106,6 +109,7 @@ def loaded_of(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
             float32=handle.family.float32,
             dtype=dtype,
             ignored=handle.identity.ignored,
+            blocks=handle.family.blocks,
         )
         return Loaded(weights, handle.family.blocks(weights.module))
 

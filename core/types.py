@@ -72,7 +72,8 @@ class Checkpoint:
     """A checkpoint whose header has been read and nothing else: one file, shards, or a folder.
 
     `location` maps each tensor name to the file that holds it. `identity` tells one content from another (paths, sizes
-    and modification times): a key for caches.
+    and modification times): a key for caches. Where weights are stored together (DFloat11), `groups` has by what their
+    names begin with the weights of each group in order, and `planes` the tensors of the file that hold them.
     """
 
     path: Path
@@ -80,6 +81,8 @@ class Checkpoint:
     location: Mapping[str, Path]
     metadata: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
+    planes: Mapping[str, TensorInfo] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,8 +51,8 @@ class LoadWanModel(io.ComfyNode):
                     "file",
                     options=list_files("diffusion_models", "wan_"),
                     tooltip="A Wan 2.1 file (T2V, I2V, FLF2V or VACE) from models/diffusion_models (or models/unet), "
-                    "in the official, ComfyUI or diffusers naming: 16 bits, fp8, int8 or GGUF. demo/... are the "
-                    "miniatures that come with this pack.",
+                    "in the official, ComfyUI or diffusers naming: 16 bits, DFloat11, fp8, int8 or GGUF. demo/... are "
+                    "the miniatures that come with this pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -95,8 +95,9 @@ class LoadWanTextEncoder(io.ComfyNode):
             "prompts seen before cost nothing.",
             inputs=_text_encoder_inputs(
                 "wan_",
-                file="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16, fp8 or GGUF, or the official "
-                ".pth; the last two with the tokenizer beside it. demo/... is the miniature that comes with this pack.",
+                file="A UMT5 file from models/text_encoders (or models/clip): bf16, DFloat11, fp16, fp8 or GGUF, or "
+                "the official .pth; the last two with the tokenizer beside it. demo/... is the miniature that comes "
+                "with this pack.",
                 on_cpu="video model; umt5-xxl needs 12 GB of RAM there.",
                 limit=" 0 is no limit; 2 is enough for umt5-xxl.",
                 tokenizer="auto: the one inside the file or beside it. hub: download the published one (5 MB, from "
@@ -232,8 +233,8 @@ class LoadQwenImageModel(io.ComfyNode):
                     "file",
                     options=list_files("diffusion_models", "qwen_"),
                     tooltip="A Qwen-Image file from models/diffusion_models (or models/unet): Qwen-Image, 2512, Edit, "
-                    "Edit-2509 or Edit-2511; 16 bits, fp8, int8 or GGUF. demo/... are the miniatures that come with "
-                    "this pack.",
+                    "Edit-2509 or Edit-2511; 16 bits, DFloat11, fp8, int8 or GGUF. demo/... are the miniatures "
+                    "that come with this pack.",
                 ),
                 io.Combo.Input(
                     "variant",
@@ -293,8 +294,8 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
             "edit. The weights are read when a new prompt comes; prompts seen before cost nothing.",
             inputs=_text_encoder_inputs(
                 "qwen_",
-                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16, fp8, or GGUF, which sees "
-                "no pictures and so is not for edits. demo/... is the miniature that comes with this pack.",
+                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16, DFloat11, fp8, or GGUF, "
+                "which sees no pictures and so is not for edits. demo/... is the miniature that comes with this pack.",
                 on_cpu="image model; the 7B encoder takes up to 17 GB of RAM there, and next to none on a GPU.",
                 limit=" 0 is no limit; 2 is enough for prompts, 3 with pictures.",
                 tokenizer="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "
