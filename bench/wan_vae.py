@@ -4,6 +4,7 @@
     python -m wanqwen.bench.wan_vae --against qwen --frames 1 --size 256        # a still, as Qwen-Image makes
 
 `--peak-only --frames 17 81` prints our decode's peak besides its output, which must not grow with the frames.
+"ours, exact" does every convolution as the published code writes it.
 `--modes` prints what each mode of ours holds on a device at its fullest, counted on the meta device.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.codec import VideoCodec
-from ..core.past import MODES
+from ..core.past import EXACT, MODES
 from ..core.weights.keymap import Renamer
 from ..wan.config import VAEConfig
 from ..wan.family import LATENT_FORMAT
@@ -64,10 +65,12 @@ def main() -> None:
         what = f"{frames} frames of {options.size} x {options.size}"
         encode = {
             "ours": lambda pixels=pixels: codec.encode(pixels),
+            "ours, exact": lambda pixels=pixels: codec.encode(pixels, mode=EXACT),
             "diffusers": lambda pixels=pixels: _encode(theirs, pixels, device, dtype),
         }
         decode = {
             "ours": lambda latent=latent: codec.decode(latent),
+            "ours, exact": lambda latent=latent: codec.decode(latent, mode=EXACT),
             "diffusers": lambda latent=latent: _decode(theirs, latent, device, dtype),
         }
         sys.stdout.write(table(f"encode {what}", compare(encode, options.rounds, device)) + "\n")

@@ -50,3 +50,19 @@ def modulate(x_BLE: Tensor, shift_B1E: Tensor, scale_B1E: Tensor, eps: float) ->
 def gated_add(x_BLE: Tensor, branch_BLE: Tensor, gate_B1E: Tensor) -> Tensor:
     """Return `x + branch * gate` in float32, the dtype of the residual stream."""
     return torch.addcmul(x_BLE.float(), branch_BLE, gate_B1E)
+
+
+def channel_norm(x_BCTHW: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scale the channel vector of each position (dimension 1) to length sqrt(C), times the weight [C, 1, ...].
+
+    Where no gradient is needed, in one tensor: `out`, or a new one. In the dtype of x.
+    """
+    smallest = max(1e-12, torch.finfo(x_BCTHW.dtype).tiny)  # 1e-12 is zero in float16
+    length = torch.linalg.vector_norm(x_BCTHW, dim=1, keepdim=True).clamp_min(smallest)
+    scale = weight * weight.shape[0] ** 0.5
+    return (x_BCTHW / length) * scale if torch.is_grad_enabled() else torch.div(x_BCTHW, length, out=out).mul_(scale)
+
+
+def norm_silu_into(x_BCTHW: Tensor, weight: Tensor, out_BCTHW: Tensor) -> Tensor:
+    """Write `silu(channel_norm(x, weight))` into a tensor of x's shape, of any strides, and return it; no gradients."""
+    return F.silu(channel_norm(x_BCTHW, weight, out_BCTHW), inplace=True)

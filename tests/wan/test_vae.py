@@ -10,7 +10,7 @@ from wanqwen.bench.measure import peak_bytes
 from wanqwen.core import past as past_module
 from wanqwen.core.codec import VideoCodec
 from wanqwen.core.memory.trace import peak_bytes as live_bytes
-from wanqwen.core.past import MODES, WHOLE, Past, VAEMode
+from wanqwen.core.past import EXACT, MODES, WHOLE, Past, VAEMode
 from wanqwen.core.weights.keymap import Renamer
 from wanqwen.wan import vae_layers
 from wanqwen.wan.config import VAEConfig
@@ -226,6 +226,24 @@ def test_every_mode_gives_the_same_numbers(vae: WanVAE, work: str, mode: VAEMode
         assert torch.equal(out, expected)
     else:
         assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("work", ["decode", "encode"])
+def test_fast_forms_of_convolutions_give_the_numbers_of_the_published_ones(
+    monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    torch.manual_seed(8)
+    vae, used = WanVAE(VAEConfig(dim=64, num_res_blocks=1)).eval().requires_grad_(False).channels_last(), set()
+    for name in ("conv3d_in_pairs", "doubled_conv2d", "halved_conv2d"):
+        fast = getattr(vae_layers, name)
+        monkeypatch.setattr(
+            vae_layers, name, lambda *tensors, name=name, fast=fast: used.add(name) or fast(*tensors)
+        )  # fmt: skip
+    chunks = clip(vae, work, 32, 40, 9)
+    exact = torch.cat(through(vae, work, chunks, EXACT), dim=2)
+    assert not used
+    assert error(torch.cat(through(vae, work, chunks, WHOLE), dim=2), exact) < 1e-5
+    assert used == {"conv3d_in_pairs", "doubled_conv2d" if work == "decode" else "halved_conv2d"}
 
 
 @pytest.mark.parametrize("work", ["decode", "encode"])
