@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
-from .core.types import SOURCES, Conditioning, MemoryOptions, ModelHandle, SampleRequest
+from .core.types import KERNEL_CHOICES, SOURCES, Conditioning, FastPaths, MemoryOptions, ModelHandle, SampleRequest
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     _plan_arguments(commands.add_parser("plan", help="what a run takes of a card, from the model's header alone"))
+    doctor = commands.add_parser("doctor", help="which kernels work on this machine, and how well")
+    doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
@@ -109,6 +111,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=float, default=16.0)
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
+    add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     _run_arguments(parser)
     parser.set_defaults(run=_generate)
@@ -227,7 +230,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
-    model = replace(model, memory=_memory_options(options))
+    model = replace(model, memory=_memory_options(options), fast=FastPaths(kernels=options.kernels))
     model = _with_loras(model, options.lora)
     defaults = _defaults(model)
     given = _given(options, model, defaults)
@@ -468,6 +471,15 @@ def _plan(options: argparse.Namespace) -> int:
     model = _with_loras(replace(model, memory=_memory_options(options)), options.lora)
     found = facts(model, question)
     sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    for line in examine():
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
     return 0
 
 

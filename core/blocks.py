@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from .ops.choice import EXACT, Ops
+
 State = TypeVar("State")
 
 
@@ -23,12 +25,14 @@ class Run:
     """Everything that lives for one sampling run; made by `core.runtime`, never stored on a model.
 
     `dtype` is what the large matrix products compute in, `chunk_rows` how many tokens at most they take at a time (0
-    lets the number of tokens decide). `hooks` surround every block, in order of arrival (swap in, then unpack).
-    `check_interrupt` raises to stop the run; it is asked before every block.
+    lets the number of tokens decide), `ops` how the operations around them are spelled. `hooks` surround every block,
+    in order of arrival (swap in, then unpack). `check_interrupt` raises to stop the run; it is asked before every
+    block.
     """
 
     dtype: torch.dtype = torch.float32
     chunk_rows: int = 0
+    ops: Ops = EXACT
     hooks: Sequence[BlockHook] = ()
     check_interrupt: Callable[[], None] = lambda: None
 

@@ -15,6 +15,7 @@ from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced, idle_bytes
 from .memory.trace import LiveBytes
+from .ops.choice import EXACT, Ops
 from .ops.linear import Linear
 from .types import Conditioning, Family, Lora, MemoryOptions, same
 from .weights.adapters import Adapters, device_bytes
@@ -49,7 +50,7 @@ CARDS = {
 class Scene:
     """One sampling run as far as memory and time depend on it; the solver remembers `kept_latents` between steps.
 
-    All of `loras` are taken to work in every step.
+    `ops` is how the operations of blocks are spelled. All of `loras` are taken to work in every step.
     """
 
     family: Family
@@ -60,6 +61,7 @@ class Scene:
     chunk_rows: int = 0
     kept_latents: int = 0
     loras: tuple[Lora, ...] = ()
+    ops: Ops = EXACT
 
     @property
     def operations(self) -> list[tuple[int, int]]:
@@ -74,7 +76,8 @@ class Scene:
         twins = [tuple(starmap(same, zip(_parts(prompts[0]), _parts(c), strict=False))) for c in prompts]
         active = [tuple(control.strength != 0 for control in c.controls) for c in prompts]
         loras = tuple((lora.checkpoint.path, lora.checkpoint.identity) for lora in self.loras)
-        return self.latent_shape, tuple(shapes), tuple(twins), tuple(active), self.dtype, self.chunk_rows, loras
+        how = self.dtype, self.chunk_rows, self.ops
+        return self.latent_shape, tuple(shapes), tuple(twins), tuple(active), how, loras
 
 
 def _parts(conditioning: Conditioning) -> list[Tensor | None]:
@@ -198,7 +201,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
         # The first walk makes what stays for the run; the others tell what comes and goes.
         first, together, alone = (_Walk(counted) for _ in range(3))
         hooks: list[BlockHook] = []
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks)
+        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=hooks)
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         for walk, which in ((first, every), (together, every), (alone, (longest,))):
             hooks[:] = [walk, adapters]

@@ -14,6 +14,7 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .ops.choice import Ops, choose
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
@@ -32,6 +33,12 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     if handle.dtype is not None:
         return handle.dtype
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
+
+
+def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
+    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
+    heads = handle.family.heads(handle.identity.config)
+    return choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +84,13 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
         hooks, gate = (residency, adapters, stopwatch), host.block_gate(device)
-        run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=hooks, check_interrupt=gate)
+        run = Run(
+            dtype=scene.dtype,
+            chunk_rows=scene.chunk_rows,
+            ops=scene.ops,
+            hooks=hooks,
+            check_interrupt=gate,
+        )
         yield Opened(module=loaded.module, run=run, residency=residency, adapters=adapters, stopwatch=stopwatch)
 
 
@@ -159,7 +172,10 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
-    scene = scene_of(handle, request, compute_dtype(handle, device))
+    ops, said = spelled(handle, device)
+    for line in said:
+        tell(line)
+    scene = replace(scene_of(handle, request, compute_dtype(handle, device)), ops=ops)
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
         stepping = _Stepping(there, scene, device, plan.start, request.num_steps)

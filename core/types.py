@@ -227,6 +227,7 @@ class Family:
     """What core needs to know of a family to run its diffusion model; `config` is the family's own record.
 
     `build(config)` makes the module, `blocks(module)` are its blocks in the order in which `run_blocks` visits them.
+    `heads(config)` are the number of heads that the tokens' width divides into, and the width of each.
     `shallow(config, depth)` is the config with so many main blocks, and the least of whatever accompanies them.
     `float32(name)` says which parameters stay in float32 whatever the compute dtype, `dtypes` what it may be.
     `schedule(config, latent shape)` is the published one.
@@ -247,6 +248,7 @@ class Family:
     latent_format: LatentFormat
     build: Callable[[Any], nn.Module]
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
+    heads: Callable[[Any], tuple[int, int]]
     shallow: Callable[[Any, int], Any]
     float32: Callable[[str], bool]
     schedule: Callable[[Any, tuple[int, ...]], Schedule]
@@ -279,6 +281,23 @@ class Assembled:
             self._weights = None  # let the old ones go before the new ones come
             self._weights, self._key = assemble(), key
         return self._weights
+
+
+AUTO_KERNELS, EXACT_KERNELS = KERNEL_CHOICES = ("auto", "exact")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FastPaths:
+    """Which faster ways a run may take.
+
+    `kernels` is "auto", the fused ones that work on this machine, or "exact", the bits of plain PyTorch.
+    """
+
+    kernels: str = AUTO_KERNELS
+
+    def __post_init__(self) -> None:
+        if self.kernels not in KERNEL_CHOICES:
+            raise ValueError(f"Fast Paths: kernels is {self.kernels!r}: choose {' or '.join(KERNEL_CHOICES)}.")
 
 
 TOLERANCE = 1e-6  # steps: a share such as 0.3 of 10 steps is to be 3 whatever the last bit says
@@ -358,4 +377,5 @@ class ModelHandle:
     dtype: torch.dtype | None = None
     memory: MemoryOptions = MemoryOptions()
     loras: tuple[Lora, ...] = ()
+    fast: FastPaths = FastPaths()
     weights: Assembled = field(default_factory=Assembled)

@@ -13,7 +13,7 @@ from .load import (
     LoadWanVAE,
 )
 from .lora import LoRA
-from .options import BlockSwap
+from .options import BlockSwap, ChooseFastPaths
 from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
 from .sample import Sampler
@@ -46,6 +46,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     WanVideoToVideo,
     WanVACE,
     LoRA,
+    ChooseFastPaths,
 )
 
 

@@ -1,11 +1,13 @@
-"""Options of a model that change how it runs and not what it makes."""
+"""Options of a model that change how it runs and not what it shows."""
 
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.types import SOURCES, MemoryOptions, ModelHandle
+from ..core import host
+from ..core.runtime import spelled
+from ..core.types import KERNEL_CHOICES, SOURCES, FastPaths, MemoryOptions, ModelHandle
 from ..plans import GIB, plan_here
 from .types import CATEGORY, WanModel, check_choice, tell, verdict
 
@@ -26,7 +28,7 @@ class BlockSwap(io.ComfyNode):
             description="Models larger than the card run without this node: the sampler plans which blocks stay on the "
             "card and which stream in while others compute. Here any part of that plan can be fixed by hand, and with "
             "a latent connected the plan for that size is shown. The result has the same bits whatever the plan.",
-            inputs=_inputs(),
+            inputs=_swap_inputs(),
             outputs=[WanModel.Output(display_name="model", tooltip="The same model with these options, for Sampler.")],
             hidden=[io.Hidden.unique_id],
         )
@@ -70,7 +72,7 @@ class BlockSwap(io.ComfyNode):
         return io.NodeOutput(model, ui=tell(cls.hidden.unique_id, lines))
 
 
-def _inputs() -> list[io.Input]:
+def _swap_inputs() -> list[io.Input]:
     return [
         WanModel.Input("model", tooltip="From Load Wan Model or Load Qwen-Image Model."),
         io.Int.Input(
@@ -117,3 +119,38 @@ def _inputs() -> list[io.Input]:
             tooltip="The latent that will be sampled: with it, this node shows the plan for its size.",
         ),
     ]  # fmt: skip
+
+
+class ChooseFastPaths(io.ComfyNode):
+    """Says which faster ways a model may take; without it, all that work on this machine."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQwenFastPaths",
+            display_name="Fast Paths (WanQwen)",
+            category=CATEGORY,
+            description="On NVIDIA cards with Triton the sampler takes fused kernels for what lies between the matrix "
+            "products, each tried beside plain PyTorch before the run, and says which. They sum in another order: the "
+            "picture is the same to the eye and not to the last bit. Here they can be switched off, for results that "
+            "must have the bits of plain PyTorch, or to see whether a fault is theirs.",
+            inputs=[
+                WanModel.Input("model", tooltip="From Load Wan Model or Load Qwen-Image Model."),
+                io.Combo.Input(
+                    "kernels", options=list(KERNEL_CHOICES), default=AUTO,
+                    tooltip="auto: the fused kernels that work on this machine. exact: plain PyTorch, bit for bit.",
+                ),
+            ],
+            outputs=[WanModel.Output(display_name="model", tooltip="The same model with these options, for Sampler.")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, kernels: str | None) -> bool | str:
+        return verdict(check_choice("kernels", kernels, KERNEL_CHOICES))
+
+    @classmethod
+    def execute(cls, model: ModelHandle, kernels: str) -> io.NodeOutput:
+        model, device = replace(model, fast=FastPaths(kernels=kernels)), host.device()
+        lines = spelled(model, device)[1] or [f"This machine computes on its {device.type}, with plain PyTorch."]
+        return io.NodeOutput(model, ui=tell(cls.hidden.unique_id, lines))

@@ -108,6 +108,7 @@ FAMILY = Family(
     latent_format=LATENT_FORMAT,
     build=QwenImageTransformer,
     blocks=lambda model: model.transformer_blocks,
+    heads=lambda config: (config.num_heads, config.dim // config.num_heads),
     shallow=lambda config, depth: replace(config, num_layers=min(depth, config.num_layers)),
     float32=keep_float32,
     schedule=schedule,

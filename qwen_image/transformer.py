@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from ..core.blocks import Run, run_blocks
 from ..core.ops.attention import attention_in_place
+from ..core.ops.choice import Ops
 from ..core.ops.embed import timestep_embedding
 from ..core.ops.linear import Linear, feed_forward
-from ..core.ops.norm import RMSNorm, modulate
-from ..core.ops.rope import rotate
-from ..core.ops.rows import add_to_rows, row_chunks
+from ..core.ops.norm import RMSNorm, modulate, modulated_by
+from ..core.ops.rows import row_chunks
 from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
 
@@ -81,7 +82,7 @@ class Modulations:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Joint:
-    """What all blocks share of a pass: positions, hidden keys, the dtype of the large products.
+    """What all blocks share of a pass: positions, hidden keys, the dtype of the large products, how `ops` are spelled.
 
     And how the rows are divided: those of the text, and of the images, the target before the references.
     """
@@ -90,6 +91,7 @@ class Joint:
     img_rope: Rope
     key_bias_BJ: Tensor | None
     dtype: torch.dtype
+    ops: Ops
     txt_chunks: Chunks
     target_chunks: Chunks
     reference_chunks: Chunks
@@ -213,6 +215,7 @@ class QwenImageTransformer(nn.Module):
             img_rope=img_rope,
             key_bias_BJ=bias,
             dtype=run.dtype,
+            ops=run.ops,
             txt_chunks=row_chunks(rows.shape[1], run.chunk_rows),
             target_chunks=row_chunks(num_target, run.chunk_rows),
             reference_chunks=row_chunks(len(img_rope[0]) - num_target, run.chunk_rows, num_target),
@@ -309,24 +312,27 @@ class Block(nn.Module):
             self._normed(img, (*targets, *references), joint), self._normed(txt, texts, joint), joint, len(img), is_last
         )
         if is_last:
-            return self._finish(img[:, : joint.num_target], targets, gathered, self.attn.to_out[0], self.img_mlp), txt
+            target = img[:, : joint.num_target]
+            return self._finish(target, targets, gathered, self.attn.to_out[0], self.img_mlp, joint.ops), txt
         of_txt, of_img = gathered.tensor_split((txt.shape[1],), dim=1)
-        img = self._finish(img, (*targets, *references), of_img, self.attn.to_out[0], self.img_mlp)
-        return img, self._finish(txt, texts, of_txt, self.attn.to_add_out, self.txt_mlp)
+        img = self._finish(img, (*targets, *references), of_img, self.attn.to_out[0], self.img_mlp, joint.ops)
+        return img, self._finish(txt, texts, of_txt, self.attn.to_add_out, self.txt_mlp, joint.ops)
 
     def _normed(self, x: Tensor, parts: Parts, joint: Joint) -> NormedRows:
         """Give each part of a stream as the attention takes it."""
         for rows, mod in parts:
-            yield rows, modulate(x[:, rows], mod[:, 0:1], mod[:, 1:2], self.eps).to(joint.dtype)
+            constants = modulated_by(mod[:, 0:1], mod[:, 1:2], self.eps)
+            yield rows, joint.ops.layer_norm(x[:, rows], constants, joint.dtype)
 
-    def _finish(self, x: Tensor, parts: Parts, gathered: Tensor, out: Linear, mlp: "FeedForward") -> Tensor:
+    def _finish(self, x: Tensor, parts: Parts, gathered: Tensor, out: Linear, mlp: "FeedForward", ops: Ops) -> Tensor:
         """Add to each part of a stream what it gathered, projected by `out`, and then its feed-forward."""
         dtype, num_rows = gathered.dtype, gathered.shape[0] * gathered.shape[1]
         project, feed = out.at(dtype, num_rows), mlp.at(dtype, num_rows)
         for rows, mod in parts:
             _, _, gate_sa, shift, scale, gate_ff = mod.split(1, dim=1)
-            x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
-            x = add_to_rows(x, rows, feed(modulate(x[:, rows], shift, scale, self.eps).to(dtype)), gate_ff)
+            modulated = modulated_by(shift, scale, self.eps)
+            x, normed = ops.add_norm(x, rows, project(gathered[:, rows]), gate_sa, modulated, dtype)
+            x = ops.add_to_rows(x, rows, feed(normed), gate_ff)
         return x
 
 
@@ -350,17 +356,24 @@ class JointAttention(nn.Module):
         shape, device = (batch, num_text + num_images, self.heads, self.width), joint.img_rope[0].device
         q, k, v = qkv = tuple(torch.empty(shape, dtype=joint.dtype, device=device) for _ in range(3))
         layers = self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k
-        self._fill([t[:, :num_text] for t in qkv], txt, joint.txt_rope, layers, 0 if is_last else num_text)
+        fill = partial(self._fill, norm_rotate=joint.ops.norm_rotate)
+        fill([t[:, :num_text] for t in qkv], txt, joint.txt_rope, layers, 0 if is_last else num_text)
         layers = self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k
         num_asking = joint.num_target if is_last else num_images
-        self._fill([t[:, num_text:] for t in qkv], img, joint.img_rope, layers, num_asking)
+        fill([t[:, num_text:] for t in qkv], img, joint.img_rope, layers, num_asking)
         if is_last:
             q = q[:, num_text : num_text + num_asking]
         del qkv
         return attention_in_place(q, k, v, joint.key_bias_BJ).flatten(2)
 
     def _fill(
-        self, qkv: list[Tensor], normed: NormedRows, rope: Rope, layers: tuple[nn.Module, ...], num_asking: int
+        self,
+        qkv: list[Tensor],
+        normed: NormedRows,
+        rope: Rope,
+        layers: tuple[nn.Module, ...],
+        num_asking: int,
+        norm_rotate: Callable[..., None],
     ) -> None:
         """Write the queries of the first `num_asking` rows of a stream, and the keys and values of all."""
         (q, k, v), (cos, sin) = qkv, rope
@@ -369,12 +382,9 @@ class JointAttention(nn.Module):
         for rows, x in normed:
             part = cos[rows], sin[rows]
             if rows.stop <= num_asking:
-                q[:, rows] = rotate(norm_q(self._split(to_q(x))), part)
-            k[:, rows] = rotate(norm_k(self._split(to_k(x))), part)
-            v[:, rows] = self._split(to_v(x))
-
-    def _split(self, x_BLE: Tensor) -> Tensor:
-        return rearrange(x_BLE, "b l (n d) -> b l n d", n=self.heads)
+                norm_rotate(to_q(x), norm_q.constants, part, q[:, rows])
+            norm_rotate(to_k(x), norm_k.constants, part, k[:, rows])
+            v[:, rows] = rearrange(to_v(x), "b l (n d) -> b l n d", n=self.heads)
 
 
 class FeedForward(nn.Module):

@@ -13,6 +13,12 @@ PLUGIN = "wanqwen_goldens"  # as pyproject.toml announces it
 # Models this small lose more to threads than they gain, by far when the machine is busy. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch  # noqa: E402
+
+# Without a card, kernels run step by step on the CPU. Read when Triton is imported, which nothing has done yet.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def _import_checkout() -> None:
     spec = importlib.util.spec_from_file_location(

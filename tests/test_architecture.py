@@ -28,7 +28,7 @@ ALLOWED = {
     "core/ops": ("kernels", "core/types"),
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
-    "core/blocks": ("core/memory", "core/host", "core/types"),
+    "core/blocks": ("core/memory", "core/ops", "core/host", "core/types"),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": (
@@ -48,11 +48,12 @@ ALLOWED = {
     "loading": ("families", "wan", "qwen_image", "core"),
     "inspection": ("families", "core"),
     "plans": ("wan", "qwen_image", "core"),
+    "doctor": ("kernels", "core"),
     "media": ("core/host",),
     "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core"),
-    "__main__": ("demo", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
+    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core", "kernels"),
+    "__main__": ("demo", "doctor", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}

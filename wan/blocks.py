@@ -9,10 +9,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.ops.attention import attention, attention_in_place
+from ..core.ops.choice import Ops
 from ..core.ops.linear import Linear, feed_forward
-from ..core.ops.norm import LayerNorm, RMSNorm, modulate
-from ..core.ops.rope import rotate
-from ..core.ops.rows import add_to_rows
+from ..core.ops.norm import LayerConstants, LayerNorm, RMSNorm, modulated_by
 from .config import WanConfig
 
 Rope = tuple[Tensor, Tensor]
@@ -21,11 +20,12 @@ Keys = tuple[Tensor, Tensor, Tensor | None]  # keys and values [B, S, N, D], and
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Shared:
-    """What all blocks and passes of one forward share: the time, the positions, and how the tokens are divided."""
+    """What all blocks and passes of one forward share: time, positions, how tokens are divided and `ops` spelled."""
 
     time_B6E: Tensor
     rope: Rope
     chunks: tuple[slice, ...]
+    ops: Ops
 
 
 class Block(nn.Module):
@@ -46,17 +46,18 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, shared: Shared, prompt: Sequence[Keys]) -> Tensor:
-        dtype, modulation = prompt[0][0].dtype, self.modulation.float() + shared.time_B6E
-        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.split(1, dim=1)
-        gathered = self.self_attn(x, lambda part: modulate(part, shift_sa, scale_sa, self.eps).to(dtype), shared, dtype)
-        num_rows = x.shape[0] * x.shape[1]
-        project, attend = self.self_attn.o.at(dtype, num_rows), self.cross_attn.at(dtype, num_rows)
+        dtype, modulations = prompt[0][0].dtype, self.modulation.float() + shared.time_B6E
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulations.split(1, dim=1)
+        gathered = self.self_attn(x, modulated_by(shift_sa, scale_sa, self.eps), shared, dtype)
+        num_rows, ops = x.shape[0] * x.shape[1], shared.ops
+        project, attend = self.self_attn.o.at(dtype, num_rows), self.cross_attn.at(dtype, num_rows, ops)
         feed = feed_forward(self.ffn[0], self.ffn[2], dtype, num_rows)
+        # The cross-attention is neither modulated nor gated.
+        cross, modulated = self.norm3.constants, modulated_by(shift_ff, scale_ff, self.eps)
         for rows in shared.chunks:
-            x = add_to_rows(x, rows, project(gathered[:, rows]), gate_sa)
-            # The cross-attention is neither modulated nor gated.
-            x = add_to_rows(x, rows, attend(self.norm3(x[:, rows]).to(dtype), prompt))
-            x = add_to_rows(x, rows, feed(modulate(x[:, rows], shift_ff, scale_ff, self.eps).to(dtype)), gate_ff)
+            x, normed = ops.add_norm(x, rows, project(gathered[:, rows]), gate_sa, cross, dtype)
+            x, normed = ops.add_norm(x, rows, attend(normed, prompt), None, modulated, dtype)
+            x = ops.add_to_rows(x, rows, feed(normed), gate_ff)
         return x
 
 
@@ -69,21 +70,20 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
 
-    def forward(self, x_BLE: Tensor, norm: Callable[[Tensor], Tensor], shared: Shared, dtype: torch.dtype) -> Tensor:
-        """Return what each token of `norm(x)` gathers [B, L, E], not yet projected by `o`."""
+    def forward(self, x_BLE: Tensor, norm: LayerConstants, shared: Shared, dtype: torch.dtype) -> Tensor:
+        """Return what each token of x, normed, gathers [B, L, E], not yet projected by `o`."""
         batch, length, width = x_BLE.shape
         shape = batch, length, self.heads, width // self.heads
         q, k, v = (torch.empty(shape, dtype=dtype, device=x_BLE.device) for _ in range(3))
         to_q, to_k, to_v = (layer.at(dtype, batch * length) for layer in (self.q, self.k, self.v))
+        norm_rotate = shared.ops.norm_rotate
         for rows in shared.chunks:
-            part, rope = norm(x_BLE[:, rows]), (shared.rope[0][rows], shared.rope[1][rows])
-            q[:, rows] = rotate(self._split(self.norm_q(to_q(part))), rope)
-            k[:, rows] = rotate(self._split(self.norm_k(to_k(part))), rope)
-            v[:, rows] = self._split(to_v(part))
+            part = shared.ops.layer_norm(x_BLE[:, rows], norm, dtype)
+            rope = shared.rope[0][rows], shared.rope[1][rows]
+            norm_rotate(to_q(part), self.norm_q.constants, rope, q[:, rows])
+            norm_rotate(to_k(part), self.norm_k.constants, rope, k[:, rows])
+            v[:, rows] = rearrange(to_v(part), "b l (n d) -> b l n d", n=self.heads)
         return attention_in_place(q, k, v).flatten(2)
-
-    def _split(self, x_BLE: Tensor) -> Tensor:
-        return rearrange(x_BLE, "b l (n d) -> b l n d", n=self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
     def image_keys_values(self, rows_BSE: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(self.norm_k_img(self.k_img(rows_BSE)).to(rows_BSE.dtype)), self._split(self.v_img(rows_BSE))
 
-    def at(self, dtype: torch.dtype, num_rows: int) -> Callable[[Tensor, Sequence[Keys]], Tensor]:
+    def at(self, dtype: torch.dtype, num_rows: int, ops: Ops) -> Callable[[Tensor, Sequence[Keys]], Tensor]:
         """Return the attention as a function of tokens [B, L, E] and what they attend to, the results being added.
 
         `num_rows` is how many tokens all calls together bring.
@@ -112,7 +112,7 @@ class CrossAttention(nn.Module):
         to_q, project = self.q.at(dtype, num_rows), self.o.at(dtype, num_rows)
 
         def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
-            q = self._split(self.norm_q(to_q(x_BLE)).to(dtype))
+            q = self._split(ops.rms_norm(to_q(x_BLE), self.norm_q.constants, dtype))
             text, *pictures = prompt
             gathered = attention(q, *text)
             for picture in pictures:  # a softmax of its own

@@ -156,6 +156,7 @@ FAMILY = Family(
     latent_format=LATENT_FORMAT,
     build=WanTransformer,
     blocks=WanTransformer.visits,
+    heads=lambda config: (config.num_heads, config.dim // config.num_heads),
     shallow=shallow,
     float32=keep_float32,
     schedule=schedule,

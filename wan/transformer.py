@@ -140,6 +140,7 @@ class WanTransformer(nn.Module):
             time_B6E=rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6),
             rope=self.rope(grid, x_BCTHW.device),
             chunks=row_chunks(num_tokens, run.chunk_rows),
+            ops=run.ops,
         )
         keep = num_tokens <= TOKENS_THAT_KEEP_KEYS
 

@@ -7,8 +7,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ...kernels import BLOCK_FORMATS
 from ..types import TensorInfo
-from .gguf_blocks import PACKINGS
+from .gguf_blocks import PACKINGS, in_parts, unpack_blocks
+from .proof import PROBE, verdict
 
 # What the names in headers mean; of GGUF's those that are no blocks.
 DTYPES = {
@@ -43,8 +45,6 @@ READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2", INT8_RECORD)
 ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
 
 MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
-ELEMENTS_AT_ONCE = 1 << 22  # of a scaled or packed weight that are in float32
-
 MIXED_SHARE = (
     0.1  # of the elements in a second dtype: above this a file is "mixed" (official VACE: fp32 base, bf16 rest)
 )
@@ -58,31 +58,20 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, stored:
     Format: ComfyUI's scaled fp8 and int8 files (`scale_weight`, `weight_scale`). `stored` is the name of a block format
     of GGUF where `weight` is blocks, [..., bytes of a row]; any other name means nothing here.
     """
-    if packing := PACKINGS.get(stored or ""):
-        numbers = weight.shape[-1] // packing.num_bytes * packing.numbers
-        rows = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
-
-        def part(chosen: slice) -> Tensor:
-            blocks = rows[chosen].reshape(-1, packing.num_bytes)
-            return packing.unpack(blocks).view(len(rows[chosen]), numbers)
-
-        return _in_parts(part, (len(rows), numbers), dtype, weight.device).view(*weight.shape[:-1], numbers)
+    if stored in PACKINGS:
+        return _unpacker(stored, dtype, weight.device)(weight, stored, dtype)
     if scale is None:
         return weight.to(dtype)
     ones = [1] * (weight.dim() - 1)
     scales = scale.float().reshape(-1, *ones).expand(weight.shape[0], *ones)
-    return _in_parts(lambda rows: weight[rows].float() * scales[rows], tuple(weight.shape), dtype, weight.device)
+    return in_parts(lambda rows: weight[rows].float() * scales[rows], tuple(weight.shape), dtype, weight.device)
 
 
-def _in_parts(
-    part: Callable[[slice], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=device)
-    size = max(1, ELEMENTS_AT_ONCE // max(1, prod(shape[1:])))
-    for first in range(0, shape[0], size):
-        rows = slice(first, first + size)
-        out[rows] = part(rows)
-    return out
+def _unpacker(stored: str, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor]:
+    """Return what unpacks blocks on a device: plain PyTorch, or on CUDA a kernel that gives the same bits."""
+    if device.type != "cuda" or stored not in BLOCK_FORMATS:
+        return unpack_blocks
+    return verdict("unpack_blocks", PROBE, dtype, device).kernel or unpack_blocks
 
 
 def layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -7,12 +7,14 @@ the reference, so that every result is the reference's, bit for bit.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 # What the 4 bits of the IQ4 formats stand for: a scale that is finer near zero.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+ELEMENTS_AT_ONCE = 1 << 22  # of a weight that are in float32 while it is unpacked
 SUPER = 256  # numbers of a block of the formats that have scales for parts of a block, "K" in their names
 
 
@@ -108,6 +110,31 @@ PACKINGS = {
     "IQ4_NL": Packing(32, 18, _iq4_nl),
     "IQ4_XS": Packing(SUPER, 136, _iq4_xs),
 }
+
+
+def unpack_blocks(weight: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
+    """Return a weight [..., bytes of a row] in blocks of a format as numbers [..., n], rounded to `dtype` once."""
+    packing = PACKINGS[stored]
+    numbers = weight.shape[-1] // packing.num_bytes * packing.numbers
+    rows = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
+
+    def part(chosen: slice) -> Tensor:
+        blocks = rows[chosen].reshape(-1, packing.num_bytes)
+        return packing.unpack(blocks).view(len(rows[chosen]), numbers)
+
+    return in_parts(part, (len(rows), numbers), dtype, weight.device).view(*weight.shape[:-1], numbers)
+
+
+def in_parts(
+    part: Callable[[slice], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return a tensor made of `part(some rows)` in float32, of so few rows at a time that these are small beside it."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    size = max(1, ELEMENTS_AT_ONCE // max(1, prod(shape[1:])))
+    for first in range(0, shape[0], size):
+        rows = slice(first, first + size)
+        out[rows] = part(rows)
+    return out
 
 
 def _half(blocks_NB: Tensor, at: int) -> Tensor:

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LayerConstants = tuple[Tensor, Tensor, float]  # weight and bias, [E] or [B or 1, 1, E], and epsilon
+RmsConstants = tuple[Tensor, float]  # weight, of a row [E] or of each head [D], and epsilon
+
 
 class RMSNorm(nn.Module):
     """Scale each row to unit root mean square: `x / sqrt(mean(x^2) + eps) * weight` over the last axis, in float32.
@@ -20,6 +23,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
 
+    @property
+    def constants(self) -> RmsConstants:
+        """What `rms_norm` and `rope.norm_rotate` take of the layer."""
+        return self.weight, self.eps
+
 
 class LayerNorm(nn.Module):
     """Affine LayerNorm over the last axis, computed and returned in float32."""
@@ -31,20 +39,44 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return layer_norm(x, self.constants, torch.float32)
+
+    @property
+    def constants(self) -> LayerConstants:
+        """What `layer_norm` and `rows.add_norm` take of the layer."""
+        return self.weight, self.bias, self.eps
 
 
-def modulate(x_BLE: Tensor, shift_B1E: Tensor, scale_B1E: Tensor, eps: float) -> Tensor:
-    """Return `LN(x) * (1 + scale) + shift` in float32; the LayerNorm has no weights of its own.
+def layer_norm(x_BLE: Tensor, constants: LayerConstants, dtype: torch.dtype) -> Tensor:
+    """Return `LN(x) * weight + bias`, computed in float32, in `dtype`."""
+    weight, bias, eps = constants
+    width = x_BLE.shape[-1:]
+    if weight.numel() == bias.numel() == width[0]:
+        # One vector for all rows is what PyTorch's own takes.
+        normed = F.layer_norm(x_BLE.float(), width, weight.float().flatten(), bias.float().flatten(), eps)
+    else:
+        normed = torch.addcmul(bias.float(), F.layer_norm(x_BLE.float(), width, eps=eps), weight.float())
+    return normed.to(dtype)
+
+
+def rms_norm(x_BLE: Tensor, constants: RmsConstants, dtype: torch.dtype) -> Tensor:
+    """Return `x / rms(x) * weight`, computed in float32, in `dtype`; the norm is over as many numbers as weights."""
+    weight, eps = constants
+    parts = x_BLE.float().unflatten(-1, (-1, len(weight)))
+    return F.rms_norm(parts, weight.shape, weight.float(), eps).flatten(-2).to(dtype)
+
+
+def modulated_by(shift_B1E: Tensor, scale_B1E: Tensor, eps: float) -> LayerConstants:
+    """Return the constants by which `layer_norm` is `LN(x) * (1 + scale) + shift`.
 
     Source: Peebles and Xie 2023, "Scalable Diffusion Models with Transformers" (adaLN).
     """
-    width = x_BLE.shape[-1:]
-    if shift_B1E.numel() == scale_B1E.numel() == width[0]:
-        # One modulation for all rows is what LayerNorm takes for its own weights.
-        return F.layer_norm(x_BLE.float(), width, 1 + scale_B1E.float().flatten(), shift_B1E.float().flatten(), eps)
-    normed = F.layer_norm(x_BLE.float(), width, eps=eps)
-    return torch.addcmul(shift_B1E, normed, 1 + scale_B1E)
+    return 1 + scale_B1E.float(), shift_B1E, eps
+
+
+def modulate(x_BLE: Tensor, shift_B1E: Tensor, scale_B1E: Tensor, eps: float) -> Tensor:
+    """Return `LN(x) * (1 + scale) + shift` in float32; the LayerNorm has no weights of its own."""
+    return layer_norm(x_BLE, modulated_by(shift_B1E, scale_B1E, eps), torch.float32)
 
 
 def gated_add(x_BLE: Tensor, branch_BLE: Tensor, gate_B1E: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from .norm import RmsConstants, rms_norm
+
 THETA = 10000.0
 
 
@@ -42,3 +44,8 @@ def rotate(x_BLND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     turn_L1P = torch.complex(*rope)[:, None]
     pairs_BLNP = torch.view_as_complex(x_BLND.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs_BLNP * turn_L1P).flatten(-2)
+
+
+def norm_rotate(x_BLE: Tensor, constants: RmsConstants, rope: tuple[Tensor, Tensor], out_BLND: Tensor) -> None:
+    """Write rows, as `rms_norm` and then `rotate` make them, to `out`."""
+    out_BLND.copy_(rotate(rms_norm(x_BLE, constants, torch.float32).view(out_BLND.shape), rope))

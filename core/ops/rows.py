@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .norm import gated_add
+from .norm import LayerConstants, gated_add, layer_norm
 
 # Into how many chunks tokens are divided at most, and how many tokens each has at least: enough to keep a large card
 # busy, and not to spend a processor's time on laying out the weights for each.
@@ -45,3 +45,16 @@ def add_to_rows(x_BLE: Tensor, rows: slice, branch_BLE: Tensor, gate_B1E: Tensor
     if added.shape == x_BLE.shape:
         return added
     return torch.slice_scatter(x_BLE, added, dim=1, start=rows.start, end=rows.stop)
+
+
+def add_norm(
+    x_BLE: Tensor,
+    rows: slice,
+    branch_BLE: Tensor,
+    gate_B1E: Tensor | None,
+    constants: LayerConstants,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return what `add_to_rows` does, and those rows as `layer_norm` makes them of the sum."""
+    x_BLE = add_to_rows(x_BLE, rows, branch_BLE, gate_B1E)
+    return x_BLE, layer_norm(x_BLE[:, rows], constants, dtype)

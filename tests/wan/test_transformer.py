@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from wanqwen.core.blocks import Run
 from wanqwen.core.memory.trace import peak_bytes as traced_bytes
+from wanqwen.core.ops.choice import EXACT
 from wanqwen.core.ops.rows import row_chunks
 from wanqwen.wan import transformer
 from wanqwen.wan.config import WanConfig
@@ -182,7 +183,7 @@ def test_a_block_of_the_14b_takes_six_units_for_a_clip(size: tuple[int, int]) ->
 
     def step() -> None:
         shared = Shared(time_B6E=torch.empty(1, 6, config.dim, device=META), rope=model.rope(grid, META),
-                        chunks=row_chunks(num_tokens))  # fmt: skip
+                        chunks=row_chunks(num_tokens), ops=EXACT)  # fmt: skip
         keys_values = [torch.empty(1, 512, 40, 128, dtype=torch.bfloat16, device=META) for _ in range(2)]
         model.blocks[0](torch.empty(1, num_tokens, config.dim, device=META), shared, [(*keys_values, None)])
 

@@ -4,7 +4,7 @@ import gguf
 import pytest
 import torch
 from wanqwen.core.memory.trace import peak_bytes
-from wanqwen.core.ops import formats
+from wanqwen.core.ops import formats, gguf_blocks
 from wanqwen.core.ops.gguf_blocks import PACKINGS
 from wanqwen.core.ops.linear import Linear
 from wanqwen.core.types import TensorInfo
@@ -62,7 +62,7 @@ def test_a_linear_computes_with_what_its_blocks_mean(kind: str, dtype: torch.dty
 def test_blocks_are_unpacked_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks("Q4_K", 600, NUMBERS)
     wanted = formats.dequantise(blocks[1], None, torch.bfloat16, "Q4_K")
-    monkeypatch.setattr(formats, "ELEMENTS_AT_ONCE", 50 * NUMBERS)
+    monkeypatch.setattr(gguf_blocks, "ELEMENTS_AT_ONCE", 50 * NUMBERS)
     found = []
     peak = peak_bytes(lambda: found.append(formats.dequantise(blocks[1], None, torch.bfloat16, "Q4_K")))
     assert torch.equal(found[0], wanted)

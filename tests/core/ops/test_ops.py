@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from wanqwen.bench.measure import peak_bytes
 from wanqwen.core.memory.trace import peak_bytes as traced_bytes
-from wanqwen.core.ops import formats
+from wanqwen.core.ops import formats, gguf_blocks
 from wanqwen.core.ops.attention import attention
 from wanqwen.core.ops.conv import conv3d
 from wanqwen.core.ops.embed import timestep_embedding
@@ -104,7 +104,7 @@ def test_linear_applies_the_scale_of_an_fp8_weight() -> None:
 def test_scaled_weights_are_decoded_a_part_at_a_time(scale: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(2000, 50).to(torch.float8_e4m3fn)
     expected = (weight.float() * scale.reshape(-1, 1)).bfloat16()
-    monkeypatch.setattr(formats, "ELEMENTS_AT_ONCE", 333 * 50)
+    monkeypatch.setattr(gguf_blocks, "ELEMENTS_AT_ONCE", 333 * 50)
     assert torch.equal(formats.dequantise(weight, scale, torch.bfloat16), expected)
     peak = traced_bytes(lambda: formats.dequantise(weight, scale, torch.bfloat16))
     assert peak < expected.nbytes + 3 * 333 * 50 * 4

@@ -1,0 +1,55 @@
+"""Kernels beside their eager twins: none is used that has not passed its trials on this very machine."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ... import kernels
+from .trials import TRIALS, Tokens, deviation
+
+log = logging.getLogger(__name__)
+
+PROBE = Tokens(rows=64, heads=24, head_width=128)  # where the shape of a model makes no difference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A kernel that has proven itself, or None and why; `is_broken` if it should have worked and did not."""
+
+    kernel: Callable[..., Any] | None
+    reason: str
+    is_broken: bool = False
+    error: float | None = None
+
+
+@cache
+def verdict(name: str, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Verdict:
+    """Try a kernel beside its eager twin, on a few rows of a model's shape: once in the life of the process."""
+    worst = 0.0
+    for trial in TRIALS[name]:
+        arguments = trial.arguments(tokens, dtype, device)
+        found, reason = kernels.find(name, *trial.tensors(arguments))
+        if found is None:
+            return Verdict(kernel=None, reason=reason)
+        wanted = trial.run(trial.eager, arguments)
+        try:
+            results = trial.run(found, trial.arguments(tokens, dtype, device))
+            error = max(deviation(*pair) for pair in zip(results, wanted, strict=True))
+        except kernels.errors() as trouble:
+            first = (str(trouble).strip() or "no message").splitlines()[0]
+            return _broken(name, f"failed with {type(trouble).__name__}: {first}")
+        if not error <= trial.allowed:  # NaN is not
+            return _broken(
+                name, f"differs by {error:.3g} from plain PyTorch, where {trial.allowed:.3g} is allowed", error
+            )
+        worst = max(worst, error)
+    return Verdict(kernel=found, reason=reason, error=worst)
+
+
+def _broken(name: str, reason: str, error: float | None = None) -> Verdict:
+    log.warning("Kernel %s %s. Plain PyTorch takes its place.", name, reason)
+    return Verdict(kernel=None, reason=reason, is_broken=True, error=error)

@@ -1,0 +1,99 @@
+"""Which spelling a run takes: chosen before it, said, and never a kernel that does not work."""
+
+import logging
+from dataclasses import fields
+
+import pytest
+import torch
+from wanqwen import kernels
+from wanqwen.core.ops import proof
+from wanqwen.core.ops.choice import EXACT, Ops, choose, proven
+from wanqwen.core.ops.trials import TRIALS
+from wanqwen.core.types import FastPaths
+
+HEADS, CPU = (3, 10), torch.device("cpu")
+NAMES = [field.name for field in fields(Ops)]
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    proof.verdict.cache_clear()
+    yield
+    proof.verdict.cache_clear()
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, name: str, kernel) -> None:
+    """Let a function be found as a kernel; there are no others."""
+    found = {name: (kernel, f"kernel {name}")}
+    monkeypatch.setattr(kernels, "find", lambda asked, *tensors: found.get(asked, (None, "there is none")))
+
+
+def test_every_operation_has_an_eager_spelling_a_kernel_and_trials() -> None:
+    for name in NAMES:
+        assert name in kernels.KERNELS
+        assert all(trial.eager is getattr(EXACT, name) for trial in TRIALS[name])
+    assert set(TRIALS) == set(kernels.KERNELS)
+
+
+def test_a_cpu_and_who_asks_for_it_get_the_bits_of_plain_pytorch() -> None:
+    assert choose("auto", HEADS, torch.float32, CPU) == (EXACT, [])
+    ops, said = choose("exact", HEADS, torch.float32, torch.device("cuda"))
+    assert ops == EXACT and "bits of plain PyTorch" in said[0]
+
+
+def test_what_works_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twin(*arguments):
+        return EXACT.add_to_rows(*arguments)
+
+    offer(monkeypatch, "add_to_rows", twin)
+    ops, said = proven(HEADS, torch.float32, CPU)
+    assert ops == Ops(add_to_rows=twin)
+    others = ", ".join(name for name in NAMES if name != "add_to_rows")
+    assert said == ["Fused kernels: add_to_rows.", f"Plain PyTorch in place of {others}: there is none."]
+
+
+def test_one_reason_for_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "none", None)
+    assert proven(HEADS, torch.float32, CPU) == (EXACT, ["Plain PyTorch in place of any kernel: there is none."])
+
+
+def _raises(x, constants, dtype):
+    raise RuntimeError("no compiler\nat all")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "complaint"),
+    [
+        (_raises, "failed with RuntimeError: no compiler"),
+        (lambda x, constants, dtype: torch.full_like(x, float("nan")), "differs by nan"),
+        (lambda x, constants, dtype: EXACT.layer_norm(x, constants, dtype) * 1.01, "differs by"),
+        (lambda x, constants, dtype: EXACT.layer_norm(x, constants, dtype)[:, :1], "differs by inf"),
+    ],
+    ids=["raises", "NaN", "wrong", "shape"],
+)
+def test_what_does_not_work_is_not_taken_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernel, complaint: str
+) -> None:
+    pytest.importorskip("triton")
+    offer(monkeypatch, "layer_norm", kernel)
+    with caplog.at_level(logging.WARNING):
+        ops, said = proven(HEADS, torch.float32, CPU)
+    assert ops == EXACT and any(complaint in line for line in said)
+    assert f"Kernel layer_norm {complaint}" in caplog.text and "takes its place" in caplog.text
+
+
+def test_a_kernel_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counting(*arguments):
+        calls.append(1)
+        return EXACT.add_to_rows(*arguments)
+
+    offer(monkeypatch, "add_to_rows", counting)
+    assert proven(HEADS, torch.float32, CPU) == proven(HEADS, torch.float32, CPU)
+    assert len(calls) == 1
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="kernels is 'fast': choose auto or exact"):
+        FastPaths(kernels="fast")
