@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.ops.attention import fused_attention
+from ..core.ops.choice import norm_silu_on
 from ..core.ops.conv import conv3d, conv3d_in_pairs, doubled_conv2d, halved_conv2d, pairs_pay
 from ..core.ops.norm import channel_norm, norm_silu_into
 from ..core.past import Past
@@ -38,7 +39,7 @@ class CausalConv3d(nn.Module):
         Of a clip's first frame that is the frame alone: all but the last tap of the kernel would meet zeros.
         """
         if self.kernel[0] == 1 or (x.shape[2] == 1 and self not in past):
-            return x if norm is None else norm_silu(norm, x)
+            return x if norm is None else norm_silu(norm, x, past)
         return _window(self, self.kernel[0] - 1, x, past, norm)
 
     def slide(self, frames: Tensor, past: Past) -> Tensor:
@@ -62,7 +63,7 @@ def _is_exact(past: Past) -> bool:
 def _window(layer: nn.Module, count: int, x: Tensor, past: Past, norm: "ChannelNorm | None" = None) -> Tensor:
     """Return the `count` frames that a layer remembers, and behind them x, or `silu(norm(x))`, in one tensor."""
     if torch.is_grad_enabled():
-        now = x if norm is None else norm_silu(norm, x)
+        now = x if norm is None else norm_silu(norm, x, past)
         before = now.new_zeros(*now.shape[:2], count, *now.shape[3:])
         return torch.cat((past.recall(layer, before), now), dim=2)
     batch, channels, frames, height, width = x.shape
@@ -73,7 +74,7 @@ def _window(layer: nn.Module, count: int, x: Tensor, past: Past, norm: "ChannelN
     )  # fmt: skip
     past.recall(layer, window[:, :, :count])
     now = window[:, :, count:]
-    now.copy_(x) if norm is None else norm_silu(norm, x, out=now)
+    now.copy_(x) if norm is None else norm_silu(norm, x, past, out=now)
     return window
 
 
@@ -88,11 +89,12 @@ class ChannelNorm(nn.Module):
         return channel_norm(x, self.gamma)
 
 
-def norm_silu(norm: ChannelNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
+def norm_silu(norm: ChannelNorm, x: Tensor, past: Past, out: Tensor | None = None) -> Tensor:
     """Return `silu(norm(x))`, in `out` or one new tensor where no gradient is needed."""
     if torch.is_grad_enabled():
         return F.silu(norm(x))
-    return norm_silu_into(x, norm.gamma, torch.empty_like(x) if out is None else out)
+    write = norm_silu_into if past.mode.is_exact else norm_silu_on(x.device, x.dtype)
+    return write(x, norm.gamma, torch.empty_like(x) if out is None else out)
 
 
 class ResidualBlock(nn.Module):

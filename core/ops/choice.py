@@ -4,8 +4,10 @@ The choice is made before a run and lives in it. Fused spellings round once wher
 order: a result is the same in every run with the same choice, but not the same bits as with the other.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 from ..types import EXACT_KERNELS
 from . import norm, rope, rows
 from .proof import PROBE, Verdict, verdict
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +52,16 @@ def proven(heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
     verdicts = {field.name: verdict(field.name, tokens, dtype, device) for field in fields(Ops)}
     taken = {name: found.kernel for name, found in verdicts.items() if found.kernel is not None}
     return Ops(**taken), _said(verdicts)
+
+
+@cache
+def norm_silu_on(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return how `norm.norm_silu_into` is spelled on a device: as its kernel on CUDA where that works. Logged once."""
+    if device.type != "cuda":
+        return norm.norm_silu_into
+    found = verdict("norm_silu_into", PROBE, dtype, device)
+    log.info("The VAE's norms: %s", "fused kernel" if found.kernel else f"plain PyTorch, as the kernel {found.reason}")
+    return found.kernel or norm.norm_silu_into
 
 
 def _said(verdicts: dict[str, Verdict]) -> list[str]:

@@ -10,6 +10,7 @@ from wanqwen.bench.measure import peak_bytes
 from wanqwen.core import past as past_module
 from wanqwen.core.codec import VideoCodec
 from wanqwen.core.memory.trace import peak_bytes as live_bytes
+from wanqwen.core.ops.norm import norm_silu_into
 from wanqwen.core.past import EXACT, MODES, WHOLE, Past, VAEMode
 from wanqwen.core.weights.keymap import Renamer
 from wanqwen.wan import vae_layers
@@ -81,7 +82,7 @@ def test_one_frame_takes_the_2d_path_to_the_same_numbers(
     assert three_d and not any(three_d), "a still went through a convolution over time"
 
     def with_zeros(self: CausalConv3d, x: Tensor, past: Past, norm: ChannelNorm | None = None) -> Tensor:
-        now = x if norm is None else vae_layers.norm_silu(norm, x)
+        now = x if norm is None else vae_layers.norm_silu(norm, x, past)
         return torch.nn.functional.pad(now, (0, 0, 0, 0, self.kernel[0] - 1, 0))
 
     monkeypatch.setattr(CausalConv3d, "window", with_zeros)
@@ -239,11 +240,12 @@ def test_fast_forms_of_convolutions_give_the_numbers_of_the_published_ones(
         monkeypatch.setattr(
             vae_layers, name, lambda *tensors, name=name, fast=fast: used.add(name) or fast(*tensors)
         )  # fmt: skip
+    monkeypatch.setattr(vae_layers, "norm_silu_on", lambda device, dtype: used.add("norm") or norm_silu_into)
     chunks = clip(vae, work, 32, 40, 9)
     exact = torch.cat(through(vae, work, chunks, EXACT), dim=2)
     assert not used
     assert error(torch.cat(through(vae, work, chunks, WHOLE), dim=2), exact) < 1e-5
-    assert used == {"conv3d_in_pairs", "doubled_conv2d" if work == "decode" else "halved_conv2d"}
+    assert used == {"norm", "conv3d_in_pairs", "doubled_conv2d" if work == "decode" else "halved_conv2d"}
 
 
 @pytest.mark.parametrize("work", ["decode", "encode"])

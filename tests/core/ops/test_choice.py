@@ -7,7 +7,8 @@ import pytest
 import torch
 from wanqwen import kernels
 from wanqwen.core.ops import proof
-from wanqwen.core.ops.choice import EXACT, Ops, choose, proven
+from wanqwen.core.ops.choice import EXACT, Ops, choose, norm_silu_on, proven
+from wanqwen.core.ops.norm import norm_silu_into
 from wanqwen.core.ops.trials import TRIALS
 from wanqwen.core.types import FastPaths
 
@@ -37,6 +38,7 @@ def test_every_operation_has_an_eager_spelling_a_kernel_and_trials() -> None:
 
 def test_a_cpu_and_who_asks_for_it_get_the_bits_of_plain_pytorch() -> None:
     assert choose("auto", HEADS, torch.float32, CPU) == (EXACT, [])
+    assert norm_silu_on(CPU, torch.float32) is norm_silu_into
     ops, said = choose("exact", HEADS, torch.float32, torch.device("cuda"))
     assert ops == EXACT and "bits of plain PyTorch" in said[0]
 
