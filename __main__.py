@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.sampling.solvers import SOLVERS
-from .core.types import KERNEL_CHOICES, SOURCES, Conditioning, FastPaths, MemoryOptions, ModelHandle, SampleRequest
+from .core.types import (
+    KERNEL_CHOICES,
+    PRODUCT_CHOICES,
+    SOURCES,
+    Conditioning,
+    FastPaths,
+    MemoryOptions,
+    ModelHandle,
+    SampleRequest,
+)
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
@@ -112,6 +121,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
+    add("--products", choices=PRODUCT_CHOICES, default=PRODUCT_CHOICES[0], help="with fp8 and int8 weights, see README")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     _run_arguments(parser)
     parser.set_defaults(run=_generate)
@@ -230,7 +240,9 @@ def _generate(options: argparse.Namespace) -> int:
     from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
-    model = replace(model, memory=_memory_options(options), fast=FastPaths(kernels=options.kernels))
+    model = replace(
+        model, memory=_memory_options(options), fast=FastPaths(kernels=options.kernels, products=options.products)
+    )
     model = _with_loras(model, options.lora)
     defaults = _defaults(model)
     given = _given(options, model, defaults)

@@ -52,7 +52,7 @@ ALLOWED = {
     "media": ("core/host",),
     "nodes": ("plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("plans", "loading", "families", "wan", "qwen_image", "core", "kernels"),
+    "bench": ("demo", "plans", "loading", "families", "wan", "qwen_image", "core", "kernels"),
     "__main__": ("demo", "doctor", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "__init__": ("nodes",),
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..types import EXACT_KERNELS
 from . import norm, rope, rows
+from .products import Product
 from .proof import PROBE, Verdict, verdict
 
 log = logging.getLogger(__name__)
@@ -21,16 +22,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ops:
-    """What blocks call, by the names of `kernels.KERNELS`; as it is made, all of it is eager."""
+    """What blocks call, by the names of `kernels.KERNELS`, and products that they take in 8 bits; by default eager."""
 
     layer_norm: Callable[..., Tensor] = norm.layer_norm
     rms_norm: Callable[..., Tensor] = norm.rms_norm
     norm_rotate: Callable[..., None] = rope.norm_rotate
     add_to_rows: Callable[..., Tensor] = rows.add_to_rows
     add_norm: Callable[..., tuple[Tensor, Tensor]] = rows.add_norm
+    products: tuple[Product, ...] = ()  # those that are taken in 8 bits
 
 
 EXACT = Ops()
+FUSED = tuple(field.name for field in fields(Ops) if field.name != "products")
 
 
 def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
@@ -49,7 +52,7 @@ def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.
 def proven(heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
     """Return all operations that have a working kernel as that kernel, and what there is to say of them."""
     tokens = replace(PROBE, heads=heads[0], head_width=heads[1])
-    verdicts = {field.name: verdict(field.name, tokens, dtype, device) for field in fields(Ops)}
+    verdicts = {name: verdict(name, tokens, dtype, device) for name in FUSED}
     taken = {name: found.kernel for name, found in verdicts.items() if found.kernel is not None}
     return Ops(**taken), _said(verdicts)
 
