@@ -5,7 +5,7 @@ import torch
 from wanqwen import plans
 from wanqwen.core import planning
 from wanqwen.core.memory.placement import Machine
-from wanqwen.core.types import MemoryOptions
+from wanqwen.core.types import FastPaths, MemoryOptions
 
 GIB = 1 << 30
 AUTO = {
@@ -80,3 +80,15 @@ def test_the_vae_s_way_can_be_fixed(nodes, monkeypatch: pytest.MonkeyPatch) -> N
     assert [mode and mode.name for mode in asked] == [None, None, "smallest", "whole"]
     assert all(torch.allclose(picture, pictures[0], atol=1e-5) for picture in pictures)
     assert "memory is 'none'" in nodes.VAEDecode.validate_inputs("auto", "none")
+
+
+def test_fast_paths_reach_the_model_and_are_said(nodes, model) -> None:
+    out = nodes.ChooseFastPaths.execute(model, kernels="exact")
+    assert out.values[0].fast == FastPaths(kernels="exact") and model.fast == FastPaths()
+    out = nodes.ChooseFastPaths.execute(model, kernels="auto", products="8bit")
+    assert out.values[0].fast == FastPaths(products="8bit")
+    assert out.ui == {"text": ["This machine computes on its cpu, with plain PyTorch."]}, (
+        "the model has nothing in 8 bits"
+    )
+    assert nodes.ChooseFastPaths.validate_inputs(kernels="auto") is True
+    assert "products is 'fp4': choose one of auto" in nodes.ChooseFastPaths.validate_inputs("auto", "fp4")
