@@ -15,7 +15,7 @@ from .core.memory.report import describe
 from .core.memory.resident import computes_in_ram
 from .core.past import MODES
 from .core.planning import CARDS, Card, Scene, card_named, card_of, conditionings_of, machine_of, plan_for, working
-from .core.runtime import compute_dtype, loaded_of
+from .core.runtime import compute_dtype, loaded_of, spelled
 from .core.sampling.solvers import SOLVERS
 from .core.text import Footprint, plan_of
 from .core.types import ModelHandle
@@ -150,7 +150,8 @@ def plan_here(handle: ModelHandle, latent_shape: tuple[int, ...]) -> list[str]:
     if computes_in_ram(device):
         return [f"This machine computes on its {device.type}: the weights stay in RAM, nothing has to stream."]
     dtype = compute_dtype(handle, device)
-    loaded, scene = loaded_of(handle, dtype), _scene(handle, latent_shape, dtype, [TEXT_TOKENS] * 2)
+    scene = replace(_scene(handle, latent_shape, dtype, [TEXT_TOKENS] * 2), ops=spelled(handle, device)[0])
+    loaded = loaded_of(handle, dtype)
     machine = machine_of(device)
     machine = replace(machine, vram=max(machine.vram, host.total_memory(device) - SYSTEM_VRAM))
     try:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -37,9 +38,10 @@ ALIGNED = 16  # bytes and counts that Triton compiles special code for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What one kernel takes on one generation of cards: `local` are bytes that did not fit into registers."""
+    """What one launch of a kernel takes on one generation of cards: `local` are bytes that registers did not hold."""
 
     kernel: str
+    launch: int
     capability: int
     warps: int
     registers: int
@@ -108,7 +110,7 @@ def compiled(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
-def usage(name: str, launch: Launch, capability: int) -> Usage:
+def usage(name: str, number: int, launch: Launch, capability: int) -> Usage:
     """Compile one launch and read what it takes. Raises RuntimeError if the tool that tells it says nothing."""
     import triton
 
@@ -123,6 +125,7 @@ def usage(name: str, launch: Launch, capability: int) -> Usage:
         raise RuntimeError(f"cuobjdump says nothing of kernel {name}: {said!r}")
     return Usage(
         kernel=name,
+        launch=number,
         capability=capability,
         warps=launch.options["num_warps"],
         registers=found["REG"],
@@ -132,12 +135,15 @@ def usage(name: str, launch: Launch, capability: int) -> Usage:
 
 
 def table(found: list[Usage]) -> str:
-    """Return the figures as text."""
-    lines = [f"{'kernel':<20}{'sm':>5}{'warps':>7}{'registers':>11}{'shared':>8}{'spilled':>9}"]
-    lines += [
-        f"{one.kernel:<20}{one.capability:>5}{one.warps:>7}{one.registers:>11}{one.shared:>8}{one.local:>9}"
-        for one in found
-    ]
+    """Return the figures as text: a line for each launch, with its registers on each generation of cards."""
+    title = f"{'kernel':<16}{'warps':>6}{'shared':>8}{'spilled':>9}   registers on"
+    lines = [title + "".join(f"{f'sm_{capability}':>8}" for capability in CAPABILITIES)]
+    for key, group in groupby(found, lambda one: (one.kernel, one.launch)):
+        by_card = {one.capability: one for one in group}
+        usages = by_card.values()
+        shared, local = max(one.shared for one in usages), max(one.local for one in usages)
+        line = f"{key[0]:<16}{next(iter(usages)).warps:>6}{shared:>8}{local:>9}{'':<15}"
+        lines.append(line + "".join(f"{by_card[c].registers if c in by_card else '-':>8}" for c in CAPABILITIES))
     return "\n".join(lines)
 
 
@@ -149,9 +155,9 @@ def main() -> None:
     if kernels.is_interpreted():
         raise SystemExit("TRITON_INTERPRET is set: Triton compiles nothing")
     found = [
-        usage(name, launch, capability)
+        usage(name, number, launch, capability)
         for name in TRIALS
-        for launch in launches_of(name)
+        for number, launch in enumerate(launches_of(name))
         for capability in capabilities_of(name)
     ]
     print(json.dumps([asdict(one) for one in found]) if options.json else table(found))

@@ -1,9 +1,11 @@
 """The Block Swap node: what is fixed by hand reaches the model's options and the plan, and nothing else changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wanqwen import plans
-from wanqwen.core import planning
+from wanqwen.core import host, planning
 from wanqwen.core.memory.placement import Machine
 from wanqwen.core.types import FastPaths, MemoryOptions
 
@@ -82,13 +84,21 @@ def test_the_vae_s_way_can_be_fixed(nodes, monkeypatch: pytest.MonkeyPatch) -> N
     assert "memory is 'none'" in nodes.VAEDecode.validate_inputs("auto", "none")
 
 
-def test_fast_paths_reach_the_model_and_are_said(nodes, model) -> None:
+def test_fast_paths_are_chosen_and_said(nodes, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.fast == FastPaths(kernels="auto")
     out = nodes.ChooseFastPaths.execute(model, kernels="exact")
-    assert out.values[0].fast == FastPaths(kernels="exact") and model.fast == FastPaths()
+    assert out.values[0].fast == FastPaths(kernels="exact") and out.values[0].weights is model.weights
+    assert out.ui == {"text": ["This machine computes on its cpu, with plain PyTorch."]}
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    out = nodes.ChooseFastPaths.execute(replace(model, dtype=torch.bfloat16), kernels="exact")
+    assert out.ui == {"text": ["Fused kernels are off: the result has the bits of plain PyTorch."]}
+    assert "choose" in nodes.ChooseFastPaths.validate_inputs(kernels="fast")
+
+
+def test_products_in_8_bits_are_chosen(nodes, model) -> None:
     out = nodes.ChooseFastPaths.execute(model, kernels="auto", products="8bit")
-    assert out.values[0].fast == FastPaths(products="8bit")
-    assert out.ui == {"text": ["This machine computes on its cpu, with plain PyTorch."]}, (
-        "the model has nothing in 8 bits"
-    )
+    assert out.values[0].fast == FastPaths(products="8bit") and model.fast == FastPaths()
+    said = {"text": ["This machine computes on its cpu, with plain PyTorch."]}
+    assert out.ui == said, "the model has nothing in 8 bits"
     assert nodes.ChooseFastPaths.validate_inputs(kernels="auto") is True
     assert "products is 'fp4': choose one of auto" in nodes.ChooseFastPaths.validate_inputs("auto", "fp4")

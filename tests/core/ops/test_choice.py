@@ -82,6 +82,16 @@ def test_what_does_not_work_is_not_taken_and_said(
     assert f"Kernel layer_norm {complaint}" in caplog.text and "takes its place" in caplog.text
 
 
+def test_each_result_of_a_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_right(*arguments):
+        x, normed = EXACT.add_norm(*arguments)
+        return x, normed * float("nan")
+
+    offer(monkeypatch, "add_norm", half_right)
+    ops, said = proven(HEADS, torch.float32, CPU)
+    assert ops == EXACT and any("add_norm: differs by nan" in line for line in said)
+
+
 def test_a_kernel_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

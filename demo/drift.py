@@ -1,0 +1,194 @@
+"""How far fused kernels take whole runs of the miniatures from plain PyTorch, and whether the scores notice.
+
+    python -m wanqwen.demo.drift [--count 8] [--precision bf16] [--seed 0] [--emulate]
+
+Every prompt is run from the same noise with both, and in float32, to show how much of a difference the precision itself
+makes. Where there is no card, kernels run in Triton's interpreter (set TRITON_INTERPRET=1), minutes for a clip; or with
+--emulate in PyTorch, by the operations that the kernels take, in their order but for that of sums.
+"""
+# B batch, L tokens, E width
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from ..core import runtime
+from ..core.ops.choice import EXACT, Ops, choose, proven
+from ..core.ops.norm import LayerConstants, RmsConstants
+from ..core.types import AUTO_KERNELS, EXACT_KERNELS, FastPaths
+from .cards import score as cards_score
+from .cards import show as cards
+from .clips import score as clips_score
+from .clips import show as clips
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One prompt's raw latents and pixels."""
+
+    latents: Tensor
+    pixels: Tensor
+
+
+Run = Callable[[str, torch.dtype, int], Result]  # (kernels, dtype, number of the prompt) -> what it makes
+
+
+def main() -> None:
+    """Print a line for every prompt, then the scores of both ways."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--emulate", action="store_true")
+    options = parser.parse_args()
+    with kernels_anywhere(options.emulate):
+        for name, run, rate in (clip_runs(options.count, options.seed), card_runs(options.count, options.seed)):
+            _compare(f"{name}, {options.precision}", run, rate, options.count, PRECISIONS[options.precision])
+
+
+@contextmanager
+def kernels_anywhere(emulated: bool) -> Iterator[None]:
+    """Let runs take kernels on the CPU too, or what stands for them."""
+
+    def chosen(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
+        if mode == EXACT_KERNELS:
+            return choose(mode, heads, dtype, device)
+        found, said = (EMULATED, []) if emulated else proven(heads, dtype, device)
+        if found == EXACT:
+            raise SystemExit("; ".join(said))
+        return found, said
+
+    with patch.object(runtime, "choose", chosen):
+        yield
+
+
+def _compare(title: str, run: Run, rate: Callable[[list[Tensor]], float], count: int, dtype: torch.dtype) -> None:
+    made: dict[str, list[Tensor]] = {EXACT_KERNELS: [], AUTO_KERNELS: []}
+    apart, exact_off, fused_off = [], [], []
+    for i in range(count):
+        exact, fused = run(EXACT_KERNELS, dtype, i), run(AUTO_KERNELS, dtype, i)
+        true = exact if dtype == torch.float32 else run(EXACT_KERNELS, torch.float32, i)
+        apart.append(psnr(fused.latents, exact.latents))
+        exact_off.append(psnr(exact.latents, true.latents))
+        fused_off.append(psnr(fused.latents, true.latents))
+        made[EXACT_KERNELS].append(exact.pixels)
+        made[AUTO_KERNELS].append(fused.pixels)
+        farthest = (fused.pixels - exact.pixels).abs().max() * 255
+        _say(f"{title} {i}: latents {apart[-1]:.1f} dB, pixels at most {farthest:.2f} / 255 apart")
+    rates = {kernels: rate(pixels) for kernels, pixels in made.items()}
+    _say(
+        f"{title}, {count} prompts: right {rates[EXACT_KERNELS]:.1%} exact, {rates[AUTO_KERNELS]:.1%} fused; latents "
+        f"of the two {_dB(apart)} apart"
+    )
+    if dtype != torch.float32:
+        _say(f"{title}: from exact ones in float32, exact ones {_dB(exact_off)}, fused ones {_dB(fused_off)}")
+
+
+def _dB(ratios: list[float]) -> str:
+    return f"{sum(ratios) / len(ratios):.1f} dB on the average, {min(ratios):.1f} at worst"
+
+
+def psnr(found: Tensor, wanted: Tensor) -> float:
+    """Return the ratio of the range of `wanted` to the root mean square difference, in dB."""
+    span, error = wanted.max() - wanted.min(), (found - wanted).square().mean().sqrt()
+    return float(20 * torch.log10(span / error.clamp_min(1e-20)))
+
+
+def clip_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
+    pipeline, prompts = clips.Pipeline(), clips.unseen_prompts(count, seed)
+    model = pipeline.model
+
+    def run(kernels: str, dtype: torch.dtype, i: int) -> Result:
+        pipeline.model = replace(model, dtype=dtype, fast=FastPaths(kernels=kernels))
+        return _kept(lambda: pipeline.clip(*prompts[i], seed + i).frames)
+
+    def rate(pixels: list[Tensor]) -> float:
+        return clips_score.rates([clips_score.judge(p) for p in pixels], [scene for scene, _ in prompts])["all"]
+
+    return "clips", run, rate
+
+
+def card_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
+    pipeline, wishes = cards.Pipeline(), cards.unseen_prompts(count, seed)
+    model = pipeline.writer
+
+    def run(kernels: str, dtype: torch.dtype, i: int) -> Result:
+        pipeline.writer = replace(model, dtype=dtype, fast=FastPaths(kernels=kernels))
+        return _kept(lambda: pipeline.picture(wishes[i], seed + i).pixels)
+
+    def rate(pixels: list[Tensor]) -> float:
+        return cards_score.rates([cards_score.judge(p) for p in pixels], [wish.scene for wish in wishes])["all"]
+
+    return "cards", run, rate
+
+
+def _kept(make: Callable[[], Tensor]) -> Result:
+    """Return what a pipeline makes, with the latents on the way."""
+    latents, generate = [], runtime.generate
+
+    def noted(*arguments: object) -> Tensor:
+        latents.append(generate(*arguments))
+        return latents[-1]
+
+    with patch.object(runtime, "generate", noted):
+        pixels = make()
+    return Result(latents[0], pixels)
+
+
+def _layer_norm(x_BLE: Tensor, constants: LayerConstants, dtype: torch.dtype) -> Tensor:
+    weight, bias, eps = constants
+    x = x_BLE.float()
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = centred.square().sum(-1, keepdim=True) / x.shape[-1]
+    return (centred * (1 / (variance + eps).sqrt()) * weight.float() + bias.float()).to(dtype)
+
+
+def _add_norm(
+    x_BLE: Tensor, rows: slice, branch: Tensor, gate: Tensor | None, constants: LayerConstants, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x_BLE = _add_to_rows(x_BLE, rows, branch, gate)
+    return x_BLE, _layer_norm(x_BLE[:, rows], constants, dtype)
+
+
+def _add_to_rows(x_BLE: Tensor, rows: slice, branch: Tensor, gate: Tensor | None = None) -> Tensor:
+    x_BLE[:, rows] += branch.float() if gate is None else branch.float() * gate.float()
+    return x_BLE
+
+
+def _rms_norm(x_BLE: Tensor, constants: RmsConstants, dtype: torch.dtype) -> Tensor:
+    weight, eps = constants
+    x = x_BLE.float().unflatten(-1, (-1, len(weight)))
+    scale = 1 / (x.square().sum(-1, keepdim=True) / len(weight) + eps).sqrt()
+    return (x * scale * weight.float()).flatten(-2).to(dtype)
+
+
+def _norm_rotate(x_BLE: Tensor, constants: RmsConstants, rope: tuple[Tensor, Tensor], out_BLND: Tensor) -> None:
+    normed = _rms_norm(x_BLE, constants, torch.float32).view(*out_BLND.shape[:-1], -1, 2)
+    (even, odd), (cos, sin) = normed.unbind(-1), (table[:, None] for table in rope)
+    out_BLND.copy_(torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2))
+
+
+EMULATED = Ops(
+    layer_norm=_layer_norm,
+    rms_norm=_rms_norm,
+    norm_rotate=_norm_rotate,
+    add_to_rows=_add_to_rows,
+    add_norm=_add_norm,
+)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
