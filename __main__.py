@@ -9,17 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .core import types
 from .core.sampling.solvers import SOLVERS
-from .core.types import (
-    KERNEL_CHOICES,
-    PRODUCT_CHOICES,
-    SOURCES,
-    Conditioning,
-    FastPaths,
-    MemoryOptions,
-    ModelHandle,
-    SampleRequest,
-)
+from .core.types import SOURCES, Conditioning, FastPaths, MemoryOptions, ModelHandle, SampleRequest
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
@@ -91,13 +83,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, help="needed unless the model is a miniature")
     add("--prompt", required=True)
     add("--negative", help="what to steer away from (default: the published one, nothing for Wan's miniature)")
-    add(
-        "--image",
-        type=Path,
-        action="append",
-        default=[],
-        help="to edit, once more for each other; or Wan's first frame",
-    )
+    add("--image", type=Path, action="append", default=[], help="to edit, once for each; or Wan's first frame")
     add("--last-image", type=Path, help="Wan's last frame")
     add("--image-encoder", type=Path, help="needed for these two unless the model is a miniature")
     add("--video", type=Path, help="a video, or a picture, that Wan changes")
@@ -120,8 +106,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=float, default=16.0)
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
-    add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
-    add("--products", choices=PRODUCT_CHOICES, default=PRODUCT_CHOICES[0], help="with fp8 and int8 weights, see README")
+    add("--kernels", choices=types.KERNEL_CHOICES, default=types.AUTO_KERNELS, help="exact: plain PyTorch, bit for bit")
+    add("--products", choices=types.PRODUCT_CHOICES, default=types.AUTO_PRODUCTS, help="with weights in 8 bits")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     _run_arguments(parser)
     parser.set_defaults(run=_generate)

@@ -42,7 +42,7 @@ def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
     ops, said = choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
     is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
-    products, more = choose_products(handle.fast.products, stored, is_whole, device)
+    products, more = choose_products(handle.fast, stored, is_whole, device)
     return replace(ops, products=products), [*said, *more]
 
 

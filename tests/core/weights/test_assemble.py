@@ -174,9 +174,9 @@ def test_scaled_fp8_equals_its_dequantised_weights(tmp_path, state, suffix, rows
 def test_files_say_whether_their_products_may_be_in_8_bits(tmp_path, state, spelling):
     stored, _ = quantised(state, "weight_scale", rows=False)
 
-    def wants(extra, metadata=None):
+    def wants(extra, metadata=None, **marker):
         path = tmp_path / "fp8.safetensors"
-        save(path, spelt(stored | extra, spelling, ""), METADATA | (metadata or {}))
+        save(path, spelt(stored | extra, spelling, "") | marker, METADATA | (metadata or {}))
         checkpoint = open_checkpoint(path)
         return wants_whole_products(checkpoint, identify(checkpoint).names)
 
@@ -192,7 +192,7 @@ def test_files_say_whether_their_products_may_be_in_8_bits(tmp_path, state, spel
     assert wants(beside(full_precision_matrix_mult=True))
     layers = {"layers": {"blocks.0.ffn.0": record(full_precision_matrix_mult=True)}}
     assert wants({}, {"_quantization_metadata": json.dumps(layers)})
-    assert wants({"scaled_fp8": torch.zeros(2).to(FP8)}) and not wants({"scaled_fp8": torch.zeros(0).to(FP8)})
+    assert wants({}, scaled_fp8=torch.zeros(2).to(FP8)) and not wants({}, scaled_fp8=torch.zeros(0).to(FP8))
 
 
 def test_plain_fp8_keeps_matrices_only(tmp_path, state):
