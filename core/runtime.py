@@ -30,6 +30,8 @@ from .weights.assemble import prepare, wants_whole_products
 
 log = logging.getLogger(__name__)
 
+TRIALS_BYTES = 512 << 20  # of a card, that trying kernels and products takes: the largest weight, some times
+
 
 def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     """Return what the large products compute in: the handle's choice, else bfloat16 where it is fast, else float32."""
@@ -40,6 +42,8 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
 
 def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
     """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
+    if device.type == "cuda":
+        host.make_room(TRIALS_BYTES, device)
     heads, names = handle.family.heads(handle.identity.config), handle.identity.names
     ops, said = choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})

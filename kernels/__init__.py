@@ -89,10 +89,13 @@ def find(name: str, *tensors: Tensor) -> tuple[Callable[..., Any] | None, str]:
 
 def errors() -> tuple[type[Exception], ...]:
     """Return what building or launching a kernel may raise."""
-    from triton.errors import TritonError
-
     own = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)
-    return (TritonError, *own, OSError, subprocess.SubprocessError)
+    own += (ImportError, OSError, subprocess.SubprocessError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # a Triton that is not whole
+        return own
+    return TritonError, *own
 
 
 @cache

@@ -7,11 +7,12 @@ from functools import cache
 
 import torch
 
+from .. import host
 from ..types import AUTO_KERNELS, AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
 from .eight_bits import quantise_rows
 from .formats import DTYPES, WEIGHT_SCALES, companion
 from .products import FLOAT8, FLOAT8_ROWS, INT8, Product
-from .proof import PROBE, verdict
+from .proof import NO_MEMORY, PROBE, verdict
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,23 @@ def _unwanted(mode: str, stored: Stored, is_whole: bool, device: torch.device) -
     return None if stored.is_scaled else "the file has no scales, so it was not made for products in fp8"
 
 
-@cache
 def try_product(product: Product, shapes: tuple[Shape, ...], device: torch.device) -> Finding:
-    """Try a product on weights of a model's shapes, beside float64: once in the life of the process."""
+    """Try a product on weights of a model's shapes, beside float64: once in the life of the process.
+
+    Memory that is missing says nothing of the product: it is tried again when it is asked for again.
+    """
+    try:
+        return tried(product, shapes, device)
+    except RuntimeError as trouble:
+        if not host.is_out_of_memory(trouble):
+            raise
+    log.warning("Products in %s: %s. They are not used for now.", product.name, NO_MEMORY)
+    return Finding(refusal=NO_MEMORY)
+
+
+@cache
+def tried(product: Product, shapes: tuple[Shape, ...], device: torch.device) -> Finding:
+    """Return what `try_product` does, always the same. Raises what PyTorch does where memory runs out."""
     if reason := _unable(product, device):
         return Finding(refusal=reason)
     fitting = [shape for shape in shapes if not any(side % product.sides for side in shape)][:SHAPES_TRIED]
@@ -113,6 +128,8 @@ def try_product(product: Product, shapes: tuple[Shape, ...], device: torch.devic
         try:
             deviation, error = _compare(product, shape, device)
         except (RuntimeError, ValueError, TypeError) as trouble:
+            if isinstance(trouble, RuntimeError) and host.is_out_of_memory(trouble):
+                raise
             return _broken(product, f"failed with {type(trouble).__name__}: {_first_line(trouble)}")
         if not deviation <= ALLOWED:  # NaN is not
             return _broken(product, f"{shape} is wrong by {deviation:.3g} of its size, where {ALLOWED} is allowed")
@@ -163,7 +180,7 @@ def _with_gelu(product: Product, device: torch.device) -> Product:
 
 
 def _broken(product: Product, reason: str) -> Finding:
-    log.warning("Products in %s: %s. Weights become 16-bit before each product.", product.name, reason)
+    log.warning("Products in %s: %s. They are not used.", product.name, reason)
     return Finding(refusal=reason)
 
 

@@ -25,10 +25,10 @@ SHAPES = ((80, 48), (48, 48))
 
 @pytest.fixture(autouse=True)
 def as_in_use() -> Iterator[None]:
-    product_choice.try_product.cache_clear()
+    product_choice.tried.cache_clear()
     with torch.inference_mode():
         yield
-    product_choice.try_product.cache_clear()
+    product_choice.tried.cache_clear()
 
 
 def layer_in(dtype: torch.dtype, outputs: int, inputs: int, seed: int = 0) -> Linear:
@@ -170,7 +170,7 @@ def test_on_a_card_auto_is_fp8_where_file_and_card_are_made_for_it(monkeypatch: 
         taken, [said] = choose_products(FastPaths(products=mode), *given, CARD)
         assert taken == () and words in said and "16-bit" in said
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    product_choice.try_product.cache_clear()
+    product_choice.tried.cache_clear()
     taken, said = choose_products(FastPaths(products="auto"), stored(fp8), False, CARD)
     assert taken == () and "need compute capability 8.9; a card has 8.6" in said[0]
     assert choose_products(FastPaths(products="8bit"), stored(torch.int8), False, CARD)[0] == (INT8,)
@@ -222,3 +222,16 @@ def test_exact_kernels_mean_exact_products_too_unless_others_are_asked_for() -> 
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="products is 'fast': choose auto, exact, 8bit"):
         FastPaths(products="fast")
+
+
+def test_a_full_card_is_no_verdict() -> None:
+    troubles = [torch.OutOfMemoryError("full")]
+
+    def crowded(*tensors: Tensor) -> Tensor:
+        if troubles:
+            raise troubles.pop()
+        return INT8.multiply(*tensors)
+
+    crowd = replace(INT8, multiply=crowded)
+    assert "no memory" in try_product(crowd, SHAPES, CPU).refusal
+    assert try_product(crowd, SHAPES, CPU).refusal is None
