@@ -62,10 +62,10 @@ KERNELS: Mapping[str, Kernel] = {
         file="dfloat11", does="DFloat11 to bf16", dtypes=(torch.uint8, torch.bfloat16), widest=None
     ),
     "norm_rotate": Kernel(file="rms_norm", does="RMSNorm of q or k and their rotation, into the attention's tensor"),
-    "gelu_int8": Kernel(file="gelu_quantise", does="GELU, then int8 with a scale for each row"),
-    "gelu_float8": Kernel(
-        file="gelu_quantise", does="GELU, then float8 with a scale for each row", capability=FP8_CARD
-    ),
+    "rows_int8": Kernel(file="quantise", does="rows to int8 with a scale for each"),
+    "rows_float8": Kernel(file="quantise", does="rows to float8 with a scale for each", capability=FP8_CARD),
+    "gelu_int8": Kernel(file="quantise", does="GELU, then int8 with a scale for each row"),
+    "gelu_float8": Kernel(file="quantise", does="GELU, then float8 with a scale for each row", capability=FP8_CARD),
     "unpack_blocks": Kernel(
         file="gguf", does=f"GGUF's {', '.join(BLOCK_FORMATS)}, bit for bit", dtypes=(torch.uint8,), widest=None
     ),

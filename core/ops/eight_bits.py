@@ -21,6 +21,16 @@ def quantise_rows(x_BLE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
+def rows_int8(x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `quantise_rows` in int8."""
+    return quantise_rows(x_BLE, torch.int8)
+
+
+def rows_float8(x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `quantise_rows` in float8 (e4m3)."""
+    return quantise_rows(x_BLE, torch.float8_e4m3fn)
+
+
 def gelu_int8(x_BLE: Tensor) -> tuple[Tensor, Tensor]:
     """Return `quantise_rows` in int8 of the rows' GELU (tanh form), which is computed in float32."""
     return quantise_rows(F.gelu(x_BLE.float(), approximate="tanh"), torch.int8)

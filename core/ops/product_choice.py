@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 # In the order in which they are tried, with the oldest card (compute capability) that has units for them. Scales by row
 # are missing in PyTorch's builds for Windows, and in some for Ada, which only a trial tells.
 OLDEST_CARDS = {FLOAT8_ROWS: (8, 9), FLOAT8: (8, 9), INT8: (8, 0)}
-GELUS = {torch.int8: "gelu_int8", torch.float8_e4m3fn: "gelu_float8"}
+KERNELS = {torch.int8: ("rows_int8", "gelu_int8"), torch.float8_e4m3fn: ("rows_float8", "gelu_float8")}
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # users' names of what weights are stored in
 SHAPES_TRIED = 4  # of a model's layers, the largest
 OUTPUTS_COMPARED = 128
@@ -79,7 +79,7 @@ def choose_products(
         for product in (product for product in OLDEST_CARDS if product.dtype == stored.dtype):
             finding = try_product(product, stored.shapes, device)
             if finding.refusal is None:
-                taken.append(_with_gelu(product, device) if fast.kernels == AUTO_KERNELS else product)
+                taken.append(_with_kernels(product, device) if fast.kernels == AUTO_KERNELS else product)
                 said.append(f"Products in {product.name}, of weights in {name}: rounding the rows costs "
                             f"{finding.error:.1%} of a product of random numbers.")  # fmt: skip
                 break
@@ -171,12 +171,12 @@ def _distance(x: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((x - wanted).norm() / wanted.norm())
 
 
-def _with_gelu(product: Product, device: torch.device) -> Product:
-    """Return the product with the kernel that rounds rows of a GELU, on CUDA where it works."""
+def _with_kernels(product: Product, device: torch.device) -> Product:
+    """Return the product with the kernels that round rows and those of a GELU, on CUDA where they work."""
     if device.type != "cuda":
         return product
-    kernel = verdict(GELUS[product.dtype], PROBE, torch.bfloat16, device).kernel
-    return product if kernel is None else replace(product, gelu=kernel)
+    rows, gelu = (verdict(name, PROBE, torch.bfloat16, device).kernel for name in KERNELS[product.dtype])
+    return replace(product, rows=rows or product.rows, gelu=gelu or product.gelu)
 
 
 def _broken(product: Product, reason: str) -> Finding:
