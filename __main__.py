@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from . import conversion
 from .core.sampling.solvers import SOLVERS
-from .core.types import KERNEL_CHOICES, SOURCES, Conditioning, FastPaths, MemoryOptions, ModelHandle, SampleRequest
+from .core.types import (
+    KERNEL_CHOICES,
+    PRODUCT_CHOICES,
+    SOURCES,
+    Conditioning,
+    FastPaths,
+    MemoryOptions,
+    ModelHandle,
+    SampleRequest,
+)
 from .downloads import command
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
@@ -116,6 +125,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
+    add("--products", choices=PRODUCT_CHOICES, default=PRODUCT_CHOICES[0], help="with fp8 and int8 weights, see README")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     _run_arguments(parser)
     parser.set_defaults(run=_generate)
@@ -234,7 +244,9 @@ def _generate(options: argparse.Namespace) -> int:
     from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
-    model = replace(model, memory=_memory_options(options), fast=FastPaths(kernels=options.kernels))
+    model = replace(
+        model, memory=_memory_options(options), fast=FastPaths(kernels=options.kernels, products=options.products)
+    )
     model = _with_loras(model, options.lora)
     defaults = _defaults(model)
     given = _given(options, model, defaults)

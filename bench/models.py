@@ -23,7 +23,13 @@ WAN_VACE_14B = replace(WAN_14B, vace_layers=tuple(range(0, 40, 5)), vace_dim=96)
 WAN_VACE_1_3B = replace(WAN_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_dim=96)
 
 
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+FORMATS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +51,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """What the large products compute in."""
-        return torch.bfloat16 if self.stored == "fp8" else FORMATS[self.stored]
+        return torch.bfloat16 if self.stored in ("fp8", "int8") else FORMATS[self.stored]
 
     def scene(self, kept_latents: int = 0) -> Scene:
         """Return the run, with a solver that remembers so many latents."""

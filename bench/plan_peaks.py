@@ -63,7 +63,7 @@ def measured_peak(loaded: Loaded, scene: Scene, plan: Plan, solver: str, steps: 
         clean, noise = (torch.zeros(scene.latent_shape).to(META) for _ in range(2))
         x = sampling.start_of(schedule, clean, noise)
         with placed(loaded, META, lambda at_least: plan) as residency, closing(adapters):
-            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=(residency, adapters))
+            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=(residency, adapters))
             adapters.turn_to(0, steps)
             guided = Guided(
                 denoise=family.denoiser(loaded.module, run, list(scene.conditionings), META),

@@ -15,6 +15,7 @@ from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
 from .ops.choice import Ops, choose
+from .ops.product_choice import choose_products, stored_in_8_bits
 from .pace import Pace, Stopwatch
 from .planning import Scene, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
@@ -23,7 +24,7 @@ from .sampling.schedule import plan_steps
 from .sampling.solvers import find_solver
 from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
 from .weights.adapters import Adapters
-from .weights.assemble import prepare
+from .weights.assemble import prepare, wants_whole_products
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,12 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
 
 def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
     """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
-    heads = handle.family.heads(handle.identity.config)
-    return choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
+    heads, names = handle.family.heads(handle.identity.config), handle.identity.names
+    ops, said = choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
+    stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
+    is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
+    products, more = choose_products(handle.fast.products, stored, is_whole, device)
+    return replace(ops, products=products), [*said, *more]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..core import host
 from ..core.runtime import spelled
-from ..core.types import KERNEL_CHOICES, SOURCES, FastPaths, MemoryOptions, ModelHandle
+from ..core.types import KERNEL_CHOICES, PRODUCT_CHOICES, SOURCES, FastPaths, MemoryOptions, ModelHandle
 from ..plans import GIB, plan_here
 from .types import CATEGORY, WanModel, check_choice, tell, verdict
 
@@ -140,17 +140,24 @@ class ChooseFastPaths(io.ComfyNode):
                     "kernels", options=list(KERNEL_CHOICES), default=AUTO,
                     tooltip="auto: the fused kernels that work on this machine. exact: plain PyTorch, bit for bit.",
                 ),
+                io.Combo.Input(
+                    "products", options=list(PRODUCT_CHOICES), default=AUTO, optional=True,
+                    tooltip="Matrix products with weights stored in fp8 or int8. auto: in fp8 where card and file are "
+                    "made for it, else in 16 bits. exact: in 16 bits. 8bit: in 8 bits wherever that works, int8 too, "
+                    "which is fast and shows more.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="The same model with these options, for Sampler.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, kernels: str | None) -> bool | str:
-        return verdict(check_choice("kernels", kernels, KERNEL_CHOICES))
+    def validate_inputs(cls, kernels: str | None, products: str | None = AUTO) -> bool | str:
+        kinds = check_choice("kernels", kernels, KERNEL_CHOICES), check_choice("products", products, PRODUCT_CHOICES)
+        return verdict(*kinds)
 
     @classmethod
-    def execute(cls, model: ModelHandle, kernels: str) -> io.NodeOutput:
-        model, device = replace(model, fast=FastPaths(kernels=kernels)), host.device()
+    def execute(cls, model: ModelHandle, kernels: str, products: str = AUTO) -> io.NodeOutput:
+        model, device = replace(model, fast=FastPaths(kernels=kernels, products=products)), host.device()
         lines = spelled(model, device)[1] or [f"This machine computes on its {device.type}, with plain PyTorch."]
         return io.NodeOutput(model, ui=tell(cls.hidden.unique_id, lines))

@@ -55,7 +55,7 @@ ALLOWED = {
     "downloads": (),
     "nodes": ("downloads", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
-    "bench": ("plans", "conversion", "loading", "families", "wan", "qwen_image", "core", "kernels"),
+    "bench": ("demo", "plans", "conversion", "loading", "families", "wan", "qwen_image", "core", "kernels"),
     "__main__": (
         *("downloads", "demo", "doctor", "plans", "loading", "families", "inspection", "conversion", "media"),
         *("wan", "qwen_image", "core"),

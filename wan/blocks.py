@@ -50,8 +50,8 @@ class Block(nn.Module):
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulations.split(1, dim=1)
         gathered = self.self_attn(x, modulated_by(shift_sa, scale_sa, self.eps), shared, dtype)
         num_rows, ops = x.shape[0] * x.shape[1], shared.ops
-        project, attend = self.self_attn.o.at(dtype, num_rows), self.cross_attn.at(dtype, num_rows, ops)
-        feed = feed_forward(self.ffn[0], self.ffn[2], dtype, num_rows)
+        project, attend = self.self_attn.o.at(dtype, num_rows, ops.products), self.cross_attn.at(dtype, num_rows, ops)
+        feed = feed_forward(self.ffn[0], self.ffn[2], dtype, num_rows, ops.products)
         # The cross-attention is neither modulated nor gated.
         cross, modulated = self.norm3.constants, modulated_by(shift_ff, scale_ff, self.eps)
         for rows in shared.chunks:
@@ -75,8 +75,8 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLE.shape
         shape = batch, length, self.heads, width // self.heads
         q, k, v = (torch.empty(shape, dtype=dtype, device=x_BLE.device) for _ in range(3))
-        to_q, to_k, to_v = (layer.at(dtype, batch * length) for layer in (self.q, self.k, self.v))
-        norm_rotate = shared.ops.norm_rotate
+        norm_rotate, products = shared.ops.norm_rotate, shared.ops.products
+        to_q, to_k, to_v = (layer.at(dtype, batch * length, products) for layer in (self.q, self.k, self.v))
         for rows in shared.chunks:
             part = shared.ops.layer_norm(x_BLE[:, rows], norm, dtype)
             rope = shared.rope[0][rows], shared.rope[1][rows]
@@ -109,7 +109,7 @@ class CrossAttention(nn.Module):
 
         `num_rows` is how many tokens all calls together bring.
         """
-        to_q, project = self.q.at(dtype, num_rows), self.o.at(dtype, num_rows)
+        to_q, project = (layer.at(dtype, num_rows, ops.products) for layer in (self.q, self.o))
 
         def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
             q = self._split(ops.rms_norm(to_q(x_BLE), self.norm_q.constants, dtype))

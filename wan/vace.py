@@ -36,7 +36,7 @@ class VaceBlock(Block):
     def begin(self, x_BLE: Tensor, control_BLE: Tensor, shared: Shared, dtype: torch.dtype) -> Tensor:
         """Return a control's first tokens: its own, projected, and those of the clip as no block has changed them."""
         assert self.before_proj is not None
-        project = self.before_proj.at(dtype, x_BLE.shape[0] * x_BLE.shape[1])
+        project = self.before_proj.at(dtype, x_BLE.shape[0] * x_BLE.shape[1], shared.ops.products)
         for rows in shared.chunks:
             x_BLE = add_to_rows(x_BLE, rows, project(control_BLE[:, rows].to(dtype)))
         return x_BLE
@@ -48,7 +48,7 @@ class VaceBlock(Block):
     def add_hints(self, stream: Stream, controls: Sequence[Control], shared: Shared, dtype: torch.dtype) -> Stream:
         """Return the stream with its controls, projected and times their strengths, added to the clip's tokens."""
         x = stream.x
-        project = self.after_proj.at(dtype, len(controls) * x.shape[0] * x.shape[1])
+        project = self.after_proj.at(dtype, len(controls) * x.shape[0] * x.shape[1], shared.ops.products)
         for tokens, control in zip(stream.controls, controls, strict=True):
             strength = x.new_full((1, 1, 1), control.strength)
             for rows in shared.chunks:

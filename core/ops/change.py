@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL_SHARE = 4  # work of a product for each unit of work beside it
 ELEMENTS_AT_ONCE = 1 << 22  # of a weight that are in float32 while it is changed
 
 
@@ -130,6 +131,13 @@ def is_cheaper_beside(changes: Sequence[Change], weight_shape: Sequence[int], nu
     """
     outputs, inputs = weight_shape
     return _are_pairs(changes) and num_rows * (inputs + outputs) <= inputs * outputs
+
+
+def are_small_beside(changes: Sequence[Change], weight_shape: Sequence[int]) -> bool:
+    """Say whether all changes are low-rank pairs that take little work beside a weight's own product, as most do."""
+    outputs, inputs = weight_shape
+    ranks = sum(len(change.difference.down) for change in changes) if _are_pairs(changes) else inputs
+    return SMALL_SHARE * ranks * (inputs + outputs) <= inputs * outputs
 
 
 def beside(changes: Sequence[Change], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

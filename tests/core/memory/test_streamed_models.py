@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from wanqwen.bench.eight_bits import write_in_8_bits
 from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import resident as memory
 from wanqwen.core.memory import slab
@@ -16,7 +17,7 @@ from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.ops.linear import Linear
 from wanqwen.core.sampling.sample import SampleError
-from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest
+from wanqwen.core.types import Conditioning, Control, FastPaths, ModelHandle, SampleRequest
 from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.families import parameters_of
 from wanqwen.loading import DEMO_FOLDER, load_model, with_lora
@@ -28,9 +29,11 @@ from .late_link import LateLink
 
 pytestmark = pytest.mark.usefixtures("cuda_runtime")
 
+INT8 = "wan_int8"  # multiplied in int8
 VACE = "vace"  # two blocks, two VACE blocks, guided by two controls
-# The width of a model's text rows. The second one is partly in scaled fp8, the third the first one in blocks of GGUF.
-FILES = {"wan_dit": 96, "qwen_dit": 128, "wan_gguf": 96, VACE: tiny.TEXT.dim}
+# The width of a model's text rows. The second one is partly in scaled fp8; others are the first in blocks of GGUF, and
+# in int8.
+FILES = {"wan_dit": 96, "qwen_dit": 128, "wan_gguf": 96, INT8: 96, VACE: tiny.TEXT.dim}
 KINDS = ("Q8_0", "Q5_1", "Q4_0")
 
 
@@ -45,6 +48,12 @@ def wan_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def wan_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "wan.safetensors"
+    return write_in_8_bits(DEMO_FOLDER / "wan_dit.safetensors", path, torch.int8)
+
+
+@pytest.fixture(scope="module")
 def vace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("vace") / "vace.safetensors", tiny.VACE)
 
@@ -54,13 +63,14 @@ def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
     generator, width = torch.Generator().manual_seed(0), FILES[request.param]
     is_demo = (path := DEMO_FOLDER / f"{request.param}.safetensors").is_file()
     positive, negative = (Conditioning(text=torch.randn(1, n, width, generator=generator)) for n in (7, 4))
-    latent = torch.zeros(1, 16, 1, 8, 8)
+    latent = torch.zeros(1, 16, 3 if request.param == INT8 else 1, 8, 8)  # few rows are not multiplied in 8 bits
     if request.param == VACE:
         contexts = [torch.randn(1, tiny.VACE.vace_dim, 1, 8, 8, generator=generator) for _ in range(2)]
         controls = tuple(Control(context=c, strength=s) for c, s in zip(contexts, (1.0, 0.6), strict=True))
         positive, negative = replace(positive, controls=controls), replace(negative, controls=controls[:1])
     asked = SampleRequest(latent=latent, positive=positive, negative=negative, steps=3, guidance=(3.0,), seed=5)
-    return load_model(path if is_demo else request.getfixturevalue(request.param)), asked
+    model = load_model(path if is_demo else request.getfixturevalue(request.param))
+    return (replace(model, fast=FastPaths(products="8bit")) if request.param == INT8 else model), asked
 
 
 def with_at_least(plan: Plan, at_least: int) -> Plan:
