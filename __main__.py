@@ -11,22 +11,14 @@ from typing import TYPE_CHECKING
 
 from . import conversion
 from .core.sampling.solvers import SOLVERS
-from .core.types import (
-    KERNEL_CHOICES,
-    PRODUCT_CHOICES,
-    SOURCES,
-    Conditioning,
-    FastPaths,
-    MemoryOptions,
-    ModelHandle,
-    SampleRequest,
-)
+from .core.types import Conditioning, ModelHandle, SampleRequest
 from .downloads import command
 from .families import FAMILIES
 from .qwen_image import family as qwen_image
 from .qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
 from .qwen_image.config import VARIANTS
 from .qwen_image.editing import ALIGNED, CUSTOM, PUBLISHED, SIZES, Edit, lay_out
+from .run_options import add_fast_options, add_memory_options, fast_paths, memory_options
 from .wan import family as wan
 from .wan.config import NEGATIVE_PROMPT as WAN_NEGATIVE
 from .wan.family import fit_clip
@@ -124,10 +116,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=float, default=16.0)
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
-    add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
-    add("--products", choices=PRODUCT_CHOICES, default=PRODUCT_CHOICES[0], help="with fp8 and int8 weights, see README")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
-    _run_arguments(parser)
+    add_fast_options(parser)
+    add_memory_options(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -147,37 +138,8 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--references", type=int, default=0, help="pictures of 1024 x 1024 that an edit is about")
     add("--no-guidance", action="store_true", help="no negative prompt, as with distilled models")
     add("--json", action="store_true", help="print JSON")
-    _run_arguments(parser)
+    add_memory_options(parser)
     parser.set_defaults(run=_plan)
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="once more for each other")
-    add("--swap", type=int, help="blocks that stream instead of staying on the card (default: planned)")
-    add("--slots", type=int, help="of the ring that they stream through (default: planned)")
-    add("--source", choices=SOURCES, help="where they wait (default: planned)")
-    add("--interleave", action=argparse.BooleanOptionalAction, help="both guidance passes through each block together")
-    add("--headroom-gb", type=float, help="VRAM to leave free (default 0.5, on Windows 1)")
-
-
-def _memory_options(options: argparse.Namespace) -> MemoryOptions:
-    return MemoryOptions(
-        swapped=options.swap,
-        slots=options.slots,
-        source=options.source,
-        interleave=options.interleave,
-        headroom=None if options.headroom_gb is None else int(options.headroom_gb * (1 << 30)),
-    )
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """Return file and strength; what follows the last colon may belong to a path."""
-    file, colon, strength = text.rpartition(":")
-    try:
-        return (Path(file), float(strength)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
 
 
 def _at_least_one(text: str) -> int:
@@ -244,9 +206,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .loading import load_model, load_text_encoder, load_vae
 
     model = load_model(options.model, _dtype(options.precision), variant=options.variant)
-    model = replace(
-        model, memory=_memory_options(options), fast=FastPaths(kernels=options.kernels, products=options.products)
-    )
+    model = replace(model, memory=memory_options(options), fast=fast_paths(options))
     model = _with_loras(model, options.lora)
     defaults = _defaults(model)
     given = _given(options, model, defaults)
@@ -484,7 +444,7 @@ def _plan(options: argparse.Namespace) -> int:
         ram=options.ram,
         card=options.card,
     )
-    model = _with_loras(replace(model, memory=_memory_options(options)), options.lora)
+    model = _with_loras(replace(model, memory=memory_options(options)), options.lora)
     found = facts(model, question)
     sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
     return 0

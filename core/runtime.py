@@ -14,15 +14,16 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .ops.attention_choice import Attended, choose_attention
 from .ops.choice import Ops, choose
 from .ops.product_choice import choose_products, stored_in_8_bits
 from .pace import Pace, Stopwatch
-from .planning import Scene, card_of, job_of, machine_of, plan_for, working
+from .planning import Scene, attended, card_of, job_of, machine_of, plan_for, working
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .sampling.solvers import find_solver
-from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
+from .types import AUTO_ATTENTION, SDPA_ATTENTION, Denoiser, LatentFormat, ModelHandle, SampleRequest
 from .weights.adapters import Adapters
 from .weights.assemble import prepare, wants_whole_products
 
@@ -36,14 +37,21 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
 
 
-def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
-    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
+def spelled(
+    handle: ModelHandle, device: torch.device, asked: frozenset[Attended] = frozenset()
+) -> tuple[Ops, list[str]]:
+    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them.
+
+    `asked` is what one run will ask of attention, where a run is known.
+    """
     heads, names = handle.family.heads(handle.identity.config), handle.identity.names
-    ops, said = choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
+    dtype = compute_dtype(handle, device)
+    ops, said = choose(handle.fast.kernels, heads, dtype, device)
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
     is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
     products, more = choose_products(handle.fast.products, stored, is_whole, device)
-    return replace(ops, products=products), [*said, *more]
+    attend, of_attention = choose_attention(handle.fast.attention, heads[1], dtype, device, asked)
+    return replace(ops, products=products, attention=attend), [*said, *more, *of_attention]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,10 +185,11 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
-    ops, said = spelled(handle, device)
+    scene = scene_of(handle, request, compute_dtype(handle, device))
+    ops, said = spelled(handle, device, _asked(handle, scene))
     for line in said:
         tell(line)
-    scene = replace(scene_of(handle, request, compute_dtype(handle, device)), ops=ops)
+    scene = replace(scene, ops=ops)
     log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
     with torch.inference_mode(), opened(handle, device, scene, tell) as there:
         stepping = _Stepping(there, scene, device, plan.start, request.num_steps)
@@ -208,6 +217,12 @@ def generate(
         if plan.sigmas[-1] == 0:  # a sampler that goes on needs the frames before the clip
             x = x[:, :, request.positive.lead :]
         return latent_format.denormalise(x).cpu()
+
+
+def _asked(handle: ModelHandle, scene: Scene) -> frozenset[Attended]:
+    """Return what a run asks of attention, where that is to be tried."""
+    is_exact = handle.fast.attention in (AUTO_ATTENTION, SDPA_ATTENTION)
+    return frozenset() if is_exact else attended(loaded_of(handle, scene.dtype).module, scene)
 
 
 def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) -> Scene:

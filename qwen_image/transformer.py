@@ -365,7 +365,7 @@ class JointAttention(nn.Module):
         if is_last:
             q = q[:, num_text : num_text + num_asking]
         del qkv
-        return attention_in_place(q, k, v, joint.key_bias_BJ).flatten(2)
+        return attention_in_place(q, k, v, joint.key_bias_BJ, joint.ops.attention).flatten(2)
 
     def _fill(
         self,
