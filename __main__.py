@@ -87,13 +87,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, help="needed unless the model is a miniature")
     add("--prompt", required=True)
     add("--negative", help="what to steer away from (default: the published one, nothing for Wan's miniature)")
-    add(
-        "--image",
-        type=Path,
-        action="append",
-        default=[],
-        help="to edit, once more for each other; or Wan's first frame",
-    )
+    add("--image", type=Path, action="append", default=[], help="to edit, once for each; or Wan's first frame")
     add("--last-image", type=Path, help="Wan's last frame")
     add("--image-encoder", type=Path, help="needed for these two unless the model is a miniature")
     add("--video", type=Path, help="a video, or a picture, that Wan changes")

@@ -17,8 +17,13 @@ def add_fast_options(parser: argparse.ArgumentParser) -> None:
     """Add what `fast_paths` reads."""
     add = parser.add_argument
     add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
-    add("--products", choices=PRODUCT_CHOICES, default=PRODUCT_CHOICES[0], help="with fp8 and int8 weights, see README")
-    add("--attention", choices=ATTENTION_CHOICES, default=ATTENTION_CHOICES[0], help="auto: exact; others, see README")
+    add("--products", choices=PRODUCT_CHOICES, default=PRODUCT_CHOICES[0], help="with weights in 8 bits")
+    add(
+        "--attention",
+        choices=ATTENTION_CHOICES,
+        default=ATTENTION_CHOICES[0],
+        help="auto: exact; int8 and sage: in 8 bits",
+    )
 
 
 def fast_paths(options: argparse.Namespace) -> FastPaths:

@@ -49,7 +49,7 @@ def spelled(
     ops, said = choose(handle.fast.kernels, heads, dtype, device)
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
     is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
-    products, more = choose_products(handle.fast.products, stored, is_whole, device)
+    products, more = choose_products(handle.fast, stored, is_whole, device)
     attend, of_attention = choose_attention(handle.fast.attention, heads[1], dtype, device, asked)
     return replace(ops, products=products, attention=attend), [*said, *more, *of_attention]
 

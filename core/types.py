@@ -295,8 +295,9 @@ class FastPaths:
 
     `kernels` is "auto", the fused ones that work on this machine, or "exact", the bits of plain PyTorch. `products` is
     how rows are multiplied with weights that are stored in 8 bits: "exact" in 16 bits or more, "8bit" in 8 bits
-    wherever that works, "auto" where it costs little, see `core.ops.product_choice`. `attention` is "sdpa", PyTorch's
-    own, "flash" or "sage", those of installed packages, or "int8", ours in 8 bits; "auto" is exact.
+    wherever that works, "auto" where it costs little, see `core.ops.product_choice`, and "exact" with exact kernels.
+    `attention` is "sdpa", PyTorch's own, "flash" or "sage", those of installed packages, or "int8", ours in 8 bits;
+    "auto" is exact.
     """
 
     kernels: str = AUTO_KERNELS
@@ -306,6 +307,8 @@ class FastPaths:
     def __post_init__(self) -> None:
         if self.kernels not in KERNEL_CHOICES:
             raise ValueError(f"Fast Paths: kernels is {self.kernels!r}: choose {' or '.join(KERNEL_CHOICES)}.")
+        if self.kernels == EXACT_KERNELS and self.products == AUTO_PRODUCTS:
+            object.__setattr__(self, "products", EXACT_PRODUCTS)
         if self.products not in PRODUCT_CHOICES:
             raise ValueError(f"Fast Paths: products is {self.products!r}: choose {', '.join(PRODUCT_CHOICES)}.")
         if self.attention not in ATTENTION_CHOICES:

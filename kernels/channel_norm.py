@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced, options_for, rounded
+from .launch import options_for, rounded
 
 SMALLEST = 1e-12  # length of a channel vector
 BLOCK_NUMBERS = 4096  # of a program
@@ -18,7 +18,7 @@ BLOCK_NUMBERS = 4096  # of a program
 
 def norm_silu_into(x_BCTHW: Tensor, weight: Tensor, out_BCTHW: Tensor) -> Tensor:
     """Write `silu(channel_norm(x, weight))` into a tensor of x's shape and return it; see `core.ops.norm`."""
-    if is_traced(x_BCTHW) or not x_BCTHW.numel():
+    if x_BCTHW.is_meta or not x_BCTHW.numel():
         return out_BCTHW
     if out_BCTHW.shape != x_BCTHW.shape:
         raise ValueError(f"the result is {tuple(out_BCTHW.shape)}, the input {tuple(x_BCTHW.shape)}")
@@ -26,12 +26,13 @@ def norm_silu_into(x_BCTHW: Tensor, weight: Tensor, out_BCTHW: Tensor) -> Tensor
     num = batch * frames * height * width
     block_channels = triton.next_power_of_2(channels)
     block_positions = max(1, BLOCK_NUMBERS // block_channels)
-    _kernel[(triton.cdiv(num, block_positions),)](
-        x_BCTHW, *x_BCTHW.stride(), weight.reshape(-1), out_BCTHW, *out_BCTHW.stride(),
-        num, frames, height, width, channels**0.5, max(SMALLEST, torch.finfo(x_BCTHW.dtype).tiny),
-        CHANNELS=channels, BLOCK_POSITIONS=block_positions, BLOCK_CHANNELS=block_channels,
-        **options_for(block_positions * block_channels),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_BCTHW):
+        _kernel[(triton.cdiv(num, block_positions),)](
+            x_BCTHW, *x_BCTHW.stride(), weight.reshape(-1), out_BCTHW, *out_BCTHW.stride(),
+            num, frames, height, width, channels**0.5, max(SMALLEST, torch.finfo(x_BCTHW.dtype).tiny),
+            CHANNELS=channels, BLOCK_POSITIONS=block_positions, BLOCK_CHANNELS=block_channels,
+            **options_for(block_positions * block_channels),
+        )  # fmt: skip
     return out_BCTHW
 
 
@@ -43,12 +44,13 @@ def _kernel(
     num, frames, height, width, root, smallest,
     CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    position = tl.program_id(0).to(tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
+    position = tl.program_id(0) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)  # divided in 32 bits, which is faster
     channel = tl.arange(0, BLOCK_CHANNELS)
     inside = (position < num)[:, None] & (channel < CHANNELS)[None, :]
     column, rest = position % width, position // width
     row, rest = rest % height, rest // height
-    frame, batch = rest % frames, rest // frames
+    frame, batch = (rest % frames).to(tl.int64), (rest // frames).to(tl.int64)
+    row, column = row.to(tl.int64), column.to(tl.int64)
     x_at = batch * x_batch + frame * x_frame + row * x_row + column * x_column
     out_at = batch * out_batch + frame * out_frame + row * out_row + column * out_column
     x_at = x_at[:, None] + (channel.to(tl.int64) * x_channel)[None, :]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced, options_for, rounded, rows_of
+from .launch import options_for, rounded, rows_of
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = 1e-12  # of rows of zeros
@@ -29,13 +29,14 @@ def _launch(x_BLE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, length, width = x_BLE.shape
     out = torch.empty(x_BLE.shape, dtype=dtype, device=x_BLE.device)
     scale = torch.empty(batch, length, 1, device=x_BLE.device)
-    if is_traced(out) or not out.numel():
+    if out.is_meta or not out.numel():
         return out, scale
     block = triton.next_power_of_2(width)
-    _kernel[(length, batch)](
-        *rows_of(x_BLE), *rows_of(out), scale, length, LARGEST[dtype], SMALLEST_SCALE,
-        WIDTH=width, BLOCK=block, IS_INTEGER=dtype == torch.int8, **options_for(block),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_BLE):
+        _kernel[(length, batch)](
+            *rows_of(x_BLE), *rows_of(out), scale, length, LARGEST[dtype], SMALLEST_SCALE,
+            WIDTH=width, BLOCK=block, IS_INTEGER=dtype == torch.int8, **options_for(block),
+        )  # fmt: skip
     return out, scale
 
 

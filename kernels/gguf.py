@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced, options_for, rounded
+from .launch import options_for, rounded
 
 # Name of a format -> parts of a block, numbers of a part, bytes of a block.
 FORMATS = {"Q8_0": (1, 32, 34), "Q6_K": (16, 16, 210), "Q5_K": (8, 32, 176), "Q4_K": (8, 32, 144)}
@@ -20,17 +20,18 @@ BLOCK_NUMBERS = 2048  # of a program
 
 
 def unpack_blocks(weight: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
-    """Return a weight [..., bytes of a row] as numbers [..., n] in `dtype`; see `core.ops.formats.unpack_blocks`."""
+    """Return a weight [..., bytes of a row] as numbers [..., n] in `dtype`; see `core.ops.gguf_blocks`."""
     parts, length, num_bytes = FORMATS[stored]
     numbers = parts * length
     out = torch.empty((*weight.shape[:-1], weight.shape[-1] // num_bytes * numbers), dtype=dtype, device=weight.device)
-    if is_traced(out) or not out.numel():
+    if out.is_meta or not out.numel():
         return out
     num, blocks = prod(out.shape) // numbers, BLOCK_NUMBERS // numbers
-    _kernel[(triton.cdiv(num, blocks),)](
-        weight.contiguous(), out, num,
-        FORMAT=stored, PARTS=parts, LENGTH=length, NUM_BYTES=num_bytes, BLOCKS=blocks, **options_for(BLOCK_NUMBERS),
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        _kernel[(triton.cdiv(num, blocks),)](
+            weight.contiguous(), out, num,
+            FORMAT=stored, PARTS=parts, LENGTH=length, NUM_BYTES=num_bytes, BLOCKS=blocks, **options_for(BLOCK_NUMBERS),
+        )  # fmt: skip
     return out
 
 

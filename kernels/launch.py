@@ -1,6 +1,9 @@
-"""What kernels share: how values are rounded, and how launchers look at tensors."""
+"""What kernels share: how values are rounded, and how launchers look at tensors.
 
-import torch
+On the meta device launchers make their results and compute nothing: by that the memory of a run is planned. Triton
+launches on the current card, which need not be the tensors' own, so launchers make it so.
+"""
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,8 +51,3 @@ def vectors_of(rows: Tensor, batch: int) -> tuple[Tensor, int]:
     if len(flat) not in (1, batch) or flat.stride(-1) != 1:
         raise ValueError(f"a vector for all of {batch} batches or one for each was expected, not {tuple(rows.shape)}")
     return flat, 0 if len(flat) == 1 else flat.stride(0)
-
-
-def is_traced(out: Tensor) -> bool:
-    """Say whether only the memory is asked for: on the meta device nothing is computed."""
-    return out.device == torch.device("meta")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced, options_for, rounded, rows_of, vectors_of
+from .launch import options_for, rounded, rows_of, vectors_of
 
 LayerConstants = tuple[Tensor, Tensor, float]  # weight and bias, [E] or [B or 1, 1, E], and epsilon
 
@@ -45,7 +45,7 @@ def add_to_rows(x_BLE: Tensor, rows: slice, branch_BLE: Tensor, gate_B1E: Tensor
 def _launch(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, constants: LayerConstants | None, out: Tensor | None
 ) -> None:
-    if is_traced(x) or not x.numel():
+    if x.is_meta or not x.numel():
         return
     batch, length, width = x.shape
     x, *x_strides = rows_of(x)
@@ -55,14 +55,15 @@ def _launch(
         ((x, 0), (x, 0)) if constants is None else (vectors_of(vector, batch) for vector in constants[:2])
     )
     block = triton.next_power_of_2(width)
-    _kernel[(length, batch)](
-        *(x, *x_strides, branch, *branch_strides, gate_rows, gate_stride),
-        *(weight, weight_stride, bias, bias_stride),
-        *((x, 0, 0) if out is None else rows_of(out)),
-        1.0 if constants is None else constants[2],
-        WIDTH=width, BLOCK=block, ADDS=branch is not x, GATED=gate is not None, NORMS=constants is not None,
-        **options_for(block),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _kernel[(length, batch)](
+            *(x, *x_strides, branch, *branch_strides, gate_rows, gate_stride),
+            *(weight, weight_stride, bias, bias_stride),
+            *((x, 0, 0) if out is None else rows_of(out)),
+            1.0 if constants is None else constants[2],
+            WIDTH=width, BLOCK=block, ADDS=branch is not x, GATED=gate is not None, NORMS=constants is not None,
+            **options_for(block),
+        )  # fmt: skip
 
 
 @triton.jit

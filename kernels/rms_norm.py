@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced, options_for, rounded, rows_of
+from .launch import options_for, rounded, rows_of
 
 RmsConstants = tuple[Tensor, float]  # weight, of a row [E] or of each head [D], and epsilon
 
@@ -30,18 +30,19 @@ def norm_rotate(x_BLE: Tensor, constants: RmsConstants, rope: tuple[Tensor, Tens
 
 
 def _launch(x: Tensor, constants: RmsConstants, rope: tuple[Tensor, Tensor] | None, out: Tensor, head: int) -> None:
-    if is_traced(x) or not x.numel():
+    if x.is_meta or not x.numel():
         return
     weight, eps = constants
     batch, length, all_heads = x.shape
     width = weight.numel()
     cos, sin = (table.contiguous() for table in rope) if rope else (x, x)
     block_groups, block_width = triton.next_power_of_2(all_heads // width), triton.next_power_of_2(width)
-    _kernel[(length, batch)](
-        *rows_of(x), weight.contiguous(), cos, sin, *rows_of(out), eps,
-        GROUPS=all_heads // width, WIDTH=width, HEAD=head, BLOCK_GROUPS=block_groups, BLOCK_WIDTH=block_width,
-        ROTATES=rope is not None, **options_for(block_groups * block_width),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _kernel[(length, batch)](
+            *rows_of(x), weight.contiguous(), cos, sin, *rows_of(out), eps,
+            GROUPS=all_heads // width, WIDTH=width, HEAD=head, BLOCK_GROUPS=block_groups, BLOCK_WIDTH=block_width,
+            ROTATES=rope is not None, **options_for(block_groups * block_width),
+        )  # fmt: skip
 
 
 @triton.jit

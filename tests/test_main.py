@@ -178,6 +178,15 @@ def test_a_video_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert torch.equal(read_video(tmp_path / "levels.mp4", 4), read_video(tmp_path / "levels.mp4")[:4])
 
 
+def test_plain_pytorch_can_be_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL")
+    models, generate_for_real = [], runtime.generate
+    monkeypatch.setattr(runtime, "generate", lambda *a: models.append(a[0]) or generate_for_real(*a))
+    for more in ((), ("--kernels", "exact")):
+        assert generate(folder, tmp_path / "still.png", "--size", "32x32x1", *more) == 0
+    assert [model.fast.kernels for model in models] == ["auto", "exact"]
+
+
 def test_inspect_reads_the_header_only(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

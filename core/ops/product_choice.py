@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..types import AUTO_PRODUCTS, EXACT_PRODUCTS, TensorInfo
+from ..types import AUTO_KERNELS, AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
 from .eight_bits import quantise_rows
 from .formats import DTYPES, WEIGHT_SCALES, companion
 from .products import FLOAT8, FLOAT8_ROWS, INT8, Product
@@ -60,7 +60,7 @@ def stored_in_8_bits(tensors: Mapping[str, TensorInfo]) -> tuple[Stored, ...]:
 
 
 def choose_products(
-    mode: str, found: tuple[Stored, ...], is_whole: bool, device: torch.device
+    fast: FastPaths, found: tuple[Stored, ...], is_whole: bool, device: torch.device
 ) -> tuple[tuple[Product, ...], list[str]]:
     """Return the products that a run takes in 8 bits, at most one for each dtype, and what there is to say of them.
 
@@ -71,14 +71,14 @@ def choose_products(
     taken, said = [], []
     for stored in found:
         name = NAMES[stored.dtype]
-        if reason := _unwanted(mode, stored, is_whole, device):
+        if reason := _unwanted(fast.products, stored, is_whole, device):
             if device.type == "cuda":
                 said.append(f"Weights in {name} become 16-bit before each product: {reason}.")
             continue
         for product in (product for product in OLDEST_CARDS if product.dtype == stored.dtype):
             finding = try_product(product, stored.shapes, device)
             if finding.refusal is None:
-                taken.append(_with_gelu(product, device))
+                taken.append(_with_gelu(product, device) if fast.kernels == AUTO_KERNELS else product)
                 said.append(f"Products in {product.name}, of weights in {name}: rounding the rows costs "
                             f"{finding.error:.1%} of a product of random numbers.")  # fmt: skip
                 break

@@ -29,11 +29,9 @@ from .late_link import LateLink
 
 pytestmark = pytest.mark.usefixtures("cuda_runtime")
 
-INT8 = "wan_int8"  # multiplied in int8
 VACE = "vace"  # two blocks, two VACE blocks, guided by two controls
-# The width of a model's text rows. The second one is partly in scaled fp8; others are the first in blocks of GGUF, and
-# in int8.
-FILES = {"wan_dit": 96, "qwen_dit": 128, "wan_gguf": 96, INT8: 96, VACE: tiny.TEXT.dim}
+# The width of a model's text rows. The second one is partly in scaled fp8, the third the first one in blocks of GGUF.
+FILES = {"wan_dit": 96, "qwen_dit": 128, "wan_gguf": 96, VACE: tiny.TEXT.dim}
 KINDS = ("Q8_0", "Q5_1", "Q4_0")
 
 
@@ -48,12 +46,6 @@ def wan_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wan_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("int8") / "wan.safetensors"
-    return write_in_8_bits(DEMO_FOLDER / "wan_dit.safetensors", path, torch.int8)
-
-
-@pytest.fixture(scope="module")
 def vace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("vace") / "vace.safetensors", tiny.VACE)
 
@@ -63,14 +55,13 @@ def run(request: pytest.FixtureRequest) -> tuple[ModelHandle, SampleRequest]:
     generator, width = torch.Generator().manual_seed(0), FILES[request.param]
     is_demo = (path := DEMO_FOLDER / f"{request.param}.safetensors").is_file()
     positive, negative = (Conditioning(text=torch.randn(1, n, width, generator=generator)) for n in (7, 4))
-    latent = torch.zeros(1, 16, 3 if request.param == INT8 else 1, 8, 8)  # few rows are not multiplied in 8 bits
+    latent = torch.zeros(1, 16, 1, 8, 8)
     if request.param == VACE:
         contexts = [torch.randn(1, tiny.VACE.vace_dim, 1, 8, 8, generator=generator) for _ in range(2)]
         controls = tuple(Control(context=c, strength=s) for c, s in zip(contexts, (1.0, 0.6), strict=True))
         positive, negative = replace(positive, controls=controls), replace(negative, controls=controls[:1])
     asked = SampleRequest(latent=latent, positive=positive, negative=negative, steps=3, guidance=(3.0,), seed=5)
-    model = load_model(path if is_demo else request.getfixturevalue(request.param))
-    return (replace(model, fast=FastPaths(products="8bit")) if request.param == INT8 else model), asked
+    return load_model(path if is_demo else request.getfixturevalue(request.param)), asked
 
 
 def with_at_least(plan: Plan, at_least: int) -> Plan:
@@ -175,6 +166,26 @@ def test_streamed_runs_with_loras_give_the_bits_of_resident_ones(
     monkeypatch.undo()
     assert torch.equal(runtime.generate(handle, request), wanted)
     assert torch.equal(runtime.generate(plain, request), without)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_products_in_8_bits_stream_with_loras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interleaved: bool
+) -> None:
+    path = write_in_8_bits(DEMO_FOLDER / "wan_dit.safetensors", tmp_path / "wan.safetensors", torch.int8)
+    handle = replace(load_model(path), fast=FastPaths(products="8bit"))
+    state = {name: torch.empty(shape) for name, shape in parameters_of(handle.family, handle.identity.config).items()}
+    written = loras.low_rank(state, loras.DIALECTS["official"])
+    handle, _ = with_lora(handle, loras.write(tmp_path / "lora.safetensors", written), 0.3)
+    texts = (Conditioning(text=torch.randn(1, n, 96, generator=torch.Generator().manual_seed(n))) for n in (7, 4))
+    positive, negative = texts
+    request = SampleRequest(
+        latent=torch.zeros(1, 16, 3, 8, 8), positive=positive, negative=negative, steps=2, guidance=(3.0,), seed=5
+    )
+    wanted = runtime.generate(handle, request)
+    assert not torch.equal(wanted, runtime.generate(replace(handle, fast=FastPaths()), request))
+    stream(monkeypatch, (0, 1, 3), 2, Source.PINNED, interleaved)
+    assert torch.equal(runtime.generate(handle, request), wanted)
 
 
 def test_loras_survive_passes_that_run_out_of_memory(

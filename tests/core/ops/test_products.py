@@ -139,13 +139,13 @@ def test_a_file_tells_what_it_has_in_8_bits() -> None:
 
 def test_without_being_asked_a_cpu_multiplies_in_16_bits() -> None:
     for dtype in LARGEST:
-        assert choose_products("auto", stored(dtype), False, CPU) == ((), [])
-        assert choose_products("exact", stored(dtype), False, CPU) == ((), [])
+        assert choose_products(FastPaths(products="auto"), stored(dtype), False, CPU) == ((), [])
+        assert choose_products(FastPaths(products="exact"), stored(dtype), False, CPU) == ((), [])
 
 
 @pytest.mark.parametrize(("dtype", "product"), [(torch.int8, INT8), (torch.float8_e4m3fn, FLOAT8_ROWS)])
 def test_what_is_asked_for_is_tried_taken_and_said(dtype: torch.dtype, product: Product) -> None:
-    taken, [said] = choose_products("8bit", stored(dtype), True, CPU)
+    taken, [said] = choose_products(FastPaths(products="8bit"), stored(dtype), True, CPU)
     assert taken == (product,)
     assert said.startswith(f"Products in {product.name}, of weights in ") and "%" in said
     assert 0.001 < try_product(product, SHAPES, CPU).error < 0.04
@@ -158,22 +158,22 @@ def test_on_a_card_auto_is_fp8_where_file_and_card_are_made_for_it(monkeypatch: 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(product_choice, "_compare", lambda product, shape, device: tried.append(shape) or (0.0, 0.02))
     monkeypatch.setattr(product_choice, "_with_gelu", lambda product, device: product)
-    taken, [said] = choose_products("auto", stored(fp8), False, CARD)
+    taken, [said] = choose_products(FastPaths(products="auto"), stored(fp8), False, CARD)
     assert taken == (FLOAT8_ROWS,) and "2.0%" in said
     assert tried == list(SHAPES), "on the model's own shapes"
-    for words, given in {
+    for words, (mode, *given) in {
         "asks for that": ("auto", stored(fp8), True),
         "no scales": ("auto", stored(fp8, is_scaled=False), False),
         "less exact": ("auto", stored(torch.int8), False),
         "switched off": ("exact", stored(fp8), False),
     }.items():
-        taken, [said] = choose_products(*given, CARD)
+        taken, [said] = choose_products(FastPaths(products=mode), *given, CARD)
         assert taken == () and words in said and "16-bit" in said
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     product_choice.try_product.cache_clear()
-    taken, said = choose_products("auto", stored(fp8), False, CARD)
+    taken, said = choose_products(FastPaths(products="auto"), stored(fp8), False, CARD)
     assert taken == () and "need compute capability 8.9; a card has 8.6" in said[0]
-    assert choose_products("8bit", stored(torch.int8), False, CARD)[0] == (INT8,)
+    assert choose_products(FastPaths(products="8bit"), stored(torch.int8), False, CARD)[0] == (INT8,)
 
 
 def _raises(*tensors: Tensor) -> Tensor:
@@ -194,24 +194,29 @@ def test_what_does_not_work_is_not_taken_and_said(
     broken = replace(INT8, multiply=multiply)
     monkeypatch.setattr(product_choice, "OLDEST_CARDS", {broken: (8, 0)})
     with caplog.at_level(logging.WARNING):
-        taken, [said] = choose_products("8bit", stored(torch.int8), False, CPU)
+        taken, [said] = choose_products(FastPaths(products="8bit"), stored(torch.int8), False, CPU)
     assert taken == () and complaint in said and complaint in caplog.text
 
 
 def test_where_scales_by_row_are_not_built_one_for_all_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = replace(FLOAT8_ROWS, multiply=_raises)
     monkeypatch.setattr(product_choice, "OLDEST_CARDS", {missing: (8, 9), FLOAT8: (8, 9)})
-    taken, said = choose_products("8bit", stored(torch.float8_e4m3fn), False, CPU)
+    taken, said = choose_products(FastPaths(products="8bit"), stored(torch.float8_e4m3fn), False, CPU)
     assert taken == (FLOAT8,)
     assert said[0].startswith("No products in fp8 by rows: failed") and said[1].startswith("Products in fp8, of")
 
 
 def test_layers_of_odd_sides_alone_are_left() -> None:
     odd = (Stored(dtype=torch.int8, shapes=((9, 7),), is_scaled=True),)
-    assert choose_products("8bit", odd, False, CPU) == (
+    assert choose_products(FastPaths(products="8bit"), odd, False, CPU) == (
         (),
         ["No products in int8: no layer has sides that are multiples of 16."],
     )
+
+
+def test_exact_kernels_mean_exact_products_too_unless_others_are_asked_for() -> None:
+    assert FastPaths(kernels="exact").products == "exact"
+    assert FastPaths(kernels="exact", products="8bit").products == "8bit"
 
 
 def test_unknown_choices_are_refused() -> None:
