@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .core.types import (
     ATTENTION_CHOICES,
+    COMPILE_CHOICES,
     KERNEL_CHOICES,
     PRODUCT_CHOICES,
     SOURCES,
@@ -24,11 +25,14 @@ def add_fast_options(parser: argparse.ArgumentParser) -> None:
         default=ATTENTION_CHOICES[0],
         help="auto: exact; int8 and sage: in 8 bits",
     )
+    add("--compile", choices=COMPILE_CHOICES, default=COMPILE_CHOICES[0], help="blocks: through torch.compile")
 
 
 def fast_paths(options: argparse.Namespace) -> FastPaths:
     """Return which faster ways the run may take."""
-    return FastPaths(kernels=options.kernels, products=options.products, attention=options.attention)
+    return FastPaths(
+        kernels=options.kernels, products=options.products, attention=options.attention, compile=options.compile
+    )
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:

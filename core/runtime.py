@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import host
-from .blocks import Run
+from .blocks import Run, as_it_is
+from .compiling import CompiledBlocks, num_compiled
 from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
-from .ops.attention_choice import Attended, choose_attention
-from .ops.choice import Ops, choose
+from .ops.attention_choice import Attended, Faster, as_operator, choose_attention
+from .ops.choice import EXACT, Ops, choose
 from .ops.product_choice import choose_products, stored_in_8_bits
 from .pace import Pace, Stopwatch
 from .planning import Scene, attended, card_of, job_of, machine_of, plan_for, working
@@ -23,7 +24,7 @@ from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .sampling.solvers import find_solver
-from .types import AUTO_ATTENTION, SDPA_ATTENTION, Denoiser, LatentFormat, ModelHandle, SampleRequest
+from .types import AUTO_ATTENTION, COMPILE_BLOCKS, SDPA_ATTENTION, Denoiser, LatentFormat, ModelHandle, SampleRequest
 from .weights.adapters import Adapters
 from .weights.assemble import prepare, wants_whole_products
 
@@ -46,11 +47,15 @@ def spelled(
     """
     heads, names = handle.family.heads(handle.identity.config), handle.identity.names
     dtype = compute_dtype(handle, device)
-    ops, said = choose(handle.fast.kernels, heads, dtype, device)
+    ops, said = EXACT, ["Blocks are compiled, which fuses what lies between their products."]
+    if handle.fast.compile != COMPILE_BLOCKS:
+        ops, said = choose(handle.fast.kernels, heads, dtype, device)
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
     is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
     products, more = choose_products(handle.fast, stored, is_whole, device)
     attend, of_attention = choose_attention(handle.fast.attention, heads[1], dtype, device, asked)
+    if isinstance(attend, Faster) and handle.fast.compile == COMPILE_BLOCKS:
+        attend = replace(attend, operator=as_operator(attend.name, attend.call))
     return replace(ops, products=products, attention=attend), [*said, *more, *of_attention]
 
 
@@ -73,7 +78,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     was read into RAM for streaming stays there with the handle, for its next run.
     """
     loaded = loaded_of(handle, scene.dtype)
-    adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device)
+    is_compiled = handle.fast.compile == COMPILE_BLOCKS
+    adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device, folded=is_compiled)
     told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:
@@ -101,6 +107,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
             dtype=scene.dtype,
             chunk_rows=scene.chunk_rows,
             ops=scene.ops,
+            visit=CompiledBlocks(tell) if is_compiled else as_it_is,
             hooks=hooks,
             check_interrupt=gate,
         )
@@ -203,10 +210,14 @@ def generate(
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
         first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
         watch = _Watch(there, scene, first_passes, tell)
+        compiled = num_compiled() if handle.fast.compile == COMPILE_BLOCKS else None
 
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
-            watch.step()
+            seconds = watch.step()
+            if done == 1 and compiled is not None:
+                new = num_compiled() - compiled
+                tell(f"The first step took {seconds:.1f} s, in which {new} functions were compiled.")
             stepping.step = plan.start + done
 
         try:
@@ -266,11 +277,11 @@ class _Watch:
         self.there, self.scene, self.first_passes, self.tell = there, scene, first_passes, tell
         self.pace = Pace(there.residency.plan.step_seconds)
 
-    def step(self) -> None:
-        """End a step."""
+    def step(self) -> float:
+        """End a step, and return its seconds."""
         seconds, residency = self.pace.step(), self.there.residency
         if not residency.is_needed:
-            return
+            return seconds
         if (visit := self.there.stopwatch.read()) is not None:
             visit /= self.first_passes if residency.plan.interleaved else 1
             residency.loaded.visit_seconds[self.scene.key] = visit
@@ -281,6 +292,7 @@ class _Watch:
                 f"A step took {seconds:.1f} s: the driver has begun to swap the card's memory to RAM. Now "
                 f"{residency.describe()}."
             )
+        return seconds
 
 
 def _persistent(denoise: Denoiser, there: Opened, tell: Callable[[str], None]) -> Denoiser:

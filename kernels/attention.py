@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import IS_INTERPRETED, is_traced, rounded
+from .launch import IS_INTERPRETED, rounded
 
 LARGEST, SMALLEST_SCALE = 127.0, 1e-12
 LEAST_WIDTH = 32  # that the matrix units take of int8
@@ -39,16 +39,17 @@ def attention_int8(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: 
     q, q_scale = _rounded_rows(q_BLND, None, LOG2_E / math.sqrt(width))
     k, k_scale = _rounded_rows(k_BSND, mean_BND, 1.0)
     out = torch.empty((batch, length, heads, width), dtype=q_BLND.dtype, device=q_BLND.device)
-    if is_traced(out) or not out.numel():
+    if out.is_meta or not out.numel():
         return out
     if v_BSND.stride(-1) != 1:
         raise ValueError(f"the numbers of a head must lie side by side; strides of v are {v_BSND.stride()}")
-    _attend_kernel[(triton.cdiv(length, QUERIES), batch * heads)](
-        q, q_scale, k, k_scale, v_BSND, *v_BSND.stride()[:3], q_scale if bias is None else bias,
-        0 if bias is None else bias.stride(0), out, *out.stride()[:3], length, num_keys, heads,
-        WIDTH=width, BLOCK_WIDTH=q.shape[-1], BLOCK_QUERIES=QUERIES, BLOCK_KEYS=KEYS, HAS_BIAS=bias is not None,
-        **OPTIONS,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _attend_kernel[(triton.cdiv(length, QUERIES), batch * heads)](
+            q, q_scale, k, k_scale, v_BSND, *v_BSND.stride()[:3], q_scale if bias is None else bias,
+            0 if bias is None else bias.stride(0), out, *out.stride()[:3], length, num_keys, heads,
+            WIDTH=width, BLOCK_WIDTH=q.shape[-1], BLOCK_QUERIES=QUERIES, BLOCK_KEYS=KEYS, HAS_BIAS=bias is not None,
+            **OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -58,16 +59,17 @@ def _rounded_rows(x_BLND: Tensor, mean_BND: Tensor | None, factor: float) -> tup
     block_width = max(LEAST_WIDTH, triton.next_power_of_2(width))
     out = torch.empty((batch, heads, length, block_width), dtype=torch.int8, device=x_BLND.device)
     scale = torch.empty((batch, heads, length), device=x_BLND.device)
-    if is_traced(out) or not out.numel():
+    if out.is_meta or not out.numel():
         return out, scale
     if x_BLND.stride(-1) != 1:
         raise ValueError(f"the numbers of a head must lie side by side; strides are {x_BLND.stride()}")
-    _round_kernel[(triton.cdiv(length, ROWS), batch * heads)](
-        x_BLND, *x_BLND.stride()[:3], scale if mean_BND is None else mean_BND, out, scale,
-        length, heads, factor, LARGEST, SMALLEST_SCALE,
-        WIDTH=width, BLOCK_WIDTH=block_width, BLOCK=ROWS, HAS_MEAN=mean_BND is not None,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _round_kernel[(triton.cdiv(length, ROWS), batch * heads)](
+            x_BLND, *x_BLND.stride()[:3], scale if mean_BND is None else mean_BND, out, scale,
+            length, heads, factor, LARGEST, SMALLEST_SCALE,
+            WIDTH=width, BLOCK_WIDTH=block_width, BLOCK=ROWS, HAS_MEAN=mean_BND is not None,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out, scale
 
 

@@ -9,6 +9,8 @@ from ..core import host
 from ..core.runtime import spelled
 from ..core.types import (
     ATTENTION_CHOICES,
+    COMPILE_CHOICES,
+    COMPILE_OFF,
     KERNEL_CHOICES,
     PRODUCT_CHOICES,
     SOURCES,
@@ -161,6 +163,12 @@ class ChooseFastPaths(io.ComfyNode):
                     "are for speed in videos and large pictures, and may show. What does not work here is said, and "
                     "PyTorch's own takes its place.",
                 ),
+                io.Combo.Input(
+                    "compile", options=list(COMPILE_CHOICES), default=COMPILE_OFF, optional=True,
+                    tooltip="blocks: what lies between the products is fused by torch.compile instead of the kernels. "
+                    "The first step of a first run waits for it, a minute or more; other sizes and LoRAs wait once "
+                    "more, other strengths, prompts and plans don't. If it fails, blocks run as they are.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="The same model with these options, for Sampler.")],
             hidden=[io.Hidden.unique_id],
@@ -168,17 +176,24 @@ class ChooseFastPaths(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, kernels: str | None, products: str | None = AUTO, attention: str | None = AUTO
+        cls,
+        kernels: str | None,
+        products: str | None = AUTO,
+        attention: str | None = AUTO,
+        compile: str | None = COMPILE_OFF,
     ) -> bool | str:
         return verdict(
             check_choice("kernels", kernels, KERNEL_CHOICES),
             check_choice("products", products, PRODUCT_CHOICES),
             check_choice("attention", attention, ATTENTION_CHOICES),
+            check_choice("compile", compile, COMPILE_CHOICES),
         )
 
     @classmethod
-    def execute(cls, model: ModelHandle, kernels: str, products: str = AUTO, attention: str = AUTO) -> io.NodeOutput:
-        fast = FastPaths(kernels=kernels, products=products, attention=attention)
+    def execute(
+        cls, model: ModelHandle, kernels: str, products: str = AUTO, attention: str = AUTO, compile: str = COMPILE_OFF
+    ) -> io.NodeOutput:
+        fast = FastPaths(kernels=kernels, products=products, attention=attention, compile=compile)
         model, device = replace(model, fast=fast), host.device()
         lines = spelled(model, device)[1] or [f"This machine computes on its {device.type}, with plain PyTorch."]
         return io.NodeOutput(model, ui=tell(cls.hidden.unique_id, lines))

@@ -169,7 +169,7 @@ class QwenImageTransformer(nn.Module):
         def call(i: int, block: Block, streams: list[Streams]) -> list[Streams]:
             modulation = lent.of(i, lambda: block.modulation(time.to(run.dtype)))
             return [
-                block(*stream, modulation, joint, is_last=i == last)
+                run.visit(block, *stream, modulation, joint, i == last)
                 for stream, joint in zip(streams, joints, strict=True)
             ]
 

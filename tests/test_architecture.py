@@ -30,6 +30,7 @@ ALLOWED = {
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
     "core/blocks": ("core/memory", "core/ops", "core/host", "core/types"),
+    "core/compiling": (),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": (
@@ -39,8 +40,8 @@ ALLOWED = {
     "core/past": ("core/host",),
     "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),
     "core/runtime": (
-        *("core/planning", "core/pace", "core/weights", "core/memory", "core/blocks", "core/sampling", "core/ops"),
-        *("core/host", "core/types"),
+        *("core/planning", "core/pace", "core/compiling", "core/weights", "core/memory", "core/blocks"),
+        *("core/sampling", "core/ops", "core/host", "core/types"),
     ),
     "wan": FAMILY,
     "qwen_image": FAMILY,

@@ -111,7 +111,8 @@ class CrossAttention(nn.Module):
         """
         to_q, project = (layer.at(dtype, num_rows, ops.products) for layer in (self.q, self.o))
 
-        def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
+        # torch.compile takes no annotations here: they are evaluated in the middle of the block.
+        def attend(x_BLE, prompt):
             q = self._split(ops.rms_norm(to_q(x_BLE), self.norm_q.constants, dtype))
             text, *pictures = prompt
             gathered = ops.attention(q, *text)

@@ -41,12 +41,16 @@ class Attended:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Faster:
-    """An attention for many keys; all others, and biased ones if it can't take these, are left to PyTorch's own."""
+    """An attention for many keys; all others, and biased ones if it can't take these, are left to PyTorch's own.
+
+    `operator` is the call where torch.compile takes it, see `as_operator`.
+    """
 
     name: str
     call: Attend
     takes_bias: bool
     least_keys: int
+    operator: Attend | None = None
 
     def takes(self, one: Attended) -> bool:
         """Say whether this serves such an attention."""
@@ -55,7 +59,9 @@ class Faster:
     def __call__(self, q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
         """Return what `attention` does, or nearly."""
         asked = Attended(queries=q_BLND.shape[1], keys=k_BSND.shape[1], is_biased=key_bias_BS is not None)
-        call = self.call if self.takes(asked) else attention
+        if not self.takes(asked):
+            return attention(q_BLND, k_BSND, v_BSND, key_bias_BS)
+        call = self.operator if torch.compiler.is_compiling() and self.operator is not None else self.call
         return call(q_BLND, k_BSND, v_BSND, key_bias_BS)
 
 
@@ -131,6 +137,18 @@ def try_attention(
     return Finding(refusal=None, error=error)
 
 
+@cache
+def as_operator(name: str, call: Attend) -> Attend:
+    """Return an attention as an operator of PyTorch's, which torch.compile takes as it is and does not look into."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        return call(q, k, v, key_bias).contiguous()
+
+    operator = torch.library.custom_op(f"faster_attention::{name}", attend, mutates_args=())
+    operator.register_fake(lambda q, k, v, key_bias=None: q.new_empty(q.shape))
+    return operator
+
+
 def trouble() -> tuple[type[Exception], ...]:
     """Return what loading or calling code that is not ours may raise."""
     own = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
@@ -143,50 +161,45 @@ def _ours(dtype: torch.dtype, device: torch.device, width: int) -> tuple[Attend 
 
 
 def _sage(dtype: torch.dtype, device: torch.device, width: int) -> tuple[Attend | None, str]:
-    if reason := _unfit(dtype, device, width):
-        return None, reason
-    package, reason = _imported("sageattention")
-    if package is None:
-        return None, reason
-
-    def sage(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
-        assert key_bias_BS is None
-        k, v = (t.expand(len(q_BLND), -1, -1, -1) for t in (k_BSND, v_BSND))
-        if q_BLND.is_meta:
-            # q and k in 8 bits, and v in 16: what the package holds at the most of what it makes.
-            held = [torch.empty_like(t, dtype=torch.int8) for t in (q_BLND, k)], torch.empty_like(v)
-            result = torch.empty_like(q_BLND)
-            del held
-            return result
-        return package.sageattn(q_BLND, k, v, tensor_layout="NHD", is_causal=False)
-
-    return sage, ""
+    reason = _unfit(dtype, device, width) or _missing("sageattention")
+    return (None, reason) if reason else (sage, "")
 
 
 def _flash(dtype: torch.dtype, device: torch.device, width: int) -> tuple[Attend | None, str]:
-    if reason := _unfit(dtype, device, width):
-        return None, reason
-    package, reason = _imported("flash_attn")
-    if package is None:
-        return None, reason
-
-    def flash(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
-        assert key_bias_BS is None
-        if q_BLND.is_meta:
-            return attention(q_BLND, k_BSND, v_BSND)  # takes the same memory
-        k, v = (t.expand(len(q_BLND), -1, -1, -1) for t in (k_BSND, v_BSND))
-        return package.flash_attn_func(q_BLND, k, v)
-
-    return flash, ""
+    reason = _unfit(dtype, device, width) or _missing("flash_attn")
+    return (None, reason) if reason else (flash, "")
 
 
-def _imported(name: str) -> tuple[object | None, str]:
-    if find_spec(name) is None:
-        return None, f"the package {name} is not installed"
+def sage(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
+    """Return attention by the package sageattention, which takes no bias; on the meta device its memory."""
+    assert key_bias_BS is None
+    k, v = (t.expand(len(q_BLND), -1, -1, -1) for t in (k_BSND, v_BSND))
+    if q_BLND.is_meta:
+        # q and k in 8 bits, and v in 16: what the package holds at the most of what it makes.
+        held = [torch.empty_like(t, dtype=torch.int8) for t in (q_BLND, k)], torch.empty_like(v)
+        result = torch.empty_like(q_BLND)
+        del held
+        return result
+    return import_module("sageattention").sageattn(q_BLND, k, v, tensor_layout="NHD", is_causal=False)
+
+
+def flash(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
+    """Return attention by the package flash_attn, which takes no bias; on the meta device its memory."""
+    assert key_bias_BS is None
+    k, v = (t.expand(len(q_BLND), -1, -1, -1) for t in (k_BSND, v_BSND))
+    if q_BLND.is_meta:
+        return attention(q_BLND, k, v)  # which takes as much
+    return import_module("flash_attn").flash_attn_func(q_BLND, k, v)
+
+
+def _missing(package: str) -> str | None:
+    if find_spec(package) is None:
+        return f"the package {package} is not installed"
     try:
-        return import_module(name), ""
+        import_module(package)
     except trouble() as error:
-        return None, f"the package {name} can't be imported: {type(error).__name__}: {_first_line(error)}"
+        return f"the package {package} can't be imported: {type(error).__name__}: {_first_line(error)}"
+    return None
 
 
 def _unfit(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
