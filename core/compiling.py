@@ -30,15 +30,17 @@ class CompiledBlocks:
         if not self._is_on:
             return block(*arguments)
         from torch._dynamo import config
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
             with config.patch(recompile_limit=MOST_VERSIONS):
                 return compiled(type(block))(block, *arguments)
+        except FailOnRecompileLimitHit:
+            reason = f"a limit: more than {MOST_VERSIONS} programs of one kind of block"
         except TorchDynamoException as error:
-            self._is_on = False
             # The first line may be whose error it is, and the second one which.
             reason = " ".join((str(error).strip() or "no message").splitlines()[:2])
+        self._is_on = False
         self._tell(f"Blocks are not compiled, and run as they are: torch.compile failed with {reason}")
         return block(*arguments)
 

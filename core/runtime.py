@@ -209,15 +209,11 @@ def generate(
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
         first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
-        watch = _Watch(there, scene, first_passes, tell)
-        compiled = num_compiled() if handle.fast.compile == COMPILE_BLOCKS else None
+        watch = _Watch(there, scene, first_passes, tell, handle.fast.compile == COMPILE_BLOCKS)
 
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
-            seconds = watch.step()
-            if done == 1 and compiled is not None:
-                new = num_compiled() - compiled
-                tell(f"The first step took {seconds:.1f} s, in which {new} functions were compiled.")
+            watch.step()
             stepping.step = plan.start + done
 
         try:
@@ -273,16 +269,21 @@ class _Stepping:
 class _Watch:
     """Learns from the first step, and makes room when the driver begins to swap."""
 
-    def __init__(self, there: Opened, scene: Scene, first_passes: int, tell: Callable[[str], None]):
+    def __init__(self, there: Opened, scene: Scene, first_passes: int, tell: Callable[[str], None], is_compiled: bool):
+        self.num_compiled = num_compiled() if is_compiled else None
         self.there, self.scene, self.first_passes, self.tell = there, scene, first_passes, tell
         self.pace = Pace(there.residency.plan.step_seconds)
 
-    def step(self) -> float:
-        """End a step, and return its seconds."""
-        seconds, residency = self.pace.step(), self.there.residency
+    def step(self) -> None:
+        """End a step."""
+        seconds, visit, residency = self.pace.step(), self.there.stopwatch.read(), self.there.residency
+        if self.num_compiled is not None:
+            new = num_compiled() - self.num_compiled
+            self.tell(f"The first step took {seconds:.1f} s, in which {new} functions were compiled.")
+            self.num_compiled = visit = None  # in that time a block did more than compute
         if not residency.is_needed:
-            return seconds
-        if (visit := self.there.stopwatch.read()) is not None:
+            return
+        if visit is not None:
             visit /= self.first_passes if residency.plan.interleaved else 1
             residency.loaded.visit_seconds[self.scene.key] = visit
             log.info("A block computes for %.1f ms; the first step took %.1f s with loading", visit * 1000, seconds)
@@ -292,7 +293,6 @@ class _Watch:
                 f"A step took {seconds:.1f} s: the driver has begun to swap the card's memory to RAM. Now "
                 f"{residency.describe()}."
             )
-        return seconds
 
 
 def _persistent(denoise: Denoiser, there: Opened, tell: Callable[[str], None]) -> Denoiser:

@@ -132,6 +132,19 @@ def test_a_block_that_can_t_be_compiled_has_changed_nothing_when_it_runs_as_it_i
     assert torch.equal(visit(_Breaks(), torch.zeros(3)), torch.full((3,), 2.0)) and len(said) == 1
 
 
+def test_too_many_programs_end_compiling_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    monkeypatch.setattr(compiling, "MOST_VERSIONS", 1)
+    said: list[str] = []
+    visit, block = CompiledBlocks(said.append), Doubles()
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(visit(block, torch.ones(3, dtype=dtype)), torch.full((3,), 2.0, dtype=dtype))
+    assert len(said) == 1 and "limit" in said[0]
+
+
 def test_what_goes_wrong_in_a_block_is_no_failure_to_compile() -> None:
     class Full(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
