@@ -1,7 +1,8 @@
 # make demo   make clips, pictures and edits with the miniature models and score them
 # make test   lint, format check and tests
 # make test-oldest   the tests of the encoders and of downloads with the oldest packages that the pack takes
-# Both set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
+# make test-requirements   whether pip finds our requirements and ComfyUI's together; needs a package index, takes minutes
+# All set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/^transformers>=/transformers==/p' requi
 OLDEST_HUB := $(shell sed -n 's/^huggingface_hub>=/huggingface_hub==/p' requirements.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-oldest setup clean
+.PHONY: demo test test-oldest test-requirements setup clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m wanqwen demo
@@ -30,6 +31,9 @@ test-oldest: $(READY)
 	  tests/qwen_image/test_text_encoder.py
 	@$(PIP) install --upgrade --target $(VENV)/oldest-hub $(OLDEST_HUB)
 	PYTHONPATH=$(VENV)/oldest-hub $(VENV)/bin/pytest -q tests/downloads
+
+test-requirements: $(READY)
+	$(VENV)/bin/pytest -q tests/test_requirements.py --resolve
 
 setup: $(READY)
 

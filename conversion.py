@@ -1,15 +1,15 @@
 """Turn a checkpoint into another one of the same model: in another spelling, in another format of its weights."""
 
-import argparse
-import sys
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .core.types import Checkpoint, Identity
 from .core.weights.convert import Plan, Wish, make_plan
+from .core.weights.dfloat11 import CONFIG_FILE
 from .core.weights.export import Export
-from .core.weights.targets import SAME, TARGETS
+from .core.weights.targets import TARGETS
 from .core.weights.write import check_place
 from .families import identify, with_variant
 from .loading import open_any
@@ -70,7 +70,20 @@ def convert(
         write(f"left out, as they are no weights of this model: {len(made.dropped)} tensors ({shown})\n")
     made.write(out, Progress(size, write).advance)
     write("\n")
+    if out.stat().st_size < size:
+        write(f"{out.name} has {out.stat().st_size / 1e9:.2f} GB\n")
+    if key := TARGETS[wish.target].beside:
+        _write_beside(out.with_name(CONFIG_FILE), key, made, write)
     return out
+
+
+def _write_beside(config: Path, key: str, made: Plan, write: Write) -> None:
+    """Write a fact of the new file where official loaders look for it, unless something is there already."""
+    if config.exists():
+        write(f"{config} is there already and stays as it is: loaders other than ours need {key} in it\n")
+        return
+    config.write_text(json.dumps({key: json.loads(made.facts[key])}, indent=2) + "\n", encoding="utf-8")
+    write(f"{config.name} beside it is for loaders other than ours\n")
 
 
 class Progress:
@@ -90,39 +103,3 @@ class Progress:
         left = (self.size - self.done) / max(rate, 1.0)
         line = f"{self.done / self.size:4.0%} of {self.size / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left"
         self.write(f"\r{line:<60}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add those of `python -m wanqwen convert`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "formats:\n" + "\n".join(f"  {name:<18} {target.title}" for name, target in TARGETS.items())
-    add = parser.add_argument
-    add("file", type=Path, help="of a model: any that `inspect` knows; of shards any one, or their folder")
-    add("--to", default=SAME, metavar="FORMAT", help=f"one of those below (default {SAME})")
-    add("--spelling", help="official, diffusers, comfyui, kijai, huggingface: whose names (default: the file's own)")
-    add("--prefix", help="before every name, such as model.diffusion_model. (default: the spelling's)")
-    add("--out", type=Path, required=True, help=".safetensors or .gguf")
-    add("--keep", action="append", default=[], metavar="PATTERN", help="names of weights that stay precise, with *")
-    add("--variant", help="which Qwen-Image model the file holds, if it does not tell")
-    add("--requantise", action="store_true", help="round what has 8 bits or fewer already a second time")
-    add("--force", action="store_true", help="replace --out if it exists")
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Convert as the command line says, and print the new file's path."""
-    wish = Wish(
-        target=options.to.lower(),
-        spelling=options.spelling,
-        prefix=options.prefix,
-        keep=tuple(options.keep),
-        requantise=options.requantise,
-    )
-    out = convert(options.file, options.out, wish, _terminal, variant=options.variant, replace=options.force)
-    sys.stdout.write(f"{out.resolve()}\n")
-    return 0
-
-
-def _terminal(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()

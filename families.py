@@ -19,7 +19,6 @@ SHOWN = 6  # names in an error
 
 # What people put in the wrong socket: a part of a name that tells -> what it is, and what to do.
 PACKED = (
-    (".encoded_exponent", "a DFloat11 model, which this version does not read yet"),
     (
         ".qweight",
         "a 4-bit model (SVDQuant of Nunchaku, GPTQ, AWQ), which this version does not read: use an fp8 or "

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.memory.slab import Loaded
+from ..core.ops.dfloat11 import num_sections
+from ..core.ops.linear import Linear
+from ..core.ops.packed import Packed
 from ..core.planning import Scene, conditionings_of
-from ..core.types import Family
+from ..core.types import Family, TensorInfo
+from ..core.weights.dfloat11_target import planes_of
 from ..qwen_image.config import QwenImageConfig
 from ..qwen_image.family import FAMILY as QWEN_IMAGE
 from ..wan.config import WanConfig
@@ -23,6 +28,7 @@ WAN_VACE_14B = replace(WAN_14B, vace_layers=tuple(range(0, 40, 5)), vace_dim=96)
 WAN_VACE_1_3B = replace(WAN_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_dim=96)
 
 
+DFLOAT11, CODE_BITS = "dfloat11", 2.65  # bits of an exponent's code, on the average over a published block
 FORMATS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -51,7 +57,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """What the large products compute in."""
-        return torch.bfloat16 if self.stored in ("fp8", "int8") else FORMATS[self.stored]
+        return torch.bfloat16 if self.stored in ("fp8", "int8", DFLOAT11) else FORMATS[self.stored]
 
     def scene(self, kept_latents: int = 0) -> Scene:
         """Return the run, with a solver that remembers so many latents."""
@@ -78,6 +84,9 @@ CASES = {
     "Wan-VACE-1.3B 832x480x81": Case(family=WAN, config=WAN_VACE_1_3B, size=(832, 480, 81), rows=GUIDED),
     "Qwen-Image 1328x1328": Case(family=QWEN_IMAGE, config=QwenImageConfig(), size=(1328, 1328, 1), rows=(128, 127)),
     "Wan-1.3B 832x480x81": Case(family=WAN, config=WAN_1_3B, size=(832, 480, 81), rows=GUIDED),
+    "Qwen-Image 1328x1328, DFloat11": Case(
+        family=QWEN_IMAGE, config=QwenImageConfig(), size=(1328, 1328, 1), rows=(128, 127), stored=DFLOAT11
+    ),
     "Qwen-Image-Edit 1024x1024, 2 references": Case(
         family=QWEN_IMAGE, config=QwenImageConfig(), size=(1024, 1024, 1), rows=GUIDED, references=((1024, 1024),) * 2
     ),
@@ -86,6 +95,8 @@ CASES = {
 
 class RandomWeights:
     """The `Weights` of a model that was never trained: small numbers, the same in every run."""
+
+    converted_bytes = 0  # nothing is kept that a plan counts on
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -112,6 +123,8 @@ class RandomWeights:
 class NoWeights:
     """The `Weights` of a model of which only the shapes matter."""
 
+    converted_bytes = 0
+
     def __init__(self, module: nn.Module):
         self.module = module
 
@@ -131,7 +144,30 @@ def load(case: Case, weights: type[RandomWeights] | type[NoWeights] = NoWeights)
     inside = {id(parameter) for block in family.blocks(module) for parameter in block.parameters()}
     for name, parameter in list(module.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        stored = FORMATS[case.stored] if parameter.dim() == 2 and id(parameter) in inside else case.dtype
+        stored = (
+            FORMATS.get(case.stored, case.dtype) if parameter.dim() == 2 and id(parameter) in inside else case.dtype
+        )
         bare = parameter.to(torch.float32 if family.float32(name) else stored)
         module.get_submodule(path).register_parameter(leaf, nn.Parameter(bare, requires_grad=False))
+    if case.stored == DFLOAT11:
+        for block in family.blocks(module):
+            _pack(module, block)
     return Loaded(weights(module.eval()), family.blocks(module))
+
+
+def _pack(module: nn.Module, block: nn.Module) -> None:
+    """Put a block's layers into one DFloat11 group, of the size that it would have."""
+    inside = set(block.modules())
+    layers = {
+        path: tuple(part.weight.shape)
+        for path, part in module.named_modules()
+        if part in inside and isinstance(part, Linear)
+    }
+    planes = planes_of(layers)
+    count = sum(map(prod, layers.values()))
+    stream = int(count * CODE_BITS / 8)
+    sections = num_sections(stream)
+    sizes = {"encoded_exponent": stream, "output_positions": 4 * (sections + 1), "gaps": 320 * sections}
+    found = {name.rpartition(".")[2]: info for name, info in planes.items()}
+    found |= {name: TensorInfo("U8", (size,)) for name, size in sizes.items()}
+    block.add_module(DFLOAT11, Packed(module, layers, found))

@@ -18,6 +18,7 @@ from ..core.memory.placement import GB, Machine, Plan
 from ..core.memory.resident import placed
 from ..core.memory.slab import Loaded
 from ..core.memory.trace import LiveBytes
+from ..core.memory.unpack import Unpack
 from ..core.planning import CARDS, Scene, plan_for
 from ..core.sampling import sample as sampling
 from ..core.sampling.guidance import Guided, combination
@@ -62,8 +63,10 @@ def measured_peak(loaded: Loaded, scene: Scene, plan: Plan, solver: str, steps: 
     with torch.no_grad(), _blind(), LiveBytes(META) as counted:
         clean, noise = (torch.zeros(scene.latent_shape).to(META) for _ in range(2))
         x = sampling.start_of(schedule, clean, noise)
-        with placed(loaded, META, lambda at_least: plan) as residency, closing(adapters):
-            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=(residency, adapters))
+        unpack = Unpack(loaded.blocks, META, scene.dtype)
+        with placed(loaded, META, lambda at_least: plan) as residency, closing(unpack), closing(adapters):
+            hooks = (residency, unpack, adapters)
+            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=hooks)
             adapters.turn_to(0, steps)
             guided = Guided(
                 denoise=family.denoiser(loaded.module, run, list(scene.conditionings), META),

@@ -31,7 +31,7 @@ TOKENS = Tokens(rows=16, heads=40, head_width=128)
 DTYPE = torch.bfloat16
 TYPE_NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int8: "i8",
-    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int16: "i16", torch.int32: "i32", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 ALIGNED = 16  # bytes and counts that Triton compiles special code for
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from . import host
+from .memory import kept
 from .memory.placement import headroom_of
 from .memory.resident import resident
+from .memory.slab import tensors
 from .past import WHOLE, VAEMode, modes_on
 from .tiles import Tile, TileSize, cut
 from .types import LatentFormat
@@ -70,7 +72,8 @@ class VideoCodec:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ):
-        self._load, self._network = load, None
+        self._load, self._network, self.is_in_use = load, None, False
+        kept.remember(self)
         self.latent_format, self.dtype, self._device = latent_format, dtype, device
         self.latent_channels = latent_format.channels
         time, space = latent_format.temporal_factor, latent_format.spatial_factor
@@ -89,6 +92,16 @@ class VideoCodec:
         if self._network is None:
             self._network = self._load().to(self.dtype).eval().requires_grad_(False)
         return self._network
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much RAM the network takes."""
+        return 0 if self._network is None else sum(tensor.nbytes for *_, tensor in tensors(self._network))
+
+    def let_go(self) -> None:
+        """Drop the network; the next use reads it again. Never during one."""
+        assert not self.is_in_use
+        self._network = None
 
     @property
     def output_channels(self) -> int:
@@ -182,6 +195,21 @@ class VideoCodec:
         mode: VAEMode | None,
     ) -> None:
         """Run in the first way that there is memory for; where it runs out all the same, in the next one."""
+        self.is_in_use = True
+        try:
+            self._run_first_that_fits(run, needed, size, tile, mode)
+        finally:
+            self.is_in_use = False
+            kept.show()
+
+    def _run_first_that_fits(
+        self,
+        run: Callable[[CausalVAE, TileSize, VAEMode], None],
+        needed: Needed,
+        size: tuple[int, int],
+        tile: TileSize | None,
+        mode: VAEMode | None,
+    ) -> None:
         with torch.inference_mode(), resident(self.first_stage_model, self.device) as network:
             ways = self._ways(lambda height, width, mode: needed(network, height, width, mode), size, tile, mode)
             way = next(ways)

@@ -10,12 +10,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .tiny_decoder import open_tiny_decoder
 from .types import LatentFormat
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,17 @@ def total_memory(where: torch.device) -> int:
     return torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else total_ram()
 
 
+def forget_peak(where: torch.device) -> None:
+    """Begin to watch how full a device gets."""
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+
+
+def peak(where: torch.device) -> int | None:
+    """Return the most bytes that PyTorch took of a device since then; None where nobody counts them."""
+    return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Say whether an error means that a device has no memory left, by whichever of PyTorch's ways to say it."""
     return isinstance(error, torch.OutOfMemoryError) or any(
@@ -116,7 +129,63 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def make_room(nbytes: int, where: torch.device) -> None:
     """Ask ComfyUI to unload other models until `nbytes` are free on the device."""
     if management := _comfy("model_management"):
-        management.free_memory(nbytes, where)
+        listed = getattr(management, "current_loaded_models", ())
+        ours = [entry for entry in listed if getattr(entry.model, "is_needed_by_wanqwen", False)]
+        management.free_memory(nbytes, where, keep_loaded=ours)
+
+
+def show_kept(nbytes: Callable[[], int], let_go: Callable[[], None]) -> None:
+    """List what is kept in RAM between runs among ComfyUI's loaded models, as long as it is anything.
+
+    ComfyUI calls `let_go` when it unloads models: because a user asked for it, or for room for another one.
+    """
+    management, patcher = _comfy("model_management"), _comfy("model_patcher")
+    if not management or not patcher or not nbytes():
+        return
+    entry = _kept_entry(patcher.ModelPatcher, nbytes, let_go)
+    if not any(model is entry for model in management.loaded_models()):
+        entry.list_in(management)
+
+
+@lru_cache(maxsize=1)
+def _kept_entry(patcher: type, nbytes: Callable[[], int], let_go: Callable[[], None]) -> Any:
+    """Return what stands for our RAM in ComfyUI's list; it holds nothing itself, and there is one of it."""
+
+    class WanQwenWeightsInRam(torch.nn.Module):
+        """The name that ComfyUI's log shows."""
+
+    class Kept(patcher):
+        is_needed_by_wanqwen = True  # to our own runs, which count on it
+        is_coming = False
+
+        def list_in(self, management: Any) -> None:
+            self.is_coming = True  # it is there already, and no room has to be made for it
+            try:
+                management.load_models_gpu([self])
+            finally:
+                self.is_coming = False
+
+        def model_size(self) -> int:
+            return 0 if self.is_coming else nbytes()
+
+        def loaded_size(self) -> int:
+            return 0  # on the device
+
+        def current_loaded_device(self) -> torch.device:
+            return self.load_device
+
+        def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+            return 0
+
+        def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+            return 0
+
+        def detach(self, unpatch_all: bool = True) -> Any:
+            if unpatch_all:  # else it is only listed anew
+                let_go()
+            return self.model
+
+    return Kept(WanQwenWeightsInRam(), load_device=device(), offload_device=torch.device("cpu"))
 
 
 def prefers_bfloat16(where: torch.device) -> bool:
@@ -166,11 +235,22 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def progress(total: int, label: str, latent_format: LatentFormat) -> Progress:
-    """Return where to report steps: the log, with the time left, and in ComfyUI its progress bar, with previews."""
+def progress(
+    total: int, label: str, latent_format: LatentFormat, status: Callable[[str], None] = lambda line: None
+) -> Progress:
+    """Return where to report steps: the log, with the time left, and in ComfyUI its progress bar, with previews.
+
+    `status` hears what the log does.
+    """
+
+    def write(line: str) -> None:
+        log.info(line)
+        status(line)
+
+    console = LogProgress(label, write)
     if utils := _comfy("utils"):
-        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format), LogProgress(label))
-    return LogProgress(label)
+        return _ComfyProgress(utils.ProgressBar(total), _previewer(latent_format), console)
+    return console
 
 
 def meter(total: int) -> Callable[[int], None]:
@@ -187,27 +267,55 @@ class _ComfyProgress:
 
     def update(self, done: int, total: int, x0: Tensor) -> None:
         self.console.update(done, total, x0)
-        middle = x0.shape[2] // 2
-        image = self.preview(x0[:1, :, middle : middle + 1]) if self.preview else None
+        image = self._shown(x0)
         self.bar.update_absolute(done, total, image and ("JPEG", image, MAX_PREVIEW_PIXELS))
+
+    def _shown(self, x0: Tensor) -> Any | None:
+        """Return a picture of the middle of the first clip; a card that has no memory for it gets on without."""
+        try:
+            return self.preview(x0[:1, :, : x0.shape[2] // 2 + 1]) if self.preview else None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        log.warning("There is no memory for previews: the run goes on without them.")
+        self.preview = None
+        return None
 
 
 def _previewer(latent_format: LatentFormat) -> Callable[[Tensor], Any] | None:
-    """Return what makes a picture of one latent frame, or None if the user wants none or nothing can."""
+    """Return what makes a picture of the last frame of latents, or None if the user wants none or nothing can."""
     arguments, latent_preview = _comfy("cli_args"), sys.modules.get("latent_preview")
     if not arguments or arguments.args.preview_method == arguments.LatentPreviewMethod.NoPreviews:
         return None
     if latent_format.rgb:
-        return lambda frame: _picture(latent_format, frame)
+        return lambda latents: _picture(colours(latent_format, latents[:, :, -1:]))
+    wants_decoder = arguments.args.preview_method == arguments.LatentPreviewMethod.TAESD
+    if wants_decoder and (path := _tiny_decoder_file(latent_format)):
+        try:
+            decoder = open_tiny_decoder(path, device(), latent_format.channels)
+            return lambda latents: _picture(decoder.show(latents))
+        except (ValueError, OSError) as error:
+            log.warning("Previews are made without the tiny decoder: %s", error)
     known = getattr(_comfy("latent_formats"), latent_format.comfy_name, None)
     previewer = latent_preview.get_previewer(device(), known()) if known and latent_preview else None
-    return previewer and previewer.decode_latent_to_preview
+    return previewer and (lambda latents: previewer.decode_latent_to_preview(latents[:, :, -1:]))
 
 
-def _picture(latent_format: LatentFormat, frame_BCThw: Tensor) -> Any:
+def _tiny_decoder_file(latent_format: LatentFormat) -> Path | None:
+    """Return the file of a tiny decoder that a user has put into models/vae_approx, None if there is none."""
+    folders = sys.modules.get("folder_paths")
+    names = folders.get_filename_list("vae_approx") if folders else []
+    for wanted in latent_format.tiny_decoders:
+        for name in names:
+            if Path(name).name.startswith(wanted) and name.endswith(".safetensors"):
+                return Path(folders.get_full_path("vae_approx", name))
+    return None
+
+
+def _picture(image_HWC: Tensor) -> Any:
     from PIL import Image
 
-    return Image.fromarray((colours(latent_format, frame_BCThw) * 255).byte().numpy())
+    return Image.fromarray((image_HWC * 255).byte().numpy())
 
 
 def colours(latent_format: LatentFormat, frame_BCThw: Tensor) -> Tensor:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from . import host
 from .blocks import BlockHook, Run
+from .memory.kept import idle_bytes
 from .memory.link import measured_speed
 from .memory.placement import Job, Machine, Plan, make_plan
-from .memory.slab import Loaded, Traced, idle_bytes
+from .memory.slab import Loaded, Traced
 from .memory.trace import LiveBytes
+from .memory.unpack import Unpack
 from .ops.attention_choice import Attended
 from .ops.choice import EXACT, Ops
 from .ops.linear import Linear
+from .ops.packed import Packed
 from .types import Conditioning, Family, Lora, MemoryOptions, same
 from .weights.adapters import Adapters, device_bytes
 
@@ -197,6 +200,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
     loras = [replace(lora, start=0.0, end=1.0) for lora in scene.loras]
     adapters = Adapters(twin, family.blocks(twin), loras, scene.dtype, META)
     adapters.turn_to(0, 1)
+    unpack = Unpack(family.blocks(twin), META, scene.dtype)
     # Inference mode, under which samplers run, would hide the tensors of composite operations.
     with torch.inference_mode(False), torch.no_grad(), LiveBytes(META) as counted:
         # The first walk makes what stays for the run; the others tell what comes and goes.
@@ -205,7 +209,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
         run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=hooks)
         denoise = family.denoiser(twin, run, list(scene.conditionings), META)
         for walk, which in ((first, every), (together, every), (alone, (longest,))):
-            hooks[:] = [walk, adapters]
+            hooks[:] = [unpack, walk, adapters]
             counted.peak = counted.live
             denoise(x, timestep_B, which)
         waiting = max(both - one for both, one in zip(together.held, alone.held, strict=True))
@@ -218,7 +222,7 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
 
 
 def attended(module: nn.Module, scene: Scene) -> frozenset[Attended]:
-    """Return what the blocks of a model on the meta device or elsewhere ask of attention in a step of a run."""
+    """Return what a model's blocks ask of attention in a step of a run, from shapes alone."""
     noted: set[Attended] = set()
 
     def note(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
@@ -226,9 +230,11 @@ def attended(module: nn.Module, scene: Scene) -> frozenset[Attended]:
         return torch.empty_like(q_BLND)
 
     prompts = list(scene.conditionings)
-    run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=replace(EXACT, attention=note))
+    twin = _shallow_twin(module, scene)
+    hooks = [Unpack(scene.family.blocks(twin), META, scene.dtype)]
+    run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=replace(EXACT, attention=note), hooks=hooks)
     with torch.inference_mode(False), torch.no_grad():
-        denoise = scene.family.denoiser(_shallow_twin(module, scene), run, prompts, META)
+        denoise = scene.family.denoiser(twin, run, prompts, META)
         timestep_B = torch.full((scene.latent_shape[0],), 500.0)
         denoise(torch.empty(scene.latent_shape, device=META), timestep_B, tuple(range(len(prompts))))
     return frozenset(noted)
@@ -239,6 +245,11 @@ def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:
     with META:
         twin = scene.family.build(scene.family.shallow(scene.config, SHALLOW)).requires_grad_(False)
     stored = dict((*module.named_parameters(), *module.named_buffers()))
+    there = dict(twin.named_modules())
+    for path, part in module.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(part, Packed) and parent in there:
+            twin.get_submodule(parent).add_module(name, Packed(twin, part.layers, part.planes))
     for path, part in twin.named_modules():
         if isinstance(part, Linear):
             part.stored = module.get_submodule(path).stored

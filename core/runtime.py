@@ -15,11 +15,13 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .memory.unpack import Unpack
 from .ops.attention_choice import Attended, Faster, as_operator, choose_attention
 from .ops.choice import EXACT, Ops, choose
 from .ops.product_choice import choose_products, stored_in_8_bits
 from .pace import Pace, Stopwatch
 from .planning import Scene, attended, card_of, job_of, machine_of, plan_for, working
+from .report import Costs, described
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
@@ -38,12 +40,10 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
 
 
-def spelled(
-    handle: ModelHandle, device: torch.device, asked: frozenset[Attended] = frozenset()
-) -> tuple[Ops, list[str]]:
+def spelled(handle: ModelHandle, device: torch.device, scene: Scene | None = None) -> tuple[Ops, list[str]]:
     """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them.
 
-    `asked` is what one run will ask of attention, where a run is known.
+    Attention is tried on what the scene asks of it, where a run is known.
     """
     heads, names = handle.family.heads(handle.identity.config), handle.identity.names
     dtype = compute_dtype(handle, device)
@@ -53,7 +53,7 @@ def spelled(
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
     is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
     products, more = choose_products(handle.fast, stored, is_whole, device)
-    attend, of_attention = choose_attention(handle.fast.attention, heads[1], dtype, device, asked)
+    attend, of_attention = choose_attention(handle.fast.attention, heads[1], dtype, device, _asked(handle, scene))
     if isinstance(attend, Faster) and handle.fast.compile == COMPILE_BLOCKS:
         attend = replace(attend, operator=as_operator(attend.name, attend.call))
     return replace(ops, products=products, attention=attend), [*said, *more, *of_attention]
@@ -80,6 +80,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     loaded = loaded_of(handle, scene.dtype)
     is_compiled = handle.fast.compile == COMPILE_BLOCKS
     adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device, folded=is_compiled)
+    unpack = Unpack(loaded.blocks, device, scene.dtype)
     told: list[Plan] = []
 
     def plan(at_least: int) -> Plan:
@@ -89,7 +90,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         headroom = headroom_of(host.driver_spills())
         host.make_room(wanted_bytes(job_of(loaded, scene, card), options, headroom), device)
         machine = machine_of(device)
-        machine = replace(machine, vram=machine.vram + adapters.nbytes)  # planned for anew, and there already
+        there = adapters.nbytes + unpack.held_bytes  # already, and planned for anew
+        machine = replace(machine, vram=machine.vram + there)
         found, _ = plan_for(loaded, scene, card, machine, options, at_least)
         if not told:
             for line in describe(found, len(loaded.blocks)):
@@ -98,11 +100,11 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         return found
 
     # The adapters leave first: what they changed are the weights that the residency has bound.
-    with placed(loaded, device, plan) as residency, closing(adapters):
+    with placed(loaded, device, plan) as residency, closing(unpack), closing(adapters):
         if told and residency.plan is not told[0]:
             tell(f"The card has not the memory of that plan; now {residency.describe()}")
         stopwatch = Stopwatch(device)
-        hooks, gate = (residency, adapters, stopwatch), host.block_gate(device)
+        hooks, gate = (residency, stopwatch, unpack, adapters), host.block_gate(device)
         run = Run(
             dtype=scene.dtype,
             chunk_rows=scene.chunk_rows,
@@ -125,6 +127,7 @@ def loaded_of(handle: ModelHandle, dtype: torch.dtype) -> Loaded:
             float32=handle.family.float32,
             dtype=dtype,
             ignored=handle.identity.ignored,
+            blocks=handle.family.blocks,
         )
         return Loaded(weights, handle.family.blocks(weights.module))
 
@@ -168,16 +171,39 @@ def prepared(handle: ModelHandle, request: SampleRequest) -> tuple[SampleRequest
     return request, notices
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoising:
+    """A model that is open for a run: ask `denoise` for velocities, after `at` has said in which step of how many."""
+
+    there: Opened
+    denoise: Denoiser
+    at: Callable[[int], None]
+
+
+@contextmanager
+def denoising(
+    handle: ModelHandle, device: torch.device, scene: Scene, num_steps: int, tell: Callable[[str], None]
+) -> Iterator[Denoising]:
+    """Open a model for a run of so many steps, of which another loop than ours may be in charge.
+
+    A pass that runs out of memory is repeated with more blocks streaming. Raises what `opened` does.
+    """
+    with opened(handle, device, scene, tell) as there:
+        stepping = _Stepping(there, scene, device, num_steps)
+        yield Denoising(there=there, denoise=_persistent(stepping, there, tell), at=stepping.turn_to)
+
+
 def generate(
     handle: ModelHandle,
     request: SampleRequest,
     progress: host.Progress | None = None,
     tell: Callable[[str], None] = log.info,
+    status: Callable[[str], None] = lambda line: None,
 ) -> Tensor:
     """Return raw latents [B, C, T, h, w] in float32 on the CPU for one request; finished ones without their lead.
 
-    `tell` hears in words where the weights are and what becomes of the plan. A pass through the model that runs out of
-    memory is repeated with more blocks streaming.
+    `tell` hears in words what is made and how, where the weights are, what becomes of the plan, and what all took;
+    `status` after each step what is done and how long the rest will take, unless `progress` hears of steps instead.
     Raises ValueError for a request that the model can't run, before the model is loaded; `SampleError` with the last
     good latents if the numbers break down on the way, or memory does not suffice even so.
     """
@@ -192,29 +218,32 @@ def generate(
     noise = draw_noise(shape, request.seed, request.noise_device, device)
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
-    scene = scene_of(handle, request, compute_dtype(handle, device))
-    ops, said = spelled(handle, device, _asked(handle, scene))
-    for line in said:
-        tell(line)
+    dtype = compute_dtype(handle, device)
+    scene, costs = scene_of(handle, request, dtype), Costs(device)
+    ops, said = spelled(handle, device, scene)
     scene = replace(scene, ops=ops)
-    log.info("%s %s: %d steps of %s", family.name, handle.identity.variant, len(plan.timesteps), request.solver)
-    with torch.inference_mode(), opened(handle, device, scene, tell) as there:
-        stepping = _Stepping(there, scene, device, plan.start, request.num_steps)
+    for line in described(handle, request, plan, dtype, ops) + said:
+        tell(line)
+    with torch.inference_mode(), denoising(handle, device, scene, request.num_steps, tell) as model:
+        there = model.there
+        model.at(plan.start)
+        costs.opened()
         guided = Guided(
-            denoise=_persistent(stepping, there, tell),
+            denoise=model.denoise,
             has_negative=len(scene.conditionings) > 1,
             interleaved=there.residency.plan.interleaved,
             combine=combination(family.guidance_patch(config)),
         )
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
-        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format)
+        told = progress or host.progress(len(plan.timesteps), "sampling", latent_format, status)
         first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
         watch = _Watch(there, scene, first_passes, tell, handle.fast.compile == COMPILE_BLOCKS)
 
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
             watch.step()
-            stepping.step = plan.start + done
+            costs.step()
+            model.at(plan.start + done)
 
         try:
             x = sample(x, plan, request.solver, guided, step_noise, on_step, hold)
@@ -223,13 +252,17 @@ def generate(
             raise
         if plan.sigmas[-1] == 0:  # a sampler that goes on needs the frames before the clip
             x = x[:, :, request.positive.lead :]
-        return latent_format.denormalise(x).cpu()
+        made = latent_format.denormalise(x).cpu()
+    for line in costs.lines():
+        tell(line)
+    return made
 
 
-def _asked(handle: ModelHandle, scene: Scene) -> frozenset[Attended]:
+def _asked(handle: ModelHandle, scene: Scene | None) -> frozenset[Attended]:
     """Return what a run asks of attention, where that is to be tried."""
-    is_exact = handle.fast.attention in (AUTO_ATTENTION, SDPA_ATTENTION)
-    return frozenset() if is_exact else attended(loaded_of(handle, scene.dtype).module, scene)
+    if scene is None or handle.fast.attention in (AUTO_ATTENTION, SDPA_ATTENTION):
+        return frozenset()
+    return attended(loaded_of(handle, scene.dtype).module, scene)
 
 
 def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) -> Scene:
@@ -252,10 +285,14 @@ def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) ->
 class _Stepping:
     """The denoiser of a run, made anew when other LoRAs begin to work, as prompts keep what weights made of them."""
 
-    def __init__(self, there: Opened, scene: Scene, device: torch.device, step: int, num_steps: int):
+    def __init__(self, there: Opened, scene: Scene, device: torch.device, num_steps: int):
         self.there, self.scene, self.device = there, scene, device
-        self.step, self.num_steps = step, num_steps
+        self.step, self.num_steps = 0, num_steps
         self._denoise: Denoiser | None = None
+
+    def turn_to(self, step: int) -> None:
+        """Say which step of the whole schedule comes next."""
+        self.step = step
 
     def __call__(self, x: Tensor, timestep_B: Tensor, which: tuple[int, ...]) -> list[Tensor]:
         there, scene = self.there, self.scene

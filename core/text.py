@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -23,6 +23,7 @@ from .memory.placement import NUM_SLOTS, Job, Machine, Plan, headroom_of, make_p
 from .memory.resident import Residency, placed
 from .memory.slab import Layout, Loaded
 from .memory.supply import Source
+from .memory.unpack import Unpack
 from .ops import formats
 from .types import Checkpoint, Conditioning, Identity, MemoryOptions
 from .weights.assemble import Recipe, prepare
@@ -282,11 +283,19 @@ class Design:
         misshapen weights.
         """
         weights = prepare(
-            self.build, names, checkpoint, float32=lambda name: False, dtype=dtype, ignored=ignored, shares=shares
+            self.build,
+            names,
+            checkpoint,
+            float32=lambda name: False,
+            dtype=dtype,
+            ignored=ignored,
+            shares=shares,
+            blocks=lambda module: module.get_submodule(self.blocks),
         )
         table = TokenTable(checkpoint, weights.recipes.pop(f"{self.table}.weight")) if self.table else None
         self._without_table(weights.module)
-        return Part(name=self.name, loaded=Loaded(weights, weights.module.get_submodule(self.blocks)), table=table)
+        loaded = Loaded(weights, weights.module.get_submodule(self.blocks))
+        return Part(name=self.name, loaded=loaded, dtype=dtype, table=table)
 
     def twin(self, dtype: torch.dtype) -> nn.Module:
         """Return the module on the meta device, in `dtype`; buffers that no file carries are real."""
@@ -322,12 +331,13 @@ class Design:
 class Part:
     """A module whose weights are in RAM or in their file, and visit the device while it runs, together or in turn.
 
-    `loaded.module` takes tensors and gives one tensor; most of its weights are in `loaded.blocks`. `table` is the token
-    embedding of a language model, which is no part of the module.
+    `loaded.module` takes tensors and gives one tensor, and computes in `dtype`; most of its weights are in
+    `loaded.blocks`. `table` is the token embedding of a language model, which is no part of the module.
     """
 
     name: str
     loaded: Loaded
+    dtype: torch.dtype = torch.bfloat16
     table: TokenTable | None = None
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -343,9 +353,15 @@ class Part:
         device has too little for one block.
         """
         loaded, device = self.loaded, placement.device
+        unpack = Unpack(loaded.blocks, device, self.dtype)
+
+        def plan(at_least: int) -> Plan:
+            return self._plan(placement, work_bytes() + unpack.nbytes, at_least)
+
         with (
-            placed(loaded, device, lambda at_least: self._plan(placement, work_bytes(), at_least)) as residency,
-            _hooked(loaded.blocks, residency, host.block_gate(device)),
+            placed(loaded, device, plan) as residency,
+            closing(unpack),
+            _hooked(loaded.blocks, (residency, unpack), host.block_gate(device)),
         ):
             if line := residency.describe():
                 log.info("The %s runs on %s: %s", self.name, device, line)
@@ -377,8 +393,10 @@ def plan_of(footprint: Footprint, limit: int, at_least: int = 0) -> Plan:
 
 
 @contextmanager
-def _hooked(blocks: Sequence[nn.Module], residency: Residency, gate: Callable[[], None]) -> Iterator[None]:
-    """Have each block's weights there when it runs, and `gate` asked before.
+def _hooked(
+    blocks: Sequence[nn.Module], hooks: Sequence[Residency | Unpack], gate: Callable[[], None]
+) -> Iterator[None]:
+    """Have each block's weights there when it runs, `hooks` being what `run_blocks` takes, and `gate` asked before.
 
     By hooks, which are refused elsewhere: the loop over the blocks is not ours but transformers'.
     """
@@ -388,12 +406,17 @@ def _hooked(blocks: Sequence[nn.Module], residency: Residency, gate: Callable[[]
 
     def before(i: int) -> None:
         gate()
-        residency.before(i)
+        for one in hooks:
+            one.before(i)
 
-    with ExitStack() as hooks:
+    def after(i: int) -> None:
+        for one in reversed(hooks):
+            one.after(i)
+
+    with ExitStack() as stack:
         for i, block in enumerate(blocks):
-            hooks.callback(block.register_forward_pre_hook(hook(before, i)).remove)
-            hooks.callback(block.register_forward_hook(hook(residency.after, i)).remove)
+            stack.callback(block.register_forward_pre_hook(hook(before, i)).remove)
+            stack.callback(block.register_forward_hook(hook(after, i)).remove)
         yield
 
 

@@ -17,7 +17,8 @@ class LatentFormat:
 
     Raw latents are what the VAE gives (and what a ComfyUI LATENT holds); the transformer works on normalised ones,
     `(raw - mean) / std` per channel. `rgb` is [channels][3] and `rgb_bias`: colours in [-1, 1] of normalised latents,
-    for previews; without them ComfyUI's own previewer is asked for the space it calls `comfy_name`.
+    for previews; without them ComfyUI's own previewer is asked for the space it calls `comfy_name`. `tiny_decoders` are
+    how names of files begin that hold a tiny decoder of these latents, the best first.
     """
 
     channels: int
@@ -28,6 +29,7 @@ class LatentFormat:
     rgb: tuple[tuple[float, float, float], ...] = ()
     rgb_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     comfy_name: str = ""
+    tiny_decoders: tuple[str, ...] = ()
 
     def shape(self, batch: int, frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape [B, C, T, h, w] of the latents of clips; what does not fit the factors is rounded down."""
@@ -70,7 +72,8 @@ class Checkpoint:
     """A checkpoint whose header has been read and nothing else: one file, shards, or a folder.
 
     `location` maps each tensor name to the file that holds it. `identity` tells one content from another (paths, sizes
-    and modification times): a key for caches.
+    and modification times): a key for caches. Where weights are stored together (DFloat11), `groups` has by what their
+    names begin with the weights of each group in order, and `planes` the tensors of the file that hold them.
     """
 
     path: Path
@@ -78,6 +81,8 @@ class Checkpoint:
     location: Mapping[str, Path]
     metadata: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
+    planes: Mapping[str, TensorInfo] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,9 @@ KERNELS: Mapping[str, Kernel] = {
     "add_norm": Kernel(file="layer_norm", does="gated residual, and the LayerNorm that follows"),
     "add_to_rows": Kernel(file="layer_norm", does="gated residual"),
     "rms_norm": Kernel(file="rms_norm", does="RMSNorm"),
+    "dfloat11_decode": Kernel(
+        file="dfloat11", does="DFloat11 to bf16", dtypes=(torch.uint8, torch.bfloat16), widest=None
+    ),
     "norm_rotate": Kernel(file="rms_norm", does="RMSNorm of q or k and their rotation, into the attention's tensor"),
     "gelu_int8": Kernel(file="gelu_quantise", does="GELU, then int8 with a scale for each row"),
     "gelu_float8": Kernel(

@@ -14,6 +14,7 @@ from .load import (
     LoadWanVAE,
 )
 from .lora import LoRA
+from .model import ComfyModel
 from .options import BlockSwap, ChooseFastPaths
 from .pictures import WanFirstLastFrameToVideo, WanImageSize, WanImageToVideo, WanVideoToVideo
 from .qwen_image import EmptyQwenImageLatent, QwenImageEditEncode, QwenImageTextEncode
@@ -49,6 +50,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     LoRA,
     Download,
     ChooseFastPaths,
+    ComfyModel,
 )
 
 

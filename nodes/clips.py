@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.conditioning import ComfyConditioning
 from ..wan.clips import continued, is_seam, joined, overlap_of, starting_with
 from ..wan.family import LATENT_FORMAT
-from .types import CATEGORY, clip_of, prompt_outputs, tell
+from .types import CATEGORY, clip_of, found_by, prompt_outputs, tell
 
 FRAMES_STEP = LATENT_FORMAT.temporal_factor
 OVERLAP = "wanqwen_overlap"  # in a LATENT: how many of its first latent frames are another clip's last ones
@@ -21,6 +21,7 @@ class ContinueClip(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanContinueClip",
             display_name="Wan Continue Clip",
+            **found_by("extend video", "long video", "continue video"),
             category=CATEGORY,
             description="Starts a clip from the last latents of the one before, so that nothing flashes or drifts in "
             "colour where they meet. Sample it, then join both with Wan Join Clips. The prompts of the first clip will "
@@ -86,6 +87,7 @@ class JoinClips(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanJoinClips",
             display_name="Wan Join Clips",
+            **found_by("concatenate videos", "join videos", "long video"),
             category=CATEGORY,
             description="Joins a clip with the one that continues it, as latents. Decode the whole, so that the VAE "
             "passes the join as any other frame; its memory does not grow with the length.",

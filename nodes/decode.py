@@ -9,7 +9,17 @@ from torch import Tensor
 from ..core.codec import VideoCodec
 from ..core.past import MODES as VAE_MODES
 from ..core.picture import Finish, lay_out_inpainting
-from .types import CATEGORY, FINISH, check_choice, check_is_for_video, check_is_rgb, dropped_alpha, tell, verdict
+from .types import (
+    CATEGORY,
+    FINISH,
+    check_choice,
+    check_is_for_video,
+    check_is_rgb,
+    dropped_alpha,
+    found_by,
+    tell,
+    verdict,
+)
 
 AUTO = "auto"
 TILING = (AUTO, "tiled")
@@ -25,6 +35,7 @@ class VAEDecode(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenVAEDecode",
             display_name="VAE Decode (WanQwen)",
+            **found_by("decode latent", "latent to image", "tiled decode"),
             category=CATEGORY,
             description="Turns latents into pictures or the frames of a video. Memory does not grow with the number of "
             "frames, and time is never cut. The padding of Edit Encode is cut off; what Inpaint Latent keeps is put "
@@ -120,6 +131,7 @@ class VAEEncode(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenVAEEncode",
             display_name="VAE Encode (WanQwen)",
+            **found_by("encode image", "image to latent"),
             category=CATEGORY,
             description="Turns images into latents: as the frames of one clip, or each as a picture of its own.",
             inputs=[
@@ -166,6 +178,7 @@ class InpaintLatent(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenInpaintLatent",
             display_name="Inpaint Latent (WanQwen)",
+            **found_by("inpainting", "mask", "replace part", "set latent noise mask"),
             category=CATEGORY,
             description="Makes a latent of a picture of which the sampler remakes only what the mask covers. Our VAE "
             "Decode puts everything else back exactly as it was, pixel by pixel.",

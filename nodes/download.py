@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..core import host
 from ..downloads import fetch as fetching
 from ..downloads.catalog import SETS, PublishedFile, files_of
-from .types import CATEGORY, check_choice, tell, verdict
+from .types import CATEGORY, check_choice, found_by, tell, verdict
 
 EVERYTHING, MODEL, NOTHING = "everything", "model only", "nothing"
 FETCH = (EVERYTHING, MODEL, NOTHING)
@@ -29,6 +29,7 @@ class Download(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenDownload",
             display_name="Download (WanQwen)",
+            **found_by("model downloader", "get models", "huggingface", "missing models"),
             category=CATEGORY,
             description="Fetches the published files of a model into ComfyUI's folders of models, each under its name "
             "only when its sha256 has been checked. Files that are there are left alone. It works when it is queued, "

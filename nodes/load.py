@@ -17,6 +17,7 @@ from .types import (
     check_file,
     file_stamp,
     find_file,
+    found_by,
     list_files,
     tell,
     verdict,
@@ -41,6 +42,7 @@ class LoadWanModel(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanModel",
             display_name="Load Wan Model",
+            **found_by("wan model loader", "unet loader", "diffusion model", "load checkpoint", "gguf"),
             category=CATEGORY,
             description="Opens a Wan 2.1 model: of text, of pictures or VACE. The weights are read when the sampler "
             "first runs.",
@@ -49,8 +51,8 @@ class LoadWanModel(io.ComfyNode):
                     "file",
                     options=list_files("diffusion_models", "wan_"),
                     tooltip="A Wan 2.1 file (T2V, I2V, FLF2V or VACE) from models/diffusion_models (or models/unet), "
-                    "in the official, ComfyUI or diffusers naming: 16 bits, fp8, int8 or GGUF. demo/... are the "
-                    "miniatures that come with this pack.",
+                    "in the official, ComfyUI or diffusers naming: 16 bits, DFloat11, fp8, int8 or GGUF. demo/... are "
+                    "the miniatures that come with this pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -87,13 +89,15 @@ class LoadWanTextEncoder(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanTextEncoder",
             display_name="Load Wan Text Encoder",
+            **found_by("umt5", "t5", "clip loader", "text encoder loader"),
             category=CATEGORY,
             description="Opens the text encoder of Wan (UMT5-XXL). The weights are read when a new prompt comes; "
             "prompts seen before cost nothing.",
             inputs=_text_encoder_inputs(
                 "wan_",
-                file="A UMT5 file from models/text_encoders (or models/clip): bf16, fp16, fp8 or GGUF, or the official "
-                ".pth; the last two with the tokenizer beside it. demo/... is the miniature that comes with this pack.",
+                file="A UMT5 file from models/text_encoders (or models/clip): bf16, DFloat11, fp16, fp8 or GGUF, or "
+                "the official .pth; the last two with the tokenizer beside it. demo/... is the miniature that comes "
+                "with this pack.",
                 on_cpu="video model; umt5-xxl needs 12 GB of RAM there.",
                 limit=" 0 is no limit; 2 is enough for umt5-xxl.",
                 tokenizer="auto: the one inside the file or beside it. hub: download the published one (5 MB, from "
@@ -125,6 +129,7 @@ class LoadWanVAE(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanVAE",
             display_name="Load Wan / Qwen-Image VAE",
+            **found_by("vae loader", "load vae"),
             category=CATEGORY,
             description="Opens the VAE of Wan 2.1 or of Qwen-Image. ComfyUI's own VAE nodes can use it as well.",
             inputs=[
@@ -166,6 +171,7 @@ class LoadWanImageEncoder(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadWanImageEncoder",
             display_name="Load Wan Image Encoder",
+            **found_by("clip vision loader", "clip_vision_h", "image encoder"),
             category=CATEGORY,
             description="Opens the image encoder of Wan's image-to-video models (CLIP ViT-H). The weights are read "
             "when a new picture comes; pictures seen before cost nothing. ComfyUI's CLIP Vision Encode can use it.",
@@ -218,6 +224,7 @@ class LoadQwenImageModel(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadQwenImageModel",
             display_name="Load Qwen-Image Model",
+            **found_by("qwen model loader", "unet loader", "diffusion model", "gguf"),
             category=CATEGORY,
             description="Opens a Qwen-Image model: text to image, or one of the Edit models. The weights are read when "
             "the sampler first runs.",
@@ -226,8 +233,8 @@ class LoadQwenImageModel(io.ComfyNode):
                     "file",
                     options=list_files("diffusion_models", "qwen_"),
                     tooltip="A Qwen-Image file from models/diffusion_models (or models/unet): Qwen-Image, 2512, Edit, "
-                    "Edit-2509 or Edit-2511; 16 bits, fp8, int8 or GGUF. demo/... are the miniatures that come with "
-                    "this pack.",
+                    "Edit-2509 or Edit-2511; 16 bits, DFloat11, fp8, int8 or GGUF. demo/... are the miniatures "
+                    "that come with this pack.",
                 ),
                 io.Combo.Input(
                     "variant",
@@ -281,13 +288,14 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoadQwenImageTextEncoder",
             display_name="Load Qwen-Image Text Encoder",
+            **found_by("qwen2.5-vl", "clip loader", "text encoder loader"),
             category=CATEGORY,
             description="Opens the text encoder of Qwen-Image (Qwen2.5-VL-7B), which also looks at the pictures of an "
             "edit. The weights are read when a new prompt comes; prompts seen before cost nothing.",
             inputs=_text_encoder_inputs(
                 "qwen_",
-                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16, fp8, or GGUF, which sees "
-                "no pictures and so is not for edits. demo/... is the miniature that comes with this pack.",
+                file="A Qwen2.5-VL-7B file from models/text_encoders (or models/clip): bf16, DFloat11, fp8, or GGUF, "
+                "which sees no pictures and so is not for edits. demo/... is the miniature that comes with this pack.",
                 on_cpu="image model; the 7B encoder takes up to 17 GB of RAM there, and next to none on a GPU.",
                 limit=" 0 is no limit; 2 is enough for prompts, 3 with pictures.",
                 tokenizer="auto: the one inside the file, beside it, or ComfyUI's own. hub: download the published "

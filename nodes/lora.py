@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..core.types import ModelHandle
 from ..core.weights.lora import PEFT_CONFIG
 from ..loading import with_lora
-from .types import CATEGORY, WanModel, check_file, file_stamp, find_file, list_files, tell, verdict
+from .types import CATEGORY, WanModel, check_file, file_stamp, find_file, found_by, list_files, tell, verdict
 
 FOLDER = "loras"
 STRONGEST = 10.0
@@ -19,6 +19,7 @@ class LoRA(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenLoRA",
             display_name="LoRA (WanQwen)",
+            **found_by("lora loader", "lightning", "lightx2v", "causvid", "distill"),
             category=CATEGORY,
             description="Puts a LoRA on a Wan or Qwen-Image model, whatever tool it comes from and however the model "
             "is stored. The model's own weights are never changed, so that other branches of a workflow do without it. "

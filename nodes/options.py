@@ -19,7 +19,7 @@ from ..core.types import (
     ModelHandle,
 )
 from ..plans import GIB, plan_here
-from .types import CATEGORY, WanModel, check_choice, tell, verdict
+from .types import CATEGORY, WanModel, check_choice, found_by, tell, verdict
 
 AUTO = "auto"
 PLANNED = -1
@@ -34,6 +34,7 @@ class BlockSwap(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenBlockSwap",
             display_name="Block Swap (WanQwen)",
+            **found_by("offload", "low vram", "out of memory", "oom", "memory"),
             category=CATEGORY,
             description="Models larger than the card run without this node: the sampler plans which blocks stay on the "
             "card and which stream in while others compute. Here any part of that plan can be fixed by hand, and with "
@@ -139,6 +140,7 @@ class ChooseFastPaths(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenFastPaths",
             display_name="Fast Paths (WanQwen)",
+            **found_by("kernels", "triton", "speed", "exact"),
             category=CATEGORY,
             description="On NVIDIA cards with Triton the sampler takes fused kernels for what lies between the matrix "
             "products, each tried beside plain PyTorch before the run, and says which. They sum in another order: the "

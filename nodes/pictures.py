@@ -14,7 +14,7 @@ from ..wan.config import IMAGE_ROWS, SIZE_STEP
 from ..wan.image_encoder import ImageRows, encode_with, rows_of
 from ..wan.pictures import AREAS, COVER, FITS, Known, fitted_video, known_ends, seen_ends, size_for
 from ..wan.vae import LATENT_FORMAT
-from .types import CATEGORY, check_choice, check_is_rgb, dropped_alpha, prompt_outputs, tell, verdict
+from .types import CATEGORY, check_choice, check_is_rgb, dropped_alpha, found_by, prompt_outputs, tell, verdict
 from .wan import FRAMES_STEP, fitted
 
 CUSTOM = "custom"
@@ -34,6 +34,7 @@ class WanImageSize(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanImageSize",
             display_name="Wan Size from Image",
+            **found_by("resolution from image", "resize", "aspect ratio"),
             category=CATEGORY,
             description="Proposes a width and height in the shape of a picture, as Wan's own code does: of about as "
             "many pixels as the model was made for, in steps of 16.",
@@ -76,6 +77,7 @@ class WanImageToVideo(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanImageToVideo",
             display_name="Wan Image to Video",
+            **found_by("i2v", "animate image", "start image"),
             category=CATEGORY,
             description="Prepares a video that begins with a picture, for an I2V model. What the picture shows moves "
             "as the prompt says. ComfyUI's own samplers take the result too.",
@@ -134,6 +136,7 @@ class WanFirstLastFrameToVideo(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanFirstLastFrameToVideo",
             display_name="Wan First-Last Frame to Video",
+            **found_by("flf2v", "start and end image", "interpolate"),
             category=CATEGORY,
             description="Prepares a video that begins with one picture and ends with another, for an FLF2V model; also "
             "one of them alone. ComfyUI's own samplers take the result too.",
@@ -201,6 +204,7 @@ class WanVideoToVideo(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanVideoToVideo",
             display_name="Wan Video to Video",
+            **found_by("v2v", "restyle video", "img2img"),
             category=CATEGORY,
             description="Encodes a video, or a picture, that the sampler changes towards the prompt: with denoise "
             "below 1, and any Wan model of text to video.",

@@ -21,6 +21,7 @@ from .types import (
     check_choice,
     check_is_rgb,
     encode_prompts,
+    found_by,
     prompt_inputs,
     prompt_outputs,
     tell,
@@ -43,6 +44,7 @@ class QwenImageTextEncode(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenQwenImageTextEncode",
             display_name="Qwen-Image Text Encode",
+            **found_by("prompt", "positive prompt", "negative prompt", "clip text encode", "qwen prompt"),
             category=CATEGORY,
             description="Encodes what the picture should show and what it should not. ComfyUI's own samplers take the "
             "result too.",
@@ -71,6 +73,7 @@ class QwenImageEditEncode(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenQwenImageEditEncode",
             display_name="Qwen-Image Edit Encode",
+            **found_by("edit image", "instruction", "qwen edit", "text encode qwen image edit", "reference image"),
             category=CATEGORY,
             description="Encodes an instruction together with the pictures it is about, and makes the latent of the "
             "right size for the result.",
@@ -162,6 +165,7 @@ class EmptyQwenImageLatent(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenEmptyQwenImageLatent",
             display_name="Empty Qwen-Image Latent",
+            **found_by("empty latent image", "image size", "aspect ratio", "resolution"),
             category=CATEGORY,
             description="Says how large the picture will be: one of the sizes that Qwen-Image was made for, or any.",
             inputs=[

@@ -16,7 +16,7 @@ from ..core.sampling.sample import SampleError
 from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, ModelHandle, SampleRequest
 from ..families import FAMILIES
-from .types import CATEGORY, WanModel, check_choice, clip_of, tell, verdict
+from .types import CATEGORY, WanModel, check_choice, clip_of, found_by, tell, verdict
 
 NOISE_DEVICES = ("cpu", "gpu")
 TO_THE_END = 10000  # as in ComfyUI's advanced sampler
@@ -34,6 +34,7 @@ class Sampler(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenSampler",
             display_name="Sampler (WanQwen)",
+            **found_by("ksampler", "sample", "generate", "denoise", "steps", "cfg"),
             category=CATEGORY,
             description="Makes the picture or video, as latents: starts from noise and takes it towards the prompt "
             "step by step.",
@@ -42,7 +43,12 @@ class Sampler(io.ComfyNode):
                 io.Latent.Output(
                     display_name="latent",
                     tooltip="The finished latents, or noisy ones if end_step stopped before the end. For VAE Decode.",
-                )
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What the node shows: model, settings, LoRAs, where the weights were, time and memory. For "
+                    "Preview as Text, or to save with the result.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -101,16 +107,20 @@ class Sampler(io.ComfyNode):
         if preset != NO_PRESET:
             request, said = with_preset(model, request, preset)
             lines.append(said)
-        lines = [*lines, *prepared(model, request)[1]] or [f"{request.num_steps} steps"]
+        lines += prepared(model, request)[1]
 
         def add(line: str) -> None:
             lines.append(line)
             tell(cls.hidden.unique_id, lines)
 
+        def status(line: str) -> None:
+            tell(cls.hidden.unique_id, [*lines, line])
+
         tell(cls.hidden.unique_id, lines)
         try:
-            samples = generate(model, request, tell=add)
-            return io.NodeOutput({**latent, "samples": samples}, ui=tell(cls.hidden.unique_id, lines))
+            samples = generate(model, request, tell=add, status=status)
+            shown = tell(cls.hidden.unique_id, lines)
+            return io.NodeOutput({**latent, "samples": samples}, "\n".join(lines), ui=shown)
         except SampleError as error:
             raise ValueError(f"{error}{_kept(error)}") from error
 

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..wan.conditioning import to_comfy
 from ..wan.config import FLF2V_NEGATIVE_PREFIX, I2V_NEGATIVE_PREFIX, NEGATIVE_PROMPT, TEXT_LEN
 from ..wan.text_encoder import TextEncoder
-from .types import CATEGORY, WanTextEncoder, encode_prompts, prompt_inputs, prompt_outputs
+from .types import CATEGORY, WanTextEncoder, encode_prompts, found_by, prompt_inputs, prompt_outputs
 
 
 class WanTextEncode(io.ComfyNode):
@@ -16,6 +16,7 @@ class WanTextEncode(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanTextEncode",
             display_name="Wan Text Encode",
+            **found_by("prompt", "positive prompt", "negative prompt", "clip text encode", "wan prompt"),
             category=CATEGORY,
             description="Encodes what the video should show and what it should not. ComfyUI's own Wan samplers take "
             "the result too.",

@@ -1,5 +1,6 @@
 """What all nodes share with ComfyUI: sockets of our own, dropdowns of model files, notices to the user."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,12 @@ DEMO_FILES = {
     "clip_vision": ("wan_image_encoder",),
     "loras": (),
 }
+
+
+def found_by(*words: str) -> dict[str, list[str]]:
+    """Return what a schema takes so that its node is found by other words too; nothing, for a ComfyUI without that."""
+    known = "search_aliases" in inspect.signature(io.Schema).parameters
+    return {"search_aliases": list(words)} if known else {}
 
 
 def prompt_inputs(*, positive: str, negative: str, default_negative: str) -> list[io.Input]:

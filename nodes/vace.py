@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.conditioning import ComfyConditioning
 from ..wan.controls import Source, encode, lead_of, with_control
 from ..wan.family import LATENT_FORMAT, SIZE_STEP
-from .types import CATEGORY, check_is_rgb, dropped_alpha, prompt_outputs, tell
+from .types import CATEGORY, check_is_rgb, dropped_alpha, found_by, prompt_outputs, tell
 from .wan import FRAMES_STEP, fitted
 
 
@@ -21,6 +21,7 @@ class WanVACE(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenWanVACE",
             display_name="Wan VACE",
+            **found_by("control video", "pose", "depth", "inpaint video", "outpaint", "reference to video", "r2v"),
             category=CATEGORY,
             description="Guides a Wan VACE model. A control_video of poses, depth or lines is followed. With a mask "
             "the video is kept where it is black and made anew where it is white: paint a region to replace it; pad "

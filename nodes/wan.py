@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wan.family import LATENT_FORMAT, SIZE_STEP, fit_clip
-from .types import CATEGORY, tell
+from .types import CATEGORY, found_by, tell
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ class EmptyWanLatent(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenEmptyWanLatent",
             display_name="Empty Wan Latent",
+            **found_by("empty latent video", "video size", "frames", "resolution"),
             category=CATEGORY,
             description="Says how large and how long the video will be. What Wan can't make is changed to the nearest "
             "it can, and a message on the node says so.",

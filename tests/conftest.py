@@ -34,10 +34,12 @@ if "wanqwen" not in sys.modules:
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add our options where the plugin is not installed; then write `--goldens=DIR`, in one word."""
+    parser.addoption("--resolve", action="store_true", help="wanqwen: ask pip whether our requirements fit ComfyUI's")
     if not pluginmanager.has_plugin(PLUGIN):
         from wanqwen.tests.goldens import plugin
 
         pluginmanager.register(plugin, PLUGIN)
+    parser.addoption("--soak", type=int, default=0, help="how many prompts to send to ComfyUI in a row (default: none)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

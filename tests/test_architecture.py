@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_OURS = {"tests", "build"}
+NOT_OURS = {"tests", "build", "workflows"}  # no parts of the package
 
 FAMILY = (
     *("core/ops", "core/blocks", "core/weights/keymap", "core/weights/identity", "core/weights/export"),
@@ -23,7 +23,8 @@ ALLOWED = {
     "core/types": (),
     "core/tiles": ("core/types",),
     "core/picture": ("core/types",),
-    "core/host": ("core/types",),
+    "core/tiny_decoder": (),
+    "core/host": ("core/tiny_decoder", "core/types"),
     "core/conditioning": ("core/types",),
     "core/text": ("core/weights", "core/ops", "core/memory", "core/host", "core/types"),
     "core/ops": ("kernels", "core/types"),
@@ -39,8 +40,11 @@ ALLOWED = {
     ),
     "core/past": ("core/host",),
     "core/codec": ("core/tiles", "core/past", "core/memory", "core/ops", "core/host", "core/types"),
+    "core/report": (
+        *("core/planning", "core/weights", "core/memory", "core/sampling", "core/ops", "core/host", "core/types"),
+    ),
     "core/runtime": (
-        *("core/planning", "core/pace", "core/compiling", "core/weights", "core/memory", "core/blocks"),
+        *("core/report", "core/planning", "core/pace", "core/compiling", "core/weights", "core/memory", "core/blocks"),
         *("core/sampling", "core/ops", "core/host", "core/types"),
     ),
     "wan": FAMILY,
@@ -53,16 +57,15 @@ ALLOWED = {
     "plans": ("wan", "qwen_image", "core"),
     "doctor": ("kernels", "core"),
     "media": ("core/host",),
-    "run_options": ("core/types",),
     "downloads": (),
     "nodes": ("downloads", "plans", "loading", "families", "inspection", "media", "wan", "qwen_image", "core"),
     "demo": ("loading", "families", "media", "wan", "qwen_image", "core"),
     "bench": ("demo", "plans", "conversion", "loading", "families", "wan", "qwen_image", "core", "kernels"),
-    "__main__": (
+    "commands": (
         *("downloads", "demo", "doctor", "plans", "loading", "families", "inspection", "conversion", "media"),
-        "run_options",
         *("wan", "qwen_image", "core"),
     ),
+    "__main__": (),
     "__init__": ("nodes",),
 }
 COMFY = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}
@@ -72,7 +75,7 @@ HEAVY = {
     *("transformers", "accelerate", "tokenizers", "sentencepiece", "huggingface_hub", "ftfy", "av", "PIL"),
     *("triton", "diffusers", "gguf", "cupy", "sageattention", "flash_attn", "xformers", "bitsandbytes"),
 }
-TALKS_TO_A_TERMINAL = {"__main__", "demo", "bench"}
+TALKS_TO_A_TERMINAL = {"__main__", "commands", "demo", "bench"}
 SERVES_ALL = ("core/sampling", "core/memory", "core/ops", "core/text", "core/picture", "core/conditioning")
 FAMILY_NAME = re.compile(r"(?<![a-z])wan(?!t)|qwen|umt5|lightning", re.IGNORECASE)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 500, 80, 8

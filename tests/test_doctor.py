@@ -32,6 +32,9 @@ def test_where_no_kernel_runs_the_reason_is_said_once(
     said = report(monkeypatch, capsys)
     assert all(" off " in said[name] for name in kernels.KERNELS)
     assert said[""].count("off: Triton is not installed") == 1 and "no Triton" in said[""]
+    assert "matrix products in int8: no layer has sides that are multiples of 16" in said[""]
+    monkeypatch.setattr(doctor, "TOKENS", doctor.Tokens(rows=4, heads=3, head_width=16))
+    assert any(line.startswith("matrix products in int8: work; rounding") for line in doctor.examine())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")

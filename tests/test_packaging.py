@@ -70,8 +70,67 @@ def test_registry_finds_what_it_requires(pyproject: dict[str, Any]) -> None:
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_changelog_has_this_version(pyproject: dict[str, Any]) -> None:
-    assert f"## {pyproject['project']['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_registry_shows_pictures_that_are_here(pyproject: dict[str, Any]) -> None:
+    """Icon and banner by the address that they have in the repository: a square of at most 400 pixels, and 21 to 9."""
+    raw = pyproject["project"]["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    for key, ratio, largest in (("Icon", 1.0, 400), ("Banner", 21 / 9, 2000)):
+        address = pyproject["tool"]["comfy"][key]
+        assert address.startswith(raw), key
+        drawing = (ROOT / address.removeprefix(raw)).read_text(encoding="utf-8")
+        width, height = map(int, re.search(r'<svg[^>]* width="(\d+)" height="(\d+)"', drawing).groups())
+        assert width <= largest and width / height == pytest.approx(ratio, rel=0.01), key
+
+
+def test_registry_s_classifiers_are_of_those_it_knows(pyproject: dict[str, Any]) -> None:
+    """It drops all systems, or all accelerators, where it does not know one of them."""
+    found = pyproject["project"]["classifiers"]
+    systems = [one for one in found if one.startswith("Operating System ::")]
+    assert systems == ["Operating System :: OS Independent"]
+    assert [one for one in found if one.startswith("Environment ::")] == ["Environment :: GPU :: NVIDIA CUDA"]
+
+
+@pytest.fixture(scope="module")
+def archived() -> set[str]:
+    """What the registry archives: the files under version control but for those that .comfyignore names."""
+    listed = [["git", "ls-files"], ["git", "ls-files", "-ci", "--exclude-from=.comfyignore"]]
+    try:
+        all_files, left_out = (
+            subprocess.run(each, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+            for each in listed
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout")
+    assert left_out
+    return set(all_files) - set(left_out)
+
+
+def test_registry_s_archive_holds_what_runs_and_nothing_else(archived: set[str], pyproject: dict[str, Any]) -> None:
+    tops = {path.split("/")[0] for path in archived}
+    code = {package.split(".")[1] for package in pyproject["tool"]["setuptools"]["packages"] if "." in package}
+    data = {"locales", "subgraphs", "web", "workflows"}
+    assert {top for top in tops if (ROOT / top).is_dir()} == code - {"bench", "tests"} | data
+    files = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert files <= tops and "requirements-dev.txt" not in tops
+    included = pyproject["tool"]["comfy"]["includes"]
+    for folder in included:
+        here = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.safetensors")}
+        assert here and here <= archived, folder
+    assert sum((ROOT / path).stat().st_size for path in archived) < 50 << 20
+
+
+def test_a_new_version_is_published_by_a_push_of_it(pyproject: dict[str, Any]) -> None:
+    action = (ROOT / ".github" / "workflows" / "publish_action.yml").read_text(encoding="utf-8")
+    owner = pyproject["project"]["urls"]["Repository"].split("/")[3]
+    for line in ("uses: Comfy-Org/publish-node-action@v1", f"repository_owner == '{owner}'", "- pyproject.toml"):
+        assert line in action
+
+
+def test_changelog_begins_with_this_version_and_goes_down(pyproject: dict[str, Any]) -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)\b", text, re.MULTILINE)
+    assert versions[0] == pyproject["project"]["version"]
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert numbers == sorted(set(numbers), reverse=True)
 
 
 def test_root_is_what_comfyui_looks_for() -> None:

@@ -34,6 +34,7 @@ LATENT_FORMAT = LatentFormat(
     mean=LATENT_MEAN,
     std=LATENT_STD,
     comfy_name="Wan21",
+    tiny_decoders=("taew2_1", "lighttaew2_1"),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import host
+from . import kept
 from .block_swap import BlockSwap
 from .link import link_to
 from .pinned import HostBuffer
@@ -74,6 +75,7 @@ def placed(loaded: Loaded, device: torch.device, planner: Planner) -> Iterator["
             residency.close()
         finally:
             loaded.is_in_use = False
+            kept.show()
 
 
 class Residency:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from .. import host
+from . import kept
 from .pinned import HostBuffer
 
 ALIGNMENT = 256  # bytes, of each tensor in a slab: what CUDA's own allocator gives, and kernels may count on
@@ -19,6 +20,9 @@ class Weights(Protocol):
     """How the tensors of a module on the meta device come about; `core.weights.assemble.Weights` is one."""
 
     module: nn.Module
+
+    @property
+    def converted_bytes(self) -> int: ...
 
     def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None: ...
 
@@ -85,9 +89,6 @@ class Traced:
     visits: int
 
 
-_KNOWN: "WeakSet[Loaded]" = WeakSet()
-
-
 class Loaded:
     """A model's weights between runs. `blocks` are those of its modules that can stream.
 
@@ -102,7 +103,8 @@ class Loaded:
         self.working: dict[object, Traced] = {}
         self.visit_seconds: dict[object, float] = {}
         self.is_in_use = False
-        _KNOWN.add(self)
+        self._without_memory: tuple[Slot, ...] = ()  # what was registered before weights came to be in RAM
+        kept.remember(self)
 
     def keep_only(self, blocks: Collection[int]) -> None:
         """Let go of the slabs in RAM but for those of these blocks."""
@@ -111,8 +113,17 @@ class Loaded:
 
     @property
     def kept_bytes(self) -> int:
-        """How much RAM the slabs take that are kept."""
-        return sum(master.bytes.numel() for master in self.masters.values())
+        """How much RAM is taken by the slabs that are kept, and by weights that are not stored as they are wanted."""
+        slabs = sum(master.bytes.numel() for master in self.masters.values())
+        return slabs + (self.weights.converted_bytes if self._without_memory else 0)
+
+    def let_go(self) -> None:
+        """Give all RAM back; the next run reads the weights again. Never during a run."""
+        assert not self.is_in_use
+        self.keep_only(())
+        for table, key, bare in self._without_memory:
+            table[key] = bare
+        self._without_memory = ()
 
     def layouts(self) -> tuple[Layout, ...]:
         """Return the layout of each block, and that of all other weights last."""
@@ -122,8 +133,12 @@ class Loaded:
 
     def in_ram(self) -> nn.Module:
         """Return the module with all its tensors in RAM, memory-mapped where they are stored as they are wanted."""
-        if any(tensor.is_meta for *_, tensor in tensors(self.module)):
+        bare = tuple(slot for slot in tensors(self.module) if slot[2].is_meta)
+        if bare:
+            if self.weights.converted_bytes > host.available_ram():
+                kept.release_idle(self)
             self.weights.materialise()
+            self._without_memory = bare
         return self.module
 
     def fill(self, layout: Layout, buffer: Tensor, go_on: Callable[[], None] = lambda: None) -> None:
@@ -138,18 +153,6 @@ class Loaded:
             if piece.name not in missing:
                 go_on()
                 piece.of(buffer).copy_(piece.rest)
-
-
-def idle_bytes(but: Loaded) -> int:
-    """Return how much RAM the slabs take that models keep which are not running, `but` left out."""
-    return sum(loaded.kept_bytes for loaded in tuple(_KNOWN) if loaded is not but and not loaded.is_in_use)
-
-
-def release_idle(but: Loaded) -> None:
-    """Let go of the slabs in RAM of models that are not running; they are read again when they run next."""
-    for loaded in tuple(_KNOWN):
-        if loaded is not but and not loaded.is_in_use:
-            loaded.keep_only(())
 
 
 def tensors(module: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[Slot]:

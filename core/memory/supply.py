@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import host
+from .kept import release_idle
 from .link import Link
 from .pinned import HostBuffer
-from .slab import Layout, Loaded, release_idle
+from .slab import Layout, Loaded
 
 log = logging.getLogger(__name__)
 

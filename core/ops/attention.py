@@ -12,6 +12,8 @@ from .eight_bits import quantise_rows
 
 Attend = Callable[..., Tensor]  # takes what `attention` takes, and returns the like
 
+BACKEND = "PyTorch (scaled_dot_product_attention)"  # as users are told
+
 # Heads are divided into so many groups at most, of so many rows of all their heads at least: these keep a large card
 # busy.
 MOST_GROUPS = 8

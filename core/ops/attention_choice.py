@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import kernels
 from ..types import AUTO_ATTENTION, SDPA_ATTENTION
-from .attention import Attend, attention
+from .attention import BACKEND, Attend, attention
 from .trials import attention_arguments
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,11 @@ def try_attention(
         lengths = f"{one.queries} queries and {one.keys} keys"
         return Finding(refusal=f"differs by {error:.3g} of the result's size for {lengths}; {allowed} is allowed")
     return Finding(refusal=None, error=error)
+
+
+def name_of(attend: Attend) -> str:
+    """Return what users know an attention by."""
+    return BACKENDS[attend.name].does if isinstance(attend, Faster) else BACKEND
 
 
 @cache

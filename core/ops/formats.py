@@ -28,7 +28,9 @@ STORAGE = {
     "F8_E4M3": "fp8_e4m3fn",
     "F8_E5M2": "fp8_e5m2",
     "I8": "int8",
+    "DF11": "dfloat11",  # bf16 weights in groups, see `dfloat11`; no dtype of any file
 }
+DFLOAT11 = "DF11"
 SMALL = ("F8_E4M3", "F8_E5M2", "I8", *PACKINGS)  # what a `Linear` keeps and makes ready per call
 
 # Tensors that stand beside a layer's weight in quantised files. The first two scales multiply the weight; the input
@@ -76,12 +78,14 @@ def _unpacker(stored: str, dtype: torch.dtype, device: torch.device) -> Callable
 
 
 def layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Return dtype and shape of a tensor as its bytes lie in a file: of blocks those of the bytes.
+    """Return dtype and shape of a tensor as its bytes lie in a file: of blocks those of the bytes, of DFloat11 bf16's.
 
     Raises ValueError for a dtype that PyTorch does not have.
     """
     if packing := PACKINGS.get(info.dtype):
         return torch.uint8, (*info.shape[:-1], packing.row_bytes(info.shape[-1]))
+    if info.dtype == DFLOAT11:
+        return torch.bfloat16, info.shape
     if info.dtype not in DTYPES:
         raise ValueError(f"tensors of {info.dtype} can't be read")
     return DTYPES[info.dtype], info.shape
@@ -99,8 +103,8 @@ def companion(name: str) -> str | None:
 
 def weight_format(tensors: Mapping[str, TensorInfo]) -> str:
     """Return the users' name of how a model is stored: fp32, bf16, fp8_e4m3fn, fp8_scaled, gguf Q4_K, mixed..."""
-    if any(name.endswith(".encoded_exponent") for name in tensors):
-        return "dfloat11"
+    if any(info.dtype == DFLOAT11 for info in tensors.values()):
+        return STORAGE[DFLOAT11]
     sizes: Counter[str] = Counter()
     for name, info in tensors.items():
         if companion(name) is None:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ...kernels import BLOCK_FORMATS
-from . import eight_bits, gguf_blocks, norm, rope, rows
+from . import dfloat11, eight_bits, gguf_blocks, norm, rope, rows
 from .attention import attention, attention_int8
+from .dfloat11_encoder import encode
 
 FLOAT32_STEP = 4e-6
 LOUD = 60.0  # how much larger than the others some channels of trained models are
 EPS = 1e-6
+RARE = 120  # weights of a trial of DFloat11 that are of unusual sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +136,17 @@ def _norm_rotate(tokens: Tokens, dtype: torch.dtype, device: torch.device, per_h
     return x, (weight, EPS), (angles[0].cos().to(device), angles[0].sin().to(device)), out
 
 
+def _dfloat11(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
+    """Weights as models have them, and a few of every size that there is: their codes take all four tables."""
+    generator = torch.Generator().manual_seed(6)
+    weights = torch.randn(tokens.batch * tokens.rows * tokens.width, generator=generator) * 0.02
+    rare = torch.linspace(-126, 112, min(len(weights), RARE)).exp2()
+    weights[: len(rare)] = rare
+    planes = encode([weights.bfloat16()], threads=1)
+    out = torch.zeros(len(weights), dtype=torch.bfloat16, device=device)
+    return *(planes[name].to(device) for name in dfloat11.PLANES), out
+
+
 def _gelu(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
     return (_random(tokens.batch, tokens.rows, 3 * tokens.width, device=device, dtype=dtype),)
 
@@ -192,6 +205,7 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
     "add_norm": (Trial(eager=rows.add_norm, arguments=_add_norm, results=lambda returned, _: returned),),
     "add_to_rows": (Trial(eager=rows.add_to_rows, arguments=_add_to_rows),),
     "rms_norm": (Trial(eager=norm.rms_norm, arguments=_rms_norm),),
+    "dfloat11_decode": (Trial(eager=dfloat11.decode, arguments=_dfloat11, allowed=0.0, fills=5),),
     "gelu_int8": (Trial(eager=eight_bits.gelu_int8, arguments=_gelu, results=lambda returned, _: returned),),
     "gelu_float8": (Trial(eager=eight_bits.gelu_float8, arguments=_gelu, results=lambda returned, _: returned),),
     "unpack_blocks": tuple(

@@ -48,7 +48,7 @@ def plan_steps(request: SampleRequest, published: Schedule) -> StepPlan:
     schedule = published if request.shift is None else replace(published, shift=request.shift, terminal=None)
     grid_start = find_solver(request.solver).grid_start
     sigmas = _shifted_sigmas(request, schedule, grid_start) if request.sigmas is None else _custom_sigmas(request)
-    timesteps = [_timestep(sigma, schedule.whole_timesteps) for sigma in sigmas[:-1]]
+    timesteps = [timestep_of(sigma, schedule.whole_timesteps) for sigma in sigmas[:-1]]
     guidance = per_step(request.guidance, len(timesteps))
     start, end = _part(request, len(timesteps))
     return StepPlan(
@@ -81,6 +81,12 @@ def stretch_to_terminal(levels: Sequence[float], terminal: float) -> list[float]
         return list(levels)
     factor = (1 - terminal) / (1 - levels[-1])
     return [1 - (1 - level) * factor for level in levels]
+
+
+def timestep_of(sigma: float, whole: bool) -> float:
+    """Return what the model is told of a noise level, 0 to 1000; with `whole` without its fraction."""
+    timestep = sigma * TRAIN_TIMESTEPS
+    return float(int(timestep)) if whole else timestep
 
 
 def _shifted_sigmas(request: SampleRequest, schedule: Schedule, grid_start: float) -> list[float]:
@@ -120,11 +126,6 @@ def _part(request: SampleRequest, steps: int) -> tuple[int, int]:
             f"0 <= start_step < end_step <= {steps} is needed."
         )
     return start, end
-
-
-def _timestep(sigma: float, whole: bool) -> float:
-    timestep = sigma * TRAIN_TIMESTEPS
-    return float(int(timestep)) if whole else timestep
 
 
 def _descending_float32(sigmas: Sequence[float]) -> tuple[float, ...]:

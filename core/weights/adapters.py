@@ -98,9 +98,9 @@ class Adapters:
         for name, changes in by_name.items():
             path, _, leaf = name.rpartition(".")
             owner = present.get(path)
-            if owner is None or owner._parameters.get(leaf) is None:
+            if owner is None or leaf not in owner._parameters:
                 continue  # a model made shallow, for planning
-            if isinstance(owner, Linear) and leaf == WEIGHT:
+            if isinstance(owner, Linear) and leaf == WEIGHT:  # which need not be there yet
                 owner.changes = tuple(changes)
                 self._changed.append(owner)
             elif (i := self._block_of.get(id(owner))) is not None:

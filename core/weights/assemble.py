@@ -1,7 +1,7 @@
 """Make a module of a checkpoint, with a strict account: every parameter is filled, every tensor used or known."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import host
-from ..ops import formats
+from ..ops import dfloat11, formats
 from ..ops.linear import Linear
+from ..ops.packed import Packed
 from ..types import Checkpoint
 from .keymap import Share
 from .ranges import Range, read_ranges
@@ -54,6 +55,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, checkpoint: Checkpoint, recipes: Mapping[str, Recipe]):
         self.module, self.checkpoint, self.recipes = module, checkpoint, dict(recipes)
+        self._infos = {**checkpoint.tensors, **checkpoint.planes}
 
     def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
         """Write tensors of the module into given memory: contiguous CPU tensors of their shapes and dtypes, by name.
@@ -66,7 +68,7 @@ class Weights:
         converted: list[tuple[str, Tensor]] = []
         for name, target in out.items():
             recipe = self.recipes[name]
-            info = self.checkpoint.tensors[recipe.tensor]
+            info = self._infos[recipe.tensor]
             dtype, shape = formats.layout(info)
             stored = target
             if recipe.scale is not None or dtype != target.dtype:
@@ -105,7 +107,7 @@ class Weights:
         """Return what a recipe makes of its part of a tensor as the file has it; that itself where it is wanted so."""
         if recipe.scale is None and recipe.dtype == stored.dtype:
             return stored
-        kind = self.checkpoint.tensors[recipe.tensor].dtype
+        kind = self._infos[recipe.tensor].dtype
         return formats.dequantise(stored, recipe.part_of_scale(self._scales.get(recipe.scale)), recipe.dtype, kind)
 
     @cached_property
@@ -116,22 +118,34 @@ class Weights:
 
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
-        """The tensors of files that must be opened as a whole, memory-mapped."""
+        """The tensors of files that must be opened as a whole, memory-mapped; DFloat11 weights outside of blocks."""
         names = {recipe.tensor for recipe in self.recipes.values()}
-        return dict(
-            read_tensors(self.checkpoint, [name for name in names if self.checkpoint.tensors[name].start is None])
-        )
+        return dict(read_tensors(self.checkpoint, [name for name in names if self._infos[name].start is None]))
+
+    @property
+    def converted_bytes(self) -> int:
+        """How much RAM all weights take that are not stored as they are wanted; the others stay memory-mapped."""
+        return sum(map(self._made_bytes, self.recipes))
+
+    def _made_bytes(self, name: str) -> int:
+        if not self._converts(name):
+            return 0
+        return self._shapes[name].numel() * self.recipes[name].dtype.itemsize
+
+    def _converts(self, name: str) -> bool:
+        recipe = self.recipes[name]
+        stored, _ = formats.layout(self._infos[recipe.tensor])
+        return name in self._shapes and (stored != recipe.dtype or recipe.scale is not None)
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
     def _check_ram(self, chosen: Mapping[str, Recipe]) -> None:
-        parameters = dict(self.module.named_parameters())
-        needed, dtypes = 0, set()
-        for name, recipe in chosen.items():
-            stored, _ = formats.layout(self.checkpoint.tensors[recipe.tensor])
-            if name in parameters and (stored != recipe.dtype or recipe.scale is not None):
-                needed += parameters[name].numel() * recipe.dtype.itemsize
-                dtypes.add(recipe.dtype)
+        converted = [r.dtype for name, r in chosen.items() if self._converts(name)]
+        needed = sum(self._made_bytes(name) for name in chosen)
         if needed > (free := host.available_ram()):
-            wanted = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            wanted = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(converted)))
             raise ValueError(
                 f"{self.checkpoint.path} stores its weights in another way than {wanted}, in which they take "
                 f"{needed / 1e9:.1f} GB of RAM, and {free / 1e9:.1f} GB are free: choose the precision that the file "
@@ -148,6 +162,7 @@ def prepare(
     dtype: torch.dtype,
     ignored: Collection[str] = (),
     shares: Mapping[str, Share] | None = None,
+    blocks: Callable[[nn.Module], Iterable[nn.Module]] = lambda module: (),
 ) -> Weights:
     """Return a module on the meta device and how to fill it, in eval mode and without gradients.
 
@@ -155,7 +170,8 @@ def prepare(
     which `float32` holds are stored in float32; fp8 and int8 weights of a `Linear` stay as they are, with their scale
     in its `weight_scale`, and blocks of GGUF as bytes; all others are stored in `dtype`. `ignored` are names of the
     file that are known and not needed. `shares` names the parameters that are a part of the tensor that `names` gives
-    them, and says which part.
+    them, and says which part. `blocks` are the modules around whose calls weights are unpacked: DFloat11 groups inside
+    of one stay as they are, in a `Packed` of that block, and others are decoded when they are read.
     Raises ValueError, without reading a weight, for parameters the file lacks, tensors that nothing takes, other
     shapes, or a format that can't be read.
     """
@@ -165,8 +181,20 @@ def prepare(
     check_formats(checkpoint, names)
     _check_account(parameters, names, checkpoint, ignored, shares)
     scales = {o.rpartition(".")[0]: file for o, file in names.items() if o.endswith(formats.WEIGHT_SCALES)}
-    recipes: dict[str, Recipe] = {}
+
+    def is_needed(name: str) -> bool:
+        return float32(name) or name in shares or name.removesuffix(".weight") in scales
+
+    packed = _packed(module, blocks(module), parameters, names, checkpoint, is_needed)
+    recipes = {
+        f"{place}.{plane}": Recipe(tensor=f"{prefix}.{plane}", scale=None, dtype=torch.uint8)
+        for prefix, place in packed.items()
+        for plane in dfloat11.PLANES
+    }
+    kept = {weight for prefix in packed for weight in checkpoint.groups[prefix]}
     for name, parameter in parameters.items():
+        if names[name] in kept:
+            continue
         path, _, leaf = name.rpartition(".")
         owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
         info = checkpoint.tensors[names[name]]
@@ -186,6 +214,36 @@ def prepare(
         row = in_file[len(in_file) - parameter.dim() + 1 :] if rows else ()
         recipes[name] = Recipe(tensor=names[name], scale=scale, dtype=wanted, rows=rows, row=row)
     return Weights(module.eval(), checkpoint, recipes)
+
+
+def _packed(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    parameters: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    is_needed: Callable[[str], bool],
+) -> dict[str, str]:
+    """Put a `Packed` into each block for the groups that can stay as they are; return its path by the file's group.
+
+    Those are the groups of layers of one block, none of which `is_needed` in another form.
+    """
+    paths = {part: path for path, part in module.named_modules()}
+    inside = {name: block for block in blocks for name, _ in block.named_parameters(prefix=paths[block])}
+    official = {names[name]: name for name in parameters}
+    found: dict[str, str] = {}
+    for prefix, weights in checkpoint.groups.items():
+        ours = [official.get(weight, "") for weight in weights]
+        [*homes] = {inside.get(name) for name in ours}
+        whole = all(name.endswith(".weight") and parameters[name].dim() == 2 and not is_needed(name) for name in ours)
+        if len(homes) != 1 or homes[0] is None or not whole:
+            continue
+        block, place = homes[0], f"dfloat11_{len(found)}"
+        layers = {name.removesuffix(".weight"): tuple(parameters[name].shape) for name in ours}
+        planes = {plane: checkpoint.planes[f"{prefix}.{plane}"] for plane in dfloat11.PLANES}
+        block.add_module(place, Packed(module, layers, planes))
+        found[prefix] = f"{paths[block]}.{place}"
+    return found
 
 
 def assemble(
@@ -211,7 +269,7 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
         shape = owner._parameters[leaf].shape  # of which a file may leave out leading ones
         owner.register_parameter(leaf, nn.Parameter(tensor.view(shape), requires_grad=False))
     else:
-        setattr(owner, leaf, tensor.clone())
+        setattr(owner, leaf, tensor)
 
 
 def _rows(parameter: Tensor, share: Share | None) -> slice | None:

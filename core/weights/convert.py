@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops import formats
 from ..types import Checkpoint, Identity, Spelling, TensorInfo
+from .dfloat11 import seen_through
 from .export import Export, Piece, fits
 from .identity import METADATA_KEY, own_metadata
 from .keymap import Share
@@ -30,7 +31,7 @@ FORMAT = {"format": "pt"}  # without which Hugging Face's libraries refuse a saf
 OUTDATED = (
     *(formats.METADATA_RECORD, METADATA_KEY, CONVERTED_KEY, "format", "*hash*", "*sha256*"),
     *("general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "general.type"),
-    *("comfy.gguf.*", "tokenizer.*", "GGUF.*"),
+    *("comfy.gguf.*", "tokenizer.*", "GGUF.*", "dfloat11_*"),
 )
 SMALLEST = 1024  # numbers of a GGUF matrix; what is less is stored in float32, as the tools for these files do
 SHOWN = 6  # names in an error
@@ -86,7 +87,8 @@ class Plan:
     def checkpoint(self, path: Path) -> Checkpoint:
         """Return the new file as if it lay there and its header had been read."""
         tensors, metadata = self.tensors, {key: str(value) for key, value in self.facts.items()}
-        return Checkpoint(path=path, tensors=tensors, location=dict.fromkeys(tensors, path), metadata=metadata)
+        location = dict.fromkeys(tensors, path)
+        return seen_through(Checkpoint(path=path, tensors=tensors, location=location, metadata=metadata))
 
     def write(self, path: Path, advance: Callable[[int], None] = lambda count: None) -> None:
         """Write the file; `advance` is told of bytes as they are written. See `write.write_file`.
@@ -142,11 +144,14 @@ class _Planner:
         extra, dropped = self._others()
         return Plan(
             container=self.target.container,
-            facts=self._facts(),
+            facts={**self._facts(), **self.target.tells(self._packed_shapes())},
             steps=(*steps, *extra),
             num_quantised=len(self.quantised),
             dropped=dropped,
         )
+
+    def _packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {_path(self.prefix + piece.name): piece.shape for piece in self.quantised.values()}
 
     def _spelling(self) -> Spelling | None:
         """Return the spelling to write, None for the file's own."""
@@ -186,10 +191,15 @@ class _Planner:
     def _is_quantised(self, piece: Piece) -> bool:
         return (
             self.target.planes is not None
-            and self.export.is_quantised(piece.official, self.target.all_linears)
+            and self._is_meant(piece.official)
             and self.target.takes(piece.shape)
             and not self._is_kept(piece)
         )
+
+    def _is_meant(self, official: str) -> bool:
+        if self.target.is_for is not None:
+            return self.target.is_for(official)
+        return self.export.is_quantised(official, self.target.all_linears)
 
     def _is_kept(self, piece: Piece) -> bool:
         names = (piece.official, self.identity.names[piece.official])
@@ -201,6 +211,11 @@ class _Planner:
         if unused := [pattern for pattern in self.wish.keep if not any(fits(name, (pattern,)) for name in known)]:
             raise ValueError(
                 f"{file} has no tensor that fits --keep {' '.join(unused)}: names are such as {', '.join(known[:4])}"
+            )
+        if self.wish.target == SAME and any(self._stored(piece) == formats.DFLOAT11 for piece in self.pieces):
+            raise ValueError(
+                f"{file} is DFloat11, whose groups are made anew where names change: choose dfloat11, or bf16, which "
+                "it holds without loss"
             )
         if self.target.planes is not None and not self.quantised:
             raise ValueError(
@@ -226,7 +241,7 @@ class _Planner:
         is_matrix = len(piece.shape) == 2 and torch.Size(piece.shape).numel() > SMALLEST
         if self.is_gguf and not is_matrix:
             return "F32"  # tools read vectors, modulations and convolutions so only
-        if stored in WIDE and not self._is_kept(piece):
+        if stored in WIDE and not self._is_kept(piece) and not self.target.is_exact:
             return "F32" if self.export.float32(piece.official) else "BF16"
         return "F32" if stored == "F64" else stored if stored in FLOATS else "BF16"
 
@@ -368,6 +383,7 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, identity: Identity):
         self.checkpoint, self.names = checkpoint, identity.names
+        self._group: dict[str, Tensor] = {}
         self.beside: dict[str, list[tuple[str, str]]] = {}  # path of a layer -> suffix and name of each companion
         for official, file in identity.names.items():
             if suffix := formats.companion(official):
@@ -399,14 +415,23 @@ class _Source:
         out = torch.empty(shape, dtype=dtype)
         if info.start is None:
             first = share.index * len(out) if share.count > 1 else 0
-            stored = self._pickled[file]
+            stored = self._decoded(file) if info.dtype == formats.DFLOAT11 else self._pickled[file]
             return stored[first : first + len(out)] if share.count > 1 else stored
         start = info.start + share.index * out.nbytes
         read_ranges([Range(file=self.checkpoint.location[file], start=start, name=file, out=out)])
         return out
 
+    def _decoded(self, file: str) -> Tensor:
+        """Return a weight of a DFloat11 group. Its whole group is decoded, and kept until another one is needed."""
+        if file not in self._group:
+            self._group = {}
+            weights = next(weights for weights in self.checkpoint.groups.values() if file in weights)
+            self._group = dict(read_tensors(self.checkpoint, weights))
+        return self._group[file]
+
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
         """The tensors of files that must be opened as a whole, memory-mapped."""
-        names = [name for name, info in self.checkpoint.tensors.items() if info.start is None]
+        tensors = self.checkpoint.tensors
+        names = [name for name in tensors if tensors[name].start is None and tensors[name].dtype != formats.DFLOAT11]
         return dict(read_tensors(self.checkpoint, names))

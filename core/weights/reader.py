@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import formats
+from ..ops import dfloat11, formats
 from ..types import Checkpoint, TensorInfo
+from .dfloat11 import files_with, rest_in, seen_through
 from .gguf import read_gguf
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -40,7 +41,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Return what a checkpoint holds, reading no weights.
 
     `path` is a .safetensors or .gguf file, any shard of a set, a set's index, a folder that holds one of these, or a
-    .pth/.pt file, which is read without running code. Raises ValueError for whatever is none of these, or incomplete.
+    .pth/.pt file, which is read without running code. Of a DFloat11 model the weights are what it holds, see
+    `dfloat11.seen_through`. Raises ValueError for whatever is none of these, or incomplete.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,26 +57,50 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         index = path.with_name(shard["stem"] + INDEX)
         files = _indexed(index) if index.is_file() and shard["suffix"] == SAFETENSORS else _siblings(path, shard)
     elif path.suffix.lower() in (SAFETENSORS, GGUF):
-        files = [path]
+        files = files_with(path)
     else:
         raise ValueError(
             f"{path}: expected .safetensors, .gguf, {INDEX}, .pth, .pt or a folder, found {path.suffix or 'a file'!r}"
         )
-    return _gather(path, {file: (read_gguf if _is_gguf(file) else read_header)(file) for file in files})
+    return seen_through(_gather(path, {file: (read_gguf if _is_gguf(file) else read_header)(file) for file in files}))
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) on the CPU, file by file, memory-mapped: bytes are read when the tensor is first used."""
+    """Yield (name, tensor) on the CPU, file by file, memory-mapped: bytes are read when the tensor is first used.
+
+    Weights of DFloat11 groups are decoded, the group at a time, and come last.
+    """
     by_file: dict[Path, list[str]] = {}
+    names = list(names)
+    packed = {name for name in names if (info := checkpoint.tensors.get(name)) and info.dtype == formats.DFLOAT11}
     for name in names:
-        by_file.setdefault(checkpoint.location[name], []).append(name)
+        if name not in packed:
+            by_file.setdefault(checkpoint.location[name], []).append(name)
     for file, inside in by_file.items():
         if file.suffix in PICKLES:
             state = _load_pickle(file)
             yield from ((name, state[name]) for name in inside)
         else:
             mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-            yield from ((name, _mapped(file, name, checkpoint.tensors[name], mapped)) for name in inside)
+            infos = {**checkpoint.tensors, **checkpoint.planes}
+            yield from ((name, _mapped(file, name, infos[name], mapped)) for name in inside)
+    for prefix, weights in checkpoint.groups.items():
+        if not packed.isdisjoint(weights):
+            decoded = _decoded(checkpoint, prefix)
+            yield from ((name, decoded[name]) for name in weights if name in packed)
+
+
+def _decoded(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """Return the weights of a DFloat11 group in bf16."""
+    planes = dict(read_tensors(checkpoint, [f"{prefix}.{kind}" for kind in dfloat11.PLANES]))
+    shapes = {name: checkpoint.tensors[name].shape for name in checkpoint.groups[prefix]}
+    out = torch.empty(sum(map(prod, shapes.values())), dtype=torch.bfloat16)
+    try:
+        dfloat11.decode(*(planes[f"{prefix}.{kind}"] for kind in dfloat11.PLANES), out)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {prefix}: {error}") from error
+    parts = out.split([prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -233,7 +259,12 @@ def _is_there(file: Path) -> bool:
 
 
 def _in_folder(folder: Path) -> Path:
-    """Return the one checkpoint of a folder: an index, a single file, or a shard of a set without an index."""
+    """Return the one checkpoint of a folder: an index, a single file, or a shard of a set without an index.
+
+    Of a DFloat11 model of many files it is the one of what is in none of its groups.
+    """
+    if rest := rest_in(folder):
+        return rest
     indices = sorted(folder.glob(f"*{INDEX}"))
     weights = sorted(file for file in folder.iterdir() if file.suffix.lower() in (SAFETENSORS, GGUF))
     found = indices + [file for file in weights if not any(_belongs(file, index) for index in indices)]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..ops import formats
-from ..ops.gguf_blocks import PACKINGS
+from ..ops.gguf_blocks import ELEMENTS_AT_ONCE, PACKINGS
 from ..types import TensorInfo
+from . import dfloat11_target
+from .dfloat11 import CONFIG_KEY
 from .write import GGUF, SAFETENSORS, Container
 
 Shape = tuple[int, ...]
@@ -68,7 +70,7 @@ class Layer:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of a matrix's rows with their numbers in float32, a few million at a time."""
         assert len(self.parts) == 1, "a tensor put together is not quantised"
-        size = max(1, formats.ELEMENTS_AT_ONCE // max(1, prod(self.shape[1:])))
+        size = max(1, ELEMENTS_AT_ONCE // max(1, prod(self.shape[1:])))
         for first in range(0, self.shape[0], size):
             chosen = slice(first, min(first + size, self.shape[0]))
             numbers = self.parts[0].rows(chosen)
@@ -102,6 +104,9 @@ class Target:
     and `facts` go into the metadata of its `container`.
     `all_linears` is whether it is for readers that keep no linear layer precise beside those that are quantised.
     `is_narrow` is whether a number has 8 bits or fewer; `check` raises ValueError for what is not installed.
+    `is_for` says which weights, by official name; None are those that published quantised files round. `tells` makes
+    metadata of the layers that are packed, of which official loaders look for `beside` in a config.json. Where
+    `is_exact`, also what is in float32 stays so.
     """
 
     title: str
@@ -116,6 +121,10 @@ class Target:
     all_linears: bool = False
     is_narrow: bool = False
     check: Callable[[], object] = lambda: None
+    is_for: Callable[[str], bool] | None = None
+    tells: Callable[[Mapping[str, Shape]], Mapping[str, str]] = lambda layers: {}
+    beside: str | None = None
+    is_exact: bool = False
 
 
 def _each(pack: Callable[[Layer], Mapping[str, Tensor]]) -> Pack:
@@ -166,6 +175,10 @@ def _int8_planes(layers: Mapping[str, Shape]) -> dict[str, TensorInfo]:
 def _int8(layer: Layer) -> dict[str, Tensor]:
     weight, scale = _by_row(layer, INT8_MAX, torch.int8, torch.round)
     return {".weight": weight, ".weight_scale": scale, formats.RECORD: _record()}
+
+
+def _dfloat11(layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
+    return dfloat11_target.pack({path: layer.at(torch.bfloat16) for path, layer in layers.items()})
 
 
 def _record() -> Tensor:
@@ -259,6 +272,16 @@ TARGETS = {
         planes=_int8_planes,
         pack=_each(_int8),
         is_narrow=True,
+    ),
+    "dfloat11": Target(
+        title="bf16 without loss in 11 bits (DFloat11), which the official loader reads too",
+        planes=dfloat11_target.planes_of,
+        pack=_dfloat11,
+        unit=dfloat11_target.block_of,
+        is_for=dfloat11_target.is_in_block,
+        tells=dfloat11_target.facts_of,
+        beside=CONFIG_KEY,
+        is_exact=True,
     ),
     "gguf_q8_0": _gguf("Q8_0", "GGUF, 8.5 bits a number"),
     "gguf_q5_1": _gguf("Q5_1", "GGUF, 6 bits"),

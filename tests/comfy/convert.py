@@ -8,7 +8,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 MODEL, TEXT_ENCODER, VAE, PROMPT, SIZE, SAMPLER, DECODE, VIDEO, SAVE = map(str, range(1, 10))  # ids in our workflows
 TINY = "tiny.safetensors"  # the random checkpoint in each model folder, see conftest.py
 
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")  # the last one of newer versions
 NOTES = ("Note", "MarkdownNote")  # of the editor alone
 
 
@@ -23,7 +23,11 @@ def of_type(prompt: dict[str, Any], class_type: str) -> list[str]:
 
 
 def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
-    """Return the prompt. Raises KeyError for a node that the server lacks, ValueError for values without a widget."""
+    """Return the prompt.
+
+    Raises KeyError for a node that the server lacks, ValueError for values without a widget, and the other way round in
+    a node of ours.
+    """
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     return {
         str(node["id"]): {
@@ -50,7 +54,10 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
             try:
                 found[name] = next(values)
             except StopIteration:
-                raise ValueError(f"{node['type']} {node['id']}: no value for {name}") from None
+                if info["python_module"].startswith("custom_nodes"):
+                    raise ValueError(f"{node['type']} {node['id']}: no value for {name}") from None
+                # A widget that a newer ComfyUI gave its own node: the editor takes the default.
+                found[name] = options.get("default", (options.get("options") or socket)[0])
             if "control_after_generate" in options:
                 next(values)  # what becomes of the seed after a run: for the editor alone
             num_buttons += bool(options.keys() & {"image_upload", "video_upload"})  # after all other values

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 150
+TRIES = 3  # ports
 JOB_SECONDS = 90
 HISTORY_SECONDS = 10
+PREVIEW = 1  # what a binary message begins with; another number says of which format its picture is
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -28,7 +30,8 @@ def find_comfyui() -> tuple[Path, Path] | str:
     if not (home / "main.py").is_file():
         return f"no ComfyUI in {home}; COMFYUI_PATH says where one is"
     named = os.environ.get("COMFYUI_PYTHON")
-    environments = (home / ".venv", home / "venv", home.parent / ".venv", Path("~/comfyenv").expanduser())
+    environments = [folder / name for folder in (home, home.parent) for name in (".venv", "venv")]
+    environments.append(Path("~/comfyenv").expanduser())
     places = [Path(named)] if named else [folder / "bin" / "python" for folder in environments]
     for place in places:
         if place.is_file():
@@ -43,6 +46,7 @@ class Job:
     prompt_id: str
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)  # image files
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [data for name, data in self.messages if name == kind]
@@ -67,29 +71,41 @@ class Server:
 
     def __init__(self, home: Path, python: Path, base: Path):
         self.base, self.log_path = base, base / "server.log"
+        self.socket: WebSocket | None = None
+        for _ in range(TRIES):
+            self._start(home, python)
+            if self._is_up():
+                break
+            taken = "address already in use" in self.log().lower()  # by a server that started meanwhile
+            if not taken:
+                raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-4000:]}")
+        else:
+            raise RuntimeError(f"ComfyUI found no free port in {TRIES} tries:\n{self.log()[-4000:]}")
+        self.socket = WebSocket(self.port, "/ws?clientId=tests")
+
+    def _start(self, home: Path, python: Path) -> None:
         self.port = _free_port()
-        command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.port, "--base-directory", base]
+        listen = ["--cpu", "--listen", "127.0.0.1", "--port", self.port, "--base-directory", self.base]
+        quiet = ["--disable-auto-launch", "--dont-print-server", "--database-url", "sqlite:///:memory:"]
+        command = [python, "main.py", *listen, *quiet, "--preview-method", "auto"]
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
-                [*map(str, command), "--disable-auto-launch", "--dont-print-server", "--database-url", "sqlite:///:memory:"],
+                list(map(str, command)),
                 cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=_die_with_parent,
             )  # fmt: skip
-        self.socket: WebSocket | None = None
-        self._wait_until_up()
 
-    def _wait_until_up(self) -> None:
+    def _is_up(self) -> bool:
+        """Wait until the server answers; say whether it does."""
         until = time.monotonic() + START_SECONDS
-        while True:
+        while self.process.poll() is None and time.monotonic() < until:
             try:
                 self.get("/system_stats")
-                break
+                return self.process.poll() is None  # else it was another server that answered
             except OSError:
-                if self.process.poll() is not None or time.monotonic() > until:
-                    self.close()
-                    raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-4000:]}") from None
                 time.sleep(0.3)
-        self.socket = WebSocket(self.port, "/ws?clientId=tests")
+        self.close()
+        return False
 
     def close(self) -> None:
         if self.socket:
@@ -105,9 +121,12 @@ class Server:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def get(self, path: str) -> Any:
+    def fetch(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.fetch(path))
 
     def post(self, path: str, content: dict[str, Any]) -> tuple[int, Any]:
         """Return the status and the answer, also of a refusal."""
@@ -138,6 +157,8 @@ class Server:
                     job.messages.append((kind, data))
                     job.times.append(time.monotonic())
                     yield kind, data
+            elif struct.unpack(">I", message[:4])[0] == PREVIEW:
+                job.previews.append(message[8:])
 
     def run(self, prompt: dict[str, Any]) -> Job:
         """Run a prompt to its end, good or bad."""

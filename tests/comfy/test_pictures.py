@@ -83,6 +83,7 @@ WORKFLOWS = {
     "wan21_image_to_video": ("tiny_i2v.safetensors", (5, 48, 48, 16)),
     "wan21_first_last_frame": ("tiny_flf2v.safetensors", (5, 48, 48, 16)),
     "wan21_video_to_video": ("tiny.safetensors", (5, 48, 64, 16)),
+    "wan21_video_to_video_4_steps": ("tiny.safetensors", (5, 48, 64, 16)),
 }
 
 
@@ -94,6 +95,8 @@ def test_workflows_from_pictures_run(server, object_info, name):
         inputs, kind = node["inputs"], node["class_type"]
         if kind.startswith("WanQwenLoad"):
             inputs["file"] = model if kind == "WanQwenLoadWanModel" else "tiny.safetensors"
+        elif kind == "WanQwenLoRA":
+            inputs["file"] = "style.safetensors"
         elif kind == "WanQwenSampler":
             inputs["steps"] = 2
         elif kind == "WanQwenWanImageSize":

@@ -1,9 +1,13 @@
 """Our workflows and nodes in a real ComfyUI: what a user does on a good day."""
 
+import io
 import json
+import time
 from pathlib import Path
 
+import numpy
 import pytest
+from PIL import Image
 
 from .convert import (
     DECODE,
@@ -59,7 +63,9 @@ def test_workflow_without_its_files_names_them(server, object_info, name):
     status, answer = server.post("/prompt", {"prompt": prompt})
     assert status == 400
     problems = {node: error["errors"][0]["details"] for node, error in answer["node_errors"].items()}
-    assert set(problems) == {node for node in prompt if prompt[node]["class_type"].startswith("WanQwenLoad")}
+    assert set(problems) == {
+        node for node in prompt if prompt[node]["class_type"].startswith("WanQwen") and "file" in prompt[node]["inputs"]
+    }
     for node, details in problems.items():
         assert prompt[node]["inputs"]["file"] in details and "was not found: put the file into" in details
 
@@ -75,6 +81,15 @@ def test_demo_workflow_makes_a_video(server, demo):
     progress = [message for message in job.of("progress") if message["node"] == SAMPLER]
     assert [message["value"] for message in progress][-12:] == list(range(1, 13))
     assert {message["max"] for message in progress} == {12}
+    pictures = [preview(content) for content in job.previews]
+    assert len(pictures) == 12 and all(picture.shape[0] == picture.shape[1] for picture in pictures)
+    assert preview(job.previews[-1]).std() > 10, "something is to be seen in the end"
+
+
+def preview(content: bytes) -> numpy.ndarray:
+    """Return a preview as the browser shows it."""
+    with Image.open(io.BytesIO(content)) as image:
+        return numpy.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +129,9 @@ def test_a_lora_changes_its_own_branch_and_no_other(server, tiny):
     job = server.run(tiny)
     assert job.end == "execution_success", job.error
     assert "78 of 78 tensors used" in server.outputs(job)["20"]["text"][0]
+    with Image.open(server.files(job, "23")[0]) as image:
+        settings = json.loads(image.info["prompt"])
+    assert settings[SAMPLER]["inputs"] == tiny[SAMPLER]["inputs"], "seed and all settings go with the picture"
     plain, changed = ([pixels(file) for file in server.files(job, node)] for node in ("23", "24"))
     assert len(plain) == len(changed) == 5 and plain != changed
     lora["strength"] = 0.0
@@ -131,6 +149,19 @@ def test_a_changed_prompt_runs_only_what_depends_on_it(server, tiny):
     assert changed.end == "execution_success"
     assert set(changed.of("execution_cached")[0]["nodes"]) == {MODEL, TEXT_ENCODER, VAE, SIZE}
     assert changed.executed == {PROMPT, SAMPLER, DECODE, VIDEO, SAVE}
+
+
+def test_after_models_and_cache_were_freed_everything_comes_again(server, tiny):
+    tiny["20"] = {"class_type": "SaveImage", "inputs": {"images": [DECODE, 0], "filename_prefix": "freed"}}
+    first = server.run(tiny)
+    assert first.end == "execution_success", first.error
+    assert server.post("/free", {"unload_models": True, "free_memory": True})[0] == 200
+    time.sleep(1)  # the server looks at this between two prompts
+    again = server.run(tiny)
+    assert again.end == "execution_success", again.error
+    assert {MODEL, TEXT_ENCODER, VAE, PROMPT, SAMPLER, DECODE} <= again.executed
+    pairs = zip(server.files(first, "20"), server.files(again, "20"), strict=True)
+    assert all(pixels(one) == pixels(other) for one, other in pairs)
 
 
 def test_interrupt_stops_within_a_block(server, tiny):
@@ -221,7 +252,5 @@ def test_block_swap_between_loader_and_sampler_changes_nothing(server, tiny):
 
 
 def pixels(file: Path) -> bytes:
-    from PIL import Image
-
     with Image.open(file) as image:
         return image.tobytes()

@@ -1,6 +1,7 @@
 """The seam to ComfyUI, against stand-ins for the few modules it looks at."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -45,13 +46,13 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "model_management": {
             "get_torch_device": lambda: torch.device("cuda", 1),
             "get_free_memory": lambda where: 123,
-            "free_memory": lambda nbytes, where: state.asked.append((nbytes, where)),
+            "free_memory": lambda nbytes, where, keep_loaded: state.asked.append((nbytes, where)),
             "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
             "soft_empty_cache": lambda: state.asked.append("empty"),
             "should_use_bf16": lambda where: False,
         },
         "utils": {"ProgressBar": progress_bar},
-        "cli_args": {"args": state, "LatentPreviewMethod": SimpleNamespace(NoPreviews="none")},
+        "cli_args": {"args": state, "LatentPreviewMethod": SimpleNamespace(NoPreviews="none", TAESD="taesd")},
         "latent_formats": {"Two": lambda: "the format named Two"},
     }
     for name, content in modules.items():
@@ -105,6 +106,46 @@ def test_progress_asks_comfyui_for_a_space_without_colours(comfy: SimpleNamespac
     )
     host.progress(9, "sampling", unknown).update(1, 9, torch.zeros(1, 2, 3, 4, 5))
     assert comfy.bars[1].calls == [(1, 9, None)]
+
+
+def test_a_tiny_decoder_shows_more_where_its_file_is_and_the_user_wants_it(
+    comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("PIL")
+    space = replace(RED_GREEN, rgb=(), tiny_decoders=("best", "good"))
+    opened, files = [], ["other.safetensors", "good_1.safetensors"]
+    folders = SimpleNamespace(get_filename_list=lambda kind: files, get_full_path=lambda kind, name: f"/{kind}/{name}")
+    monkeypatch.setitem(sys.modules, "folder_paths", folders)
+    show = SimpleNamespace(show=lambda latents: torch.full((8, 6, 3), float(latents[0, 0, -1, 0, 0])))
+    monkeypatch.setattr(host, "open_tiny_decoder", lambda path, where, channels: opened.append(str(path)) or show)
+    x0 = torch.zeros(1, 2, 3, 4, 5)
+    x0[:, :, 1] = 1.0
+    comfy.preview_method = "taesd"
+    host.progress(9, "sampling", space).update(1, 9, x0)
+    [(_, _, (_, image, _))] = comfy.bars[0].calls
+    assert (
+        image.size == (6, 8)
+        and image.getpixel((0, 0)) == (255, 255, 255)
+        and opened == ["/vae_approx/good_1.safetensors"]
+    )
+    files.insert(0, "best.safetensors")
+    host.progress(9, "sampling", space)
+    assert opened[1:] == ["/vae_approx/best.safetensors"]
+    comfy.preview_method = "auto"
+    host.progress(9, "sampling", space)
+    assert len(opened) == 2
+
+
+def test_a_card_without_memory_for_previews_goes_on_without_them(comfy: SimpleNamespace) -> None:
+    told = host.progress(9, "sampling", RED_GREEN)
+
+    def preview(latents: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    told.preview = preview
+    for done in (1, 2):
+        told.update(done, 9, torch.zeros(1, 2, 1, 4, 5))
+    assert comfy.bars[0].calls == [(1, 9, None), (2, 9, None)]
 
 
 def test_no_preview_where_the_user_wants_none(comfy: SimpleNamespace) -> None:

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wanqwen.bench.models import FORMATS, QWEN_IMAGE, WAN, WAN_1_3B, WAN_14B, WAN_I2V, WAN_VACE_1_3B, Case, load
+from wanqwen.bench.models import (
+    DFLOAT11,
+    FORMATS,
+    QWEN_IMAGE,
+    WAN,
+    WAN_1_3B,
+    WAN_14B,
+    WAN_I2V,
+    WAN_VACE_1_3B,
+    Case,
+    load,
+)
 from wanqwen.bench.plan_peaks import measured_peak
 from wanqwen.core import planning
 from wanqwen.core.memory.placement import Machine
@@ -60,6 +71,15 @@ def test_the_predicted_peak_is_the_measured_one_or_at_most_five_percent_more(num
 def test_the_peak_of_models_of_pictures_is_predicted_as_well(size: tuple[int, int, int], positions: int) -> None:
     config = replace(WAN_I2V, num_layers=3, image_positions=positions)
     check_peak(Case(family=WAN, config=config, size=size, rows=(300, 20)), random.Random(1), interleave=True)
+
+
+def test_the_peak_of_compressed_models_has_a_decoded_block_in_it() -> None:
+    config = QwenImageConfig(num_layers=3)
+    case = Case(family=QWEN_IMAGE, config=config, size=(1328, 1328, 1), rows=(300, 20), stored=DFLOAT11)
+    check_peak(case, random.Random(3), interleave=True)
+    packed, plain = (planning.job_of(load(one), one.scene(), None) for one in (case, replace(case, stored="bf16")))
+    assert 0.66 < packed.blocks[0] / plain.blocks[0] < 0.71
+    assert packed.working >= plain.working + 0.95 * plain.blocks[0]
 
 
 def with_controls(scene: Scene, *strengths: float) -> Scene:

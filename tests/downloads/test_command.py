@@ -21,7 +21,7 @@ def known(monkeypatch: pytest.MonkeyPatch, file: PublishedFile) -> None:
     """A catalog of one set of one file."""
     sets = (FileSet(name="some-set", title="Some set", files=(file,)),)
     monkeypatch.setattr(catalog, "SETS", sets)
-    monkeypatch.setattr("wanqwen.downloads.command.SETS", sets)
+    monkeypatch.setattr("wanqwen.commands.download.SETS", sets)
 
 
 def download(hub: Hub, models: Path, *more: str) -> int:

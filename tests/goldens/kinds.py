@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import cfg_loop, clip, qwen_cfg_loop, qwen_mmdit, schedules, umt5, wan_dit, wan_vace, wan_vae
+from . import cfg_loop, clip, df11, qwen_cfg_loop, qwen_mmdit, schedules, umt5, wan_dit, wan_vace, wan_vae
 from .golden import Golden
 
 Pairs = list[tuple[Tensor, Tensor]]  # (ours, the reference)
@@ -15,12 +15,14 @@ Pairs = list[tuple[Tensor, Tensor]]  # (ours, the reference)
 class Kind:
     """How to run one kind of file.
 
-    `ways(golden, key)` lists the ways in which an output (`out/case/name`, `mid/...`) is checked, if it is;
+    `outputs(golden)` are the keys of what has to be checked. `ways(golden, key)` lists the ways in which one of them
+    (`out/case/name`, or `mid/...`) is checked, if it is;
     `run(golden, key, way)` returns ours and the reference; `tolerance(way)` bounds max |ours - ref| / max |ref|.
     """
 
     name: str
     recognise: Callable[[Golden], bool]
+    outputs: Callable[[Golden], list[str]]
     ways: Callable[[Golden, str], tuple[str, ...]]
     run: Callable[[Golden, str, str], Pairs]
     tolerance: Callable[[str], float]
@@ -30,13 +32,14 @@ def _kind(module) -> Kind:
     return Kind(
         name=module.__name__.rpartition(".")[2],
         recognise=module.recognise,
+        outputs=getattr(module, "outputs", lambda golden: golden.keys("out")),
         ways=module.ways,
         run=module.run,
         tolerance=module.TOLERANCE.__getitem__,
     )
 
 
-MODULES = (wan_dit, wan_vace, wan_vae, umt5, clip, schedules, cfg_loop, qwen_mmdit, qwen_cfg_loop)
+MODULES = (wan_dit, wan_vace, wan_vae, umt5, clip, schedules, cfg_loop, qwen_mmdit, qwen_cfg_loop, df11)
 KINDS = tuple(map(_kind, MODULES))
 
 

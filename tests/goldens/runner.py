@@ -40,7 +40,7 @@ def verify(path: Path, key: str, way: str) -> None:
 def _checks(path: Path) -> list[Check]:
     golden = read(path)
     kind = find_kind(golden)
-    outputs = golden.keys("out")
+    outputs = kind.outputs(golden)
     if not outputs:
         raise ValueError(f"{path.name} holds no out/<case>/<name>")
     found = [(key, way) for key in (*outputs, *golden.keys("mid")) for way in kind.ways(golden, key)]

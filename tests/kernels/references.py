@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from wanqwen.core.ops.dfloat11 import PLANES
+from wanqwen.tests import dfloat11_reference
 
 Reference = tuple[Tensor, ...]
 
@@ -36,6 +38,11 @@ def norm_rotate(x: Tensor, constants: tuple[Tensor, float], rope: tuple[Tensor, 
     cos, sin = (table.double()[:, None] for table in rope)
     even, odd = pairs.unbind(-1)
     return (torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2),)
+
+
+def dfloat11_decode(*planes_and_out: Tensor) -> Reference:
+    planes = dict(zip(PLANES, planes_and_out, strict=False))
+    return (dfloat11_reference.decode(planes).double(),)
 
 
 def norm_silu_into(x: Tensor, weight: Tensor, out: Tensor) -> Reference:

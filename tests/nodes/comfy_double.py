@@ -10,7 +10,7 @@ from typing import Any
 
 SOCKETS = (
     *("Combo", "Int", "Float", "String", "Boolean"),
-    *("Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask", "ClipVision", "ClipVisionOutput"),
+    *("Latent", "Conditioning", "Vae", "Image", "Sigmas", "Mask", "ClipVision", "ClipVisionOutput", "Model"),
 )
 
 

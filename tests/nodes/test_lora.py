@@ -1,7 +1,10 @@
 """The LoRA node: what it tells, what it refuses, and that it changes nobody else's model."""
 
 import os
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +39,30 @@ def test_it_tells_what_is_used_and_which_preset_to_take(nodes, model: ModelHandl
 def test_nodes_in_a_row_add_up(nodes, model: ModelHandle, file: str) -> None:
     twice = nodes.LoRA.execute(nodes.LoRA.execute(model, file, 0.8).values[0], file, -0.3).values[0]
     assert [lora.strength for lora in twice.loras] == [0.8, -0.3]
+
+
+def test_the_report_is_what_the_node_shows(
+    nodes, model: ModelHandle, file: str, prompts, latent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = nodes.LoRA.execute(model, file, 0.5, 0.5, 1.0).values[0]
+    shown: list[str] = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: shown.append(text))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    out = nodes.Sampler.execute(lora, prompts[0], latent, 3, 2, 3.0, 0.0, "euler", 1.0, prompts[1])
+    report = out.values[1]
+    assert report == "\n".join(out.ui["text"])
+    assert shown[-1] == report
+    steps = [text.splitlines()[-1] for text in shown if "s left" in text]
+    assert [re.sub(r"[\d.]+ s", "? s", line) for line in steps] == [
+        "sampling 1/2, ? s gone, ? s left",
+        "sampling 2/2, ? s gone, ? s left",
+    ], "while it runs, not in the end"
+    what, how, used, spent, *rest = report.splitlines()
+    assert what.startswith("tiny.safetensors: wan21 custom, weights fp32, computed in float32; attention by PyTorch")
+    assert how == "32 x 32; 2 steps of euler, guidance 3; seed 3"
+    assert used == f"LoRA {file} at 0.5, from 50% to 100% of the steps: 78 of 78 tensors used"
+    assert re.fullmatch(r"\d+\.\d s: opening the model .* s, the first step .* s, the others .* s each", spent)
+    assert all(line.startswith("RAM kept for the next run") for line in rest)
 
 
 def test_branches_of_a_graph_sample_as_if_alone(nodes, model: ModelHandle, file: str, prompts, latent) -> None:

@@ -9,7 +9,7 @@ PLAIN = ("auto", 256, 64)  # tiling of VAE Decode
 
 
 def value(output):
-    [only] = output.values
+    only, *_ = output.values  # the sampler has a report too
     return only
 
 
@@ -139,7 +139,9 @@ def test_lightning_is_the_settings_it_names(nodes, model, prompts):
     output = sampled(nodes, model, prompts, empty(nodes), preset="lightning-4", guidance=9.0, solver="unipc")
     typed = latent_of(nodes, model, prompts, empty(nodes), steps=4, guidance=1.0, shift=3.0)
     assert torch.equal(value(output)["samples"], typed)
-    [said] = output.ui["text"]
+    said, model_line, settings, *_ = output.ui["text"]
+    assert "4 steps of euler, shift 3, guidance 1; seed 1" in settings
+    assert model_line.startswith("qwen_t2i.safetensors: qwen-image t2i, weights fp32, computed in float32")
     assert said.startswith("lightning-4: 4 steps of euler, shift 3, guidance 1;")
 
 
@@ -314,7 +316,7 @@ def test_stock_reference_latents_do_what_edit_encode_does(nodes, load, vae, edit
 
 def test_without_a_negative_the_node_says_that_guidance_is_off(nodes, model, prompts):
     output = sampled(nodes, model, prompts, empty(nodes), negative=None, guidance=4.0)
-    [said] = output.ui["text"]
+    said, *_ = output.ui["text"]
     assert said.startswith("guidance 4 has no effect without a negative prompt: connect one")
     assert torch.equal(value(output)["samples"], latent_of(nodes, model, prompts, empty(nodes), guidance=1.0))
 
@@ -330,9 +332,8 @@ def test_a_negative_without_the_picture_gets_it_aloud(nodes, load, text_encoder,
 
 def test_an_edit_model_without_a_picture_says_so(nodes, load, prompts):
     output = sampled(nodes, load("edit"), prompts, empty(nodes))
-    assert output.ui["text"] == [
-        "Qwen-Image-Edit is made to edit, and the conditioning has no picture: it runs from text alone."
-    ]
+    said, *_ = output.ui["text"]
+    assert said == "Qwen-Image-Edit is made to edit, and the conditioning has no picture: it runs from text alone."
 
 
 def test_an_image_with_alpha_is_edited_without_it_aloud(load, edit, small):

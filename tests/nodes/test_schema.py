@@ -1,8 +1,10 @@
 """What workflows that people saved rely on: node ids, inputs and their order."""
 
-import asyncio
 import json
+import sys
 from pathlib import Path
+
+from .texts import all_schemas
 
 SNAPSHOT = Path(__file__).parents[1] / "fixtures" / "schema_snapshot.json"
 
@@ -17,16 +19,13 @@ def slots(schema) -> dict[str, list[list[str]]]:
     }
 
 
-def all_schemas(nodes) -> list:
-    listed = asyncio.run(nodes.Extension().get_node_list())
-    return [node.define_schema() for node in listed]
-
-
 def test_nobody_s_workflow_breaks(nodes):
     """Required inputs are frozen; optional inputs and outputs may only be added at the end, new nodes at will."""
     found = {schema.node_id: slots(schema) for schema in all_schemas(nodes)}
     for node_id, saved in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items():
-        assert node_id in found, f"{node_id} is gone"
+        # Newer versions of ComfyUI move workflows on to another node: ComfyAPI().node_replacement.register(
+        # io.NodeReplace(old_node_id=..., new_node_id=..., input_mapping=...)) in Extension.on_load.
+        assert node_id in found, f"{node_id} is gone: keep it, for the versions that know no replacements"
         now = found[node_id]
         assert now["required"] == saved["required"], node_id
         for kind in ("optional", "outputs"):
@@ -60,3 +59,19 @@ def test_defaults_are_within_their_own_limits(nodes):
                 assert options["min"] <= default <= options["max"], (schema.node_id, slot.id)
             elif slot.type == "COMBO" and default is not None:
                 assert default in options["options"], (schema.node_id, slot.id)
+
+
+def test_every_node_is_found_by_other_words_where_comfyui_can(nodes, monkeypatch):
+    """Its older versions refuse the argument, so theirs go without."""
+    assert not any(hasattr(schema, "search_aliases") for schema in all_schemas(nodes))
+    older = sys.modules["comfy_api.latest"].io.Schema
+
+    def newer(*, search_aliases: list[str], **facts):
+        schema = older(**facts)
+        schema.search_aliases = search_aliases
+        return schema
+
+    monkeypatch.setattr(sys.modules["comfy_api.latest"].io, "Schema", newer)
+    for schema in all_schemas(nodes):
+        assert len(schema.search_aliases) >= 2, schema.node_id
+        assert schema.display_name.lower() not in schema.search_aliases

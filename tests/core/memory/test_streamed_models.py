@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from wanqwen.bench.eight_bits import write_in_8_bits
 from wanqwen.core import host, pace, planning, runtime
+from wanqwen.core.memory import kept
 from wanqwen.core.memory import resident as memory
-from wanqwen.core.memory import slab
 from wanqwen.core.memory.placement import Plan, spread
 from wanqwen.core.memory.supply import Source
 from wanqwen.core.ops.linear import Linear
@@ -397,7 +397,7 @@ def test_idle_models_give_their_ram_to_the_one_that_runs(
     idle, loaded = (runtime.loaded_of(one, dtype) for one in (other, handle))
     stream(monkeypatch, (0, 1, 2, 3), 2, Source.PINNED)
     wanted = runtime.generate(other, request)
-    assert idle.kept_bytes and slab.idle_bytes(loaded) >= idle.kept_bytes
+    assert idle.kept_bytes and kept.idle_bytes(loaded) >= idle.kept_bytes
     # Where RAM suffices nothing is taken from anybody.
     runtime.generate(handle, request)
     assert idle.kept_bytes and loaded.kept_bytes

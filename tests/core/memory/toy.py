@@ -39,6 +39,8 @@ class Model(nn.Module):
 class InMemory:
     """The `Weights` of a module that has its tensors already."""
 
+    converted_bytes = 0
+
     def __init__(self, module: nn.Module):
         self.module = module
 

@@ -36,7 +36,7 @@ def weight() -> Tensor:
 
 
 def test_fp8_rows_are_the_formula(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanqwen.core.ops.formats.ELEMENTS_AT_ONCE", 7 * 96)  # pieces that don't divide the rows
+    monkeypatch.setattr("wanqwen.core.weights.targets.ELEMENTS_AT_ONCE", 7 * 96)  # pieces that don't divide the rows
     made = packed("fp8_scaled", weight)
     peak = weight.abs().amax(1, keepdim=True)
     scale = torch.where(peak > 0, (peak / E4M3_MAX).clamp_min(2.0**-126), 1.0)
@@ -78,7 +78,7 @@ def test_int8_rows_are_the_formula(weight: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
 def test_blocks_are_those_of_the_package(kind: str, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanqwen.core.ops.formats.ELEMENTS_AT_ONCE", 7 * 96)
+    monkeypatch.setattr("wanqwen.core.weights.targets.ELEMENTS_AT_ONCE", 7 * 96)
     made = packed(f"gguf_{kind.lower()}", weight)["x.weight"]
     wanted = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
     assert torch.equal(made, torch.from_numpy(wanted))

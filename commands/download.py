@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .catalog import SETS, files_of
-from .fetch import Progress, fetch, look
-from .files import gigabytes, layout
+from ..downloads.catalog import SETS, files_of
+from ..downloads.fetch import Progress, fetch, look
+from ..downloads.files import gigabytes, layout
 
 LINE_SECONDS = 0.25
 

@@ -1,0 +1,1 @@
+"""The larger commands of `python -m wanqwen`: arguments, and calls."""
