@@ -285,7 +285,7 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_fewer_blocks_there(
     broke = [line for line in said if line.startswith("The device ran out of memory; now ")]
     assert broke[0].endswith("1 of 4 blocks stay on the device, 3 stream through 2 slots: 3 from pinned RAM")
     assert broke[-1].endswith("0 of 4 blocks stay on the device, 4 stream through 2 slots: 4 from pinned RAM")
-    assert said[0] == "4 of 4 blocks stay on the device"
+    assert "4 of 4 blocks stay on the device" in said
 
 
 def test_where_memory_never_suffices_the_last_good_latent_is_kept(
