@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from wanqwen.core import host, report
+from wanqwen.core.ops.choice import EXACT
 from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.types import Conditioning, SampleRequest
 from wanqwen.loading import load_model
