@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 # Versions of one function that may be: of published models some four have a use at a time (the first and later sizes,
@@ -48,8 +49,6 @@ class CompiledBlocks:
 @cache
 def compiled(kind: type[nn.Module]) -> Callable[..., Any]:
     """Return the function that all blocks of a class share, compiled when it first meets arguments of a kind."""
-    import torch
-
     return torch.compile(kind.forward, fullgraph=True)
 
 

@@ -124,13 +124,15 @@ def try_attention(
         wanted = attention(*arguments)
         try:
             found = faster.call(*arguments)
+            if found.shape != wanted.shape or found.dtype != wanted.dtype:
+                return Finding(
+                    refusal=f"gave {tuple(found.shape)} in {found.dtype}, and not like {tuple(wanted.shape)}"
+                )
+            error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
         except torch.OutOfMemoryError:  # says nothing of the attention
             raise
-        except trouble() as error:
-            return Finding(refusal=f"failed with {type(error).__name__}: {_first_line(error)}")
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return Finding(refusal=f"gave {tuple(found.shape)} in {found.dtype} for {tuple(wanted.shape)}, {wanted.dtype}")
-    error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+        except _trouble() as problem:
+            return Finding(refusal=f"failed with {type(problem).__name__}: {_first_line(problem)}")
     if not error <= allowed:  # NaN is not
         lengths = f"{one.queries} queries and {one.keys} keys"
         return Finding(refusal=f"differs by {error:.3g} of the result's size for {lengths}; {allowed} is allowed")
@@ -152,13 +154,6 @@ def as_operator(name: str, call: Attend) -> Attend:
     operator = torch.library.custom_op(f"faster_attention::{name}", attend, mutates_args=())
     operator.register_fake(lambda q, k, v, key_bias=None: q.new_empty(q.shape))
     return operator
-
-
-def trouble() -> tuple[type[Exception], ...]:
-    """Return what loading or calling code that is not ours may raise."""
-    own = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
-    triton = kernels.errors() if kernels.triton_version() is not None else ()
-    return (*own, ImportError, OSError, *triton)
 
 
 def _ours(dtype: torch.dtype, device: torch.device, width: int) -> tuple[Attend | None, str]:
@@ -202,7 +197,7 @@ def _missing(package: str) -> str | None:
         return f"the package {package} is not installed"
     try:
         import_module(package)
-    except trouble() as error:
+    except _trouble() as error:
         return f"the package {package} can't be imported: {type(error).__name__}: {_first_line(error)}"
     return None
 
@@ -217,6 +212,13 @@ def _unfit(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
 
 def _device_type(device: torch.device) -> str:
     return device.type
+
+
+def _trouble() -> tuple[type[Exception], ...]:
+    """Return what loading or calling code that is not ours may raise."""
+    own = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+    triton = kernels.errors() if kernels.triton_version() is not None else ()
+    return (*own, ImportError, OSError, *triton)
 
 
 def _first_line(error: Exception) -> str:
