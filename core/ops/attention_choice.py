@@ -125,9 +125,7 @@ def try_attention(
         try:
             found = faster.call(*arguments)
             if found.shape != wanted.shape or found.dtype != wanted.dtype:
-                return Finding(
-                    refusal=f"gave {tuple(found.shape)} in {found.dtype}, and not like {tuple(wanted.shape)}"
-                )
+                return Finding(refusal=f"gave {tuple(found.shape)} in {found.dtype} for {tuple(wanted.shape)}")
             error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
         except torch.OutOfMemoryError:  # says nothing of the attention
             raise
