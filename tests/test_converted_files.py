@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -230,6 +231,42 @@ def test_other_containers_are_sources_too(folder: Path, tmp_path: Path) -> None:
         assert found.keys() == wanted.keys() and all(torch.equal(found[n].float(), wanted[n].float()) for n in wanted)
 
 
+def test_a_folder_that_is_read_stays_a_model(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copy(folder / "vae.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="would hold two models then"):
+        converted(tmp_path, tmp_path / "new.safetensors", "bf16")
+    (tmp_path / "beside").mkdir()
+    assert identified(converted(tmp_path, tmp_path / "beside" / "new.safetensors", "bf16")).weight_format == "bf16"
+    assert identified(tmp_path) == identified(Path(source))
+
+
+def told(source: Path, out: Path, target: str, **options: object) -> str:
+    lines: list[str] = []
+    convert(source, out, Wish(target=target), lines.append, **options)
+    return "".join(lines)
+
+
+def test_what_a_user_would_miss_later_is_said(folder: Path, tmp_path: Path) -> None:
+    model, text, tokenizer = folder / "wan_bf16.safetensors", folder / "text.safetensors", "left out: its tokenizer"
+    assert "ComfyUI's own loader does not" in told(model, tmp_path / "rows.safetensors", "fp8_scaled")
+    assert "leave the scales out" in told(model, tmp_path / "int8.safetensors", "int8")
+    assert "ComfyUI" not in told(model, tmp_path / "one.safetensors", "fp8_scaled_tensor")
+    assert tokenizer not in told(text, tmp_path / "text.safetensors", "bf16")
+    assert tokenizer in told(text, tmp_path / "text.gguf", "gguf_fp16")
+    facts = {"tokenizer.ggml.model": "t5"}
+    carries = write(tmp_path / "carries.gguf", contents(tmp_path / "text.gguf"), facts=facts)
+    assert tokenizer in told(carries, tmp_path / "again.safetensors", "bf16")
+
+
+def test_what_a_killed_conversion_left_is_named_and_kept(folder: Path, tmp_path: Path) -> None:
+    left, other = tmp_path / ".vae [1].safetensors.0badf00d.part", tmp_path / ".vae 1.safetensors.0badf00d.part"
+    left.write_bytes(b"half")
+    other.write_bytes(b"of another file")
+    said = told(folder / "vae.safetensors", tmp_path / "vae [1].safetensors", "bf16")
+    assert f"{left} (0.00 GB) was left by a conversion that was killed: delete it" in said and str(other) not in said
+    assert left.read_bytes() == b"half"
+
+
 def test_a_format_may_take_layers_together_and_end_up_smaller(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +370,14 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "onto itself": (
         lambda f, t: convert(f / "vae.safetensors", f / "vae.safetensors", Wish(target="bf16"), str, replace=True),
         "is the file that is read",
+    ),
+    "a prefix that nobody knows": (
+        lambda f, t: converted(f / "wan_bf16.safetensors", t / "o.safetensors", prefix="mine."),
+        r"nobody would know names such as mine\.blocks.* Choose another prefix",
+    ),
+    "named like a shard": (
+        lambda f, t: converted(f / "vae.safetensors", t / "o-00002-of-00003.safetensors"),
+        "name of one shard of several",
     ),
     "a folder of several": (lambda f, t: converted(f, t / "o.safetensors", "bf16"), "holds several checkpoints"),
 }
