@@ -423,6 +423,21 @@ def test_a_source_that_ends_early_or_holds_nan_leaves_nothing(folder: Path, tmp_
     assert contents(kept)["blocks.1.ffn.2.weight"].isnan().sum() == 1
 
 
+def test_a_source_that_is_written_to_meanwhile_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    source, out = shutil.copy(folder / "vae.safetensors", tmp_path / "source.safetensors"), tmp_path / "out"
+    out.mkdir()
+
+    def tell(text: str) -> None:
+        if "%" in text:
+            with open(source, "r+b") as file:  # its size stays, as that of a download that has taken its room before
+                file.seek(-4, 2)
+                file.write(b"late")
+
+    with pytest.raises(ValueError, match="has changed since it was opened: run again"):
+        convert(source, out / "vae.safetensors", Wish(target="bf16"), tell)
+    assert not list(out.iterdir())
+
+
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = folder / "wan_bf16.safetensors", tmp_path / "with space.safetensors"
     digest = hashlib.sha256(source.read_bytes()).digest()
