@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wanqwen import conversion
 from wanqwen.__main__ import main
 from wanqwen.conversion import EXPORTS, convert
 from wanqwen.core.types import Identity, TensorInfo
@@ -19,6 +21,7 @@ from wanqwen.core.weights.reader import open_checkpoint, read_tensors
 from wanqwen.core.weights.targets import TARGETS, Layer, Target
 from wanqwen.families import identify
 from wanqwen.loading import load_image_encoder, load_text_encoder, load_vae
+from wanqwen.qwen_image.family import NAME as QWEN_IMAGE
 from wanqwen.wan.family import FAMILY as WAN
 
 from .core.weights.test_gguf_models import MODELS, opened, state_of, velocity
@@ -307,6 +310,29 @@ def test_the_file_says_where_it_came_from(folder: Path, tmp_path: Path) -> None:
     assert one["source"] == source.name and one["bytes"] == source.stat().st_size and one["to"] == "bf16"
     assert (one["format"], one["to_spelling"]) == ("fp32", "diffusers") and len(one["header_sha256"]) == 64
     assert two["source"] == first.name and two["keep"] == ["*.ffn.*"] and two["spelling"] == "diffusers"
+
+
+def test_digests_of_the_old_bytes_do_not_go_along(tmp_path: Path) -> None:
+    digests = {
+        "modelspec.hash_sha256": "0",
+        "sshs_model_hash": "0",
+        "general.file_type": "1",
+        "modelspec.title": "kept",
+    }
+    save_file(state_of(MODELS["wan"]), tmp_path / "a.safetensors", digests)
+    found = open_checkpoint(converted(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "bf16")).metadata
+    assert found.keys() & digests.keys() == {"modelspec.title"}
+
+
+def test_a_file_that_would_be_taken_for_another_model_is_not_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = EXPORTS[QWEN_IMAGE]
+    untold = {**EXPORTS, QWEN_IMAGE: lambda *of: replace(known(*of), told={})}
+    monkeypatch.setattr(conversion, "EXPORTS", untold)
+    with pytest.raises(ValueError, match=r"could not tell: it would be taken for "):
+        convert(folder / "qwen_image_bf16.safetensors", tmp_path / "o.safetensors", Wish(), str, variant="edit")
+    assert not list(tmp_path.iterdir())
 
 
 # How a file tells that it holds an Edit model, and what becomes of that.

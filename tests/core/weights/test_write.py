@@ -107,6 +107,17 @@ def test_a_place_that_can_not_be_taken_does_not_cost_what_was_written(
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read_tensors(found, found.tensors))
 
 
+def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "model.safetensors", []
+
+    def synced(handle: int) -> None:
+        calls.append((os.fstat(handle).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    write_file(path, SAFETENSORS, INFOS, {}, TENSORS.items())
+    assert calls[0] == (path.stat().st_size, False)
+
+
 def test_a_name_that_the_system_refuses_is_said(tmp_path: Path) -> None:
     path = tmp_path / f"{'a' * 240}.safetensors"
     with pytest.raises(ValueError, match=r"can't be written .*: choose another name or folder"):
