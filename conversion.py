@@ -77,7 +77,7 @@ def convert(
     _check_name(path, out)
     for file in left_behind(out) if out.parent.is_dir() else ():
         left = f"{file} ({file.stat().st_size / 1e9:.2f} GB)"
-        write(f"{left} was left by a conversion that was killed: delete it, unless one is at work there now\n")
+        write(f"{left} is left of a conversion that did not end well: delete it, unless one is at work there now\n")
     check_place(out, size, set(checkpoint.location.values()), replace)
     where = f"{identity.family} {identity.variant}"
     write(f"{checkpoint.path.name}: {where}, {identity.weight_format}, {identity.spelling}\n")

@@ -266,7 +266,9 @@ def test_what_a_killed_conversion_left_is_named_and_kept(folder: Path, tmp_path:
     left.write_bytes(b"half")
     other.write_bytes(b"of another file")
     said = told(folder / "vae.safetensors", tmp_path / "vae [1].safetensors", "bf16")
-    assert f"{left} (0.00 GB) was left by a conversion that was killed: delete it" in said and str(other) not in said
+    assert (
+        f"{left} (0.00 GB) is left of a conversion that did not end well: delete it" in said and str(other) not in said
+    )
     assert left.read_bytes() == b"half"
 
 

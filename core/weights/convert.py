@@ -64,8 +64,8 @@ class Step:
 class Plan:
     """A file that is to be written: all that its header says, and the steps that make its tensors.
 
-    `names` maps every tensor to the official names of what it is made of; `num_quantised` counts the layers that are
-    rounded to 8 bits or fewer, `dropped` are names of the `source` that nothing is made of.
+    `num_quantised` counts the layers that are not stored as plain numbers, `dropped` are names of the `source` that
+    nothing is made of.
     """
 
     source: Checkpoint
