@@ -10,6 +10,7 @@ import torch
 
 from . import kernels
 from .core import host
+from .core.ops.product_choice import OLDEST_CARDS, try_product
 from .core.ops.proof import PROBE, Verdict, verdict
 from .core.ops.trials import TRIALS, Tokens
 
@@ -19,7 +20,7 @@ ROUNDS = 20
 
 
 def examine() -> Iterator[str]:
-    """Give lines of text: the machine, and for each kernel what it does and how it does here."""
+    """Give lines of text: the machine, what each kernel does and how it does here, products in 8 bits."""
     device = host.device()
     dtype = torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
     yield f"{platform.system()}, Python {platform.python_version()}, PyTorch {torch.__version__}, {_triton()}"
@@ -33,6 +34,10 @@ def examine() -> Iterator[str]:
         if found.kernel is None:
             reasons.add(f"{name}: {found.reason}" if found.is_broken else found.reason)
     yield ""
+    for product in OLDEST_CARDS:
+        found = try_product(product, ((TOKENS.width, TOKENS.width),), device)
+        works = f"work; rounding the rows costs {found.error:.1%}"
+        yield f"matrix products in {product.name}: {found.refusal or works}"
     yield from (f"off: {reason}" for reason in sorted(reasons))
     yield "error: the largest difference from plain PyTorch, in steps of the dtype. speed: how many times as fast."
 
@@ -47,10 +52,10 @@ def _figures(name: str, found: Verdict, dtype: torch.dtype, device: torch.device
 
 
 def speed(name: str, kernel: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> float:
-    """Return how many times as fast as its eager twin a kernel is, on a card."""
+    """Return how many times as fast as what it replaces a kernel is, on a card."""
     trial = TRIALS[name][0]
     arguments = trial.arguments(TOKENS, dtype, device)
-    eager, fused = (seconds(lambda call=call: trial.run(call, arguments), device) for call in (trial.eager, kernel))
+    eager, fused = (seconds(lambda call=call: trial.run(call, arguments), device) for call in (trial.plain, kernel))
     return eager / fused
 
 

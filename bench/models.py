@@ -29,7 +29,13 @@ WAN_VACE_1_3B = replace(WAN_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_dim=9
 
 
 DFLOAT11, CODE_BITS = "dfloat11", 2.65  # bits of an exponent's code, on the average over a published block
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+FORMATS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +57,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """What the large products compute in."""
-        return torch.bfloat16 if self.stored in ("fp8", DFLOAT11) else FORMATS[self.stored]
+        return torch.bfloat16 if self.stored in ("fp8", "int8", DFLOAT11) else FORMATS[self.stored]
 
     def scene(self, kept_latents: int = 0) -> Scene:
         """Return the run, with a solver that remembers so many latents."""

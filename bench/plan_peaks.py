@@ -65,7 +65,8 @@ def measured_peak(loaded: Loaded, scene: Scene, plan: Plan, solver: str, steps: 
         x = sampling.start_of(schedule, clean, noise)
         unpack = Unpack(loaded.blocks, META, scene.dtype)
         with placed(loaded, META, lambda at_least: plan) as residency, closing(unpack), closing(adapters):
-            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, hooks=(residency, unpack, adapters))
+            hooks = (residency, unpack, adapters)
+            run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=scene.ops, hooks=hooks)
             adapters.turn_to(0, steps)
             guided = Guided(
                 denoise=family.denoiser(loaded.module, run, list(scene.conditionings), META),

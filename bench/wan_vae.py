@@ -4,17 +4,19 @@
     python -m wanqwen.bench.wan_vae --against qwen --frames 1 --size 256        # a still, as Qwen-Image makes
 
 `--peak-only --frames 17 81` prints our decode's peak besides its output, which must not grow with the frames.
+"ours, exact" does every convolution as the published code writes it.
 `--modes` prints what each mode of ours holds on a device at its fullest, counted on the meta device.
 """
 
 import argparse
 import sys
+import time
 
 import torch
 from torch import Tensor
 
 from ..core.codec import VideoCodec
-from ..core.past import MODES
+from ..core.past import EXACT, MODES
 from ..core.weights.keymap import Renamer
 from ..wan.config import VAEConfig
 from ..wan.family import LATENT_FORMAT
@@ -39,7 +41,13 @@ def main() -> None:
     parser.add_argument("--peak-only", action="store_true", help="our decode's peak memory, and nothing else")
     parser.add_argument("--modes", action="store_true", help="peaks of our modes at published sizes, and nothing else")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of CPU time, on one thread: for a busy machine"
+    )
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.cpu_time:
+        torch.set_num_threads(1)
     if options.modes:
         _print_modes(VAEConfig(dim=options.dim))
         return
@@ -64,15 +72,17 @@ def main() -> None:
         what = f"{frames} frames of {options.size} x {options.size}"
         encode = {
             "ours": lambda pixels=pixels: codec.encode(pixels),
+            "ours, exact": lambda pixels=pixels: codec.encode(pixels, mode=EXACT),
             "diffusers": lambda pixels=pixels: _encode(theirs, pixels, device, dtype),
         }
         decode = {
             "ours": lambda latent=latent: codec.decode(latent),
+            "ours, exact": lambda latent=latent: codec.decode(latent, mode=EXACT),
             "diffusers": lambda latent=latent: _decode(theirs, latent, device, dtype),
         }
-        sys.stdout.write(table(f"encode {what}", compare(encode, options.rounds, device)) + "\n")
+        sys.stdout.write(table(f"encode {what}", compare(encode, options.rounds, device, clock)) + "\n")
         sys.stdout.write(
-            table(f"decode {what} (differs by {error:.1e})", compare(decode, options.rounds, device)) + "\n"
+            table(f"decode {what} (differs by {error:.1e})", compare(decode, options.rounds, device, clock)) + "\n"
         )
 
 

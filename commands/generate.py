@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from .. import media
-from ..core import host, runtime
+from ..core import host, runtime, types
 from ..core.codec import VideoCodec
 from ..core.sampling.solvers import SOLVERS
-from ..core.types import KERNEL_CHOICES, Conditioning, FastPaths, ModelHandle, SampleRequest
+from ..core.types import Conditioning, FastPaths, ModelHandle, SampleRequest
 from ..families import FAMILIES
 from ..loading import DEMO_FOLDER, load_image_encoder, load_model, load_text_encoder, load_vae
 from ..qwen_image import family as qwen_image
@@ -76,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=float, default=16.0)
     add("--precision", choices=PRECISIONS, default="auto", help="of the diffusion model")
     add("--vae-precision", choices=PRECISIONS, default="fp32")
-    add("--kernels", choices=KERNEL_CHOICES, default=KERNEL_CHOICES[0], help="exact: plain PyTorch, bit for bit")
+    add("--kernels", choices=types.KERNEL_CHOICES, default=types.AUTO_KERNELS, help="exact: plain PyTorch, bit for bit")
+    add("--products", choices=types.PRODUCT_CHOICES, default=types.AUTO_PRODUCTS, help="with weights in 8 bits")
+    add("--attention", choices=types.ATTENTION_CHOICES, default=types.AUTO_ATTENTION, help="int8, sage: in 8 bits")
+    add("--compile", choices=types.COMPILE_CHOICES, default=types.COMPILE_OFF, help="blocks: through torch.compile")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     add_run_arguments(parser)
     parser.set_defaults(run=run)
@@ -85,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate as the command line says, and print the new file's path."""
     model = load_model(options.model, dtype_of(options.precision), variant=options.variant)
-    model = replace(model, memory=memory_options(options), fast=FastPaths(kernels=options.kernels))
+    fast = FastPaths(
+        kernels=options.kernels, products=options.products, attention=options.attention, compile=options.compile
+    )
+    model = replace(model, memory=memory_options(options), fast=fast)
     model = with_loras(model, options.lora)
     defaults = defaults_of(model)
     given = _given(options, model, defaults)

@@ -17,12 +17,14 @@ class VAEMode:
     """One way of a clip through a causal VAE. All give the same numbers, but for the order of sums in floating point.
 
     The layers that see all frames of the clip, those of the highest resolutions, take `fine_frames` at a time, or a
-    whole chunk where it is None. With `is_offloaded` what a layer remembers is in RAM between its uses.
+    whole chunk where it is None. With `is_offloaded` what a layer remembers is in RAM between its uses. With `is_exact`
+    every layer is done in plain PyTorch as the published code writes it: what other spellings are measured against.
     """
 
     name: str
     fine_frames: int | None = None
     is_offloaded: bool = False
+    is_exact: bool = False
 
 
 # In the order in which to try them: each takes less memory than the one before, and more time.
@@ -33,6 +35,7 @@ MODES = (
     VAEMode(name="smallest", fine_frames=1, is_offloaded=True),
 )
 WHOLE, SPLIT, OFFLOADED, SMALLEST = MODES
+EXACT = VAEMode(name="exact", is_exact=True)
 
 
 def modes_on(device: torch.device) -> tuple[VAEMode, ...]:

@@ -18,6 +18,7 @@ from ..core.ops.choice import Ops
 from ..core.ops.embed import timestep_embedding
 from ..core.ops.linear import Linear, feed_forward
 from ..core.ops.norm import RMSNorm, modulate, modulated_by
+from ..core.ops.products import Product
 from ..core.ops.rows import row_chunks
 from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
@@ -168,7 +169,7 @@ class QwenImageTransformer(nn.Module):
         def call(i: int, block: Block, streams: list[Streams]) -> list[Streams]:
             modulation = lent.of(i, lambda: block.modulation(time.to(run.dtype)))
             return [
-                block(*stream, modulation, joint, is_last=i == last)
+                run.visit(block, *stream, modulation, joint, i == last)
                 for stream, joint in zip(streams, joints, strict=True)
             ]
 
@@ -327,7 +328,7 @@ class Block(nn.Module):
     def _finish(self, x: Tensor, parts: Parts, gathered: Tensor, out: Linear, mlp: "FeedForward", ops: Ops) -> Tensor:
         """Add to each part of a stream what it gathered, projected by `out`, and then its feed-forward."""
         dtype, num_rows = gathered.dtype, gathered.shape[0] * gathered.shape[1]
-        project, feed = out.at(dtype, num_rows), mlp.at(dtype, num_rows)
+        project, feed = (layer.at(dtype, num_rows, ops.products) for layer in (out, mlp))
         for rows, mod in parts:
             _, _, gate_sa, shift, scale, gate_ff = mod.split(1, dim=1)
             modulated = modulated_by(shift, scale, self.eps)
@@ -356,7 +357,7 @@ class JointAttention(nn.Module):
         shape, device = (batch, num_text + num_images, self.heads, self.width), joint.img_rope[0].device
         q, k, v = qkv = tuple(torch.empty(shape, dtype=joint.dtype, device=device) for _ in range(3))
         layers = self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k
-        fill = partial(self._fill, norm_rotate=joint.ops.norm_rotate)
+        fill = partial(self._fill, ops=joint.ops)
         fill([t[:, :num_text] for t in qkv], txt, joint.txt_rope, layers, 0 if is_last else num_text)
         layers = self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k
         num_asking = joint.num_target if is_last else num_images
@@ -364,7 +365,7 @@ class JointAttention(nn.Module):
         if is_last:
             q = q[:, num_text : num_text + num_asking]
         del qkv
-        return attention_in_place(q, k, v, joint.key_bias_BJ).flatten(2)
+        return attention_in_place(q, k, v, joint.key_bias_BJ, joint.ops.attention).flatten(2)
 
     def _fill(
         self,
@@ -373,17 +374,17 @@ class JointAttention(nn.Module):
         rope: Rope,
         layers: tuple[nn.Module, ...],
         num_asking: int,
-        norm_rotate: Callable[..., None],
+        ops: Ops,
     ) -> None:
         """Write the queries of the first `num_asking` rows of a stream, and the keys and values of all."""
         (q, k, v), (cos, sin) = qkv, rope
-        to_q, to_k, to_v = (layer.at(q.dtype, k.shape[0] * k.shape[1]) for layer in layers[:3])
+        to_q, to_k, to_v = (layer.at(q.dtype, k.shape[0] * k.shape[1], ops.products) for layer in layers[:3])
         norm_q, norm_k = layers[3:]
         for rows, x in normed:
             part = cos[rows], sin[rows]
             if rows.stop <= num_asking:
-                norm_rotate(to_q(x), norm_q.constants, part, q[:, rows])
-            norm_rotate(to_k(x), norm_k.constants, part, k[:, rows])
+                ops.norm_rotate(to_q(x), norm_q.constants, part, q[:, rows])
+            ops.norm_rotate(to_k(x), norm_k.constants, part, k[:, rows])
             v[:, rows] = rearrange(to_v(x), "b l (n d) -> b l n d", n=self.heads)
 
 
@@ -394,9 +395,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, ffn_dim)}), "2": Linear(ffn_dim, dim)})
 
-    def at(self, dtype: torch.dtype, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def at(self, dtype: torch.dtype, num_rows: int, products: Sequence[Product]) -> Callable[[Tensor], Tensor]:
         """Return the layers as a function of tensors of this dtype, of which all calls bring so many rows."""
-        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype, num_rows)
+        return feed_forward(self.net["0"]["proj"], self.net["2"], dtype, num_rows, products)
 
 
 def _grid(image_BCTHW: Tensor) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..core.ops.attention import attention, attention_in_place
+from ..core.ops.attention import attention_in_place
 from ..core.ops.choice import Ops
 from ..core.ops.linear import Linear, feed_forward
 from ..core.ops.norm import LayerConstants, LayerNorm, RMSNorm, modulated_by
@@ -50,8 +50,8 @@ class Block(nn.Module):
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulations.split(1, dim=1)
         gathered = self.self_attn(x, modulated_by(shift_sa, scale_sa, self.eps), shared, dtype)
         num_rows, ops = x.shape[0] * x.shape[1], shared.ops
-        project, attend = self.self_attn.o.at(dtype, num_rows), self.cross_attn.at(dtype, num_rows, ops)
-        feed = feed_forward(self.ffn[0], self.ffn[2], dtype, num_rows)
+        project, attend = self.self_attn.o.at(dtype, num_rows, ops.products), self.cross_attn.at(dtype, num_rows, ops)
+        feed = feed_forward(self.ffn[0], self.ffn[2], dtype, num_rows, ops.products)
         # The cross-attention is neither modulated nor gated.
         cross, modulated = self.norm3.constants, modulated_by(shift_ff, scale_ff, self.eps)
         for rows in shared.chunks:
@@ -75,15 +75,15 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLE.shape
         shape = batch, length, self.heads, width // self.heads
         q, k, v = (torch.empty(shape, dtype=dtype, device=x_BLE.device) for _ in range(3))
-        to_q, to_k, to_v = (layer.at(dtype, batch * length) for layer in (self.q, self.k, self.v))
-        norm_rotate = shared.ops.norm_rotate
+        norm_rotate, products = shared.ops.norm_rotate, shared.ops.products
+        to_q, to_k, to_v = (layer.at(dtype, batch * length, products) for layer in (self.q, self.k, self.v))
         for rows in shared.chunks:
             part = shared.ops.layer_norm(x_BLE[:, rows], norm, dtype)
             rope = shared.rope[0][rows], shared.rope[1][rows]
             norm_rotate(to_q(part), self.norm_q.constants, rope, q[:, rows])
             norm_rotate(to_k(part), self.norm_k.constants, rope, k[:, rows])
             v[:, rows] = rearrange(to_v(part), "b l (n d) -> b l n d", n=self.heads)
-        return attention_in_place(q, k, v).flatten(2)
+        return attention_in_place(q, k, v, attend=shared.ops.attention).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -109,14 +109,15 @@ class CrossAttention(nn.Module):
 
         `num_rows` is how many tokens all calls together bring.
         """
-        to_q, project = self.q.at(dtype, num_rows), self.o.at(dtype, num_rows)
+        to_q, project = (layer.at(dtype, num_rows, ops.products) for layer in (self.q, self.o))
 
-        def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
+        # torch.compile takes no annotations here: they are evaluated in the middle of the block.
+        def attend(x_BLE, prompt):
             q = self._split(ops.rms_norm(to_q(x_BLE), self.norm_q.constants, dtype))
             text, *pictures = prompt
-            gathered = attention(q, *text)
+            gathered = ops.attention(q, *text)
             for picture in pictures:  # a softmax of its own
-                gathered = gathered + attention(q, *picture)
+                gathered = gathered + ops.attention(q, *picture)
             return project(gathered.flatten(2))
 
         return attend

@@ -5,13 +5,17 @@ before it count as zeros. Feeding a clip in chunks through one Past equals feedi
 """
 # B batch, C channels, T frames of this chunk, H W spatial
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.ops.attention import fused_attention
-from ..core.ops.conv import conv3d
+from ..core.ops.choice import norm_silu_on
+from ..core.ops.conv import conv3d, conv3d_in_pairs, doubled_conv2d, halved_conv2d, pairs_pay
+from ..core.ops.norm import channel_norm, norm_silu_into
 from ..core.past import Past
 
 
@@ -35,7 +39,7 @@ class CausalConv3d(nn.Module):
         Of a clip's first frame that is the frame alone: all but the last tap of the kernel would meet zeros.
         """
         if self.kernel[0] == 1 or (x.shape[2] == 1 and self not in past):
-            return x if norm is None else norm_silu(norm, x)
+            return x if norm is None else norm_silu(norm, x, past)
         return _window(self, self.kernel[0] - 1, x, past, norm)
 
     def slide(self, frames: Tensor, past: Past) -> Tensor:
@@ -43,6 +47,8 @@ class CausalConv3d(nn.Module):
         depth, pad = self.kernel[0], (self.kernel[1] // 2, self.kernel[2] // 2)
         if depth > 1 and frames.shape[2] == 1:
             out = F.conv2d(frames[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad).unsqueeze(2)
+        elif not _is_exact(past) and pairs_pay(frames, self.weight):
+            out = conv3d_in_pairs(frames, self.weight, self.bias)
         else:
             out = conv3d(frames, self.weight, self.bias, padding=(0, *pad))
         if depth > 1:
@@ -50,10 +56,14 @@ class CausalConv3d(nn.Module):
         return out
 
 
+def _is_exact(past: Past) -> bool:
+    return past.mode.is_exact or torch.is_grad_enabled()
+
+
 def _window(layer: nn.Module, count: int, x: Tensor, past: Past, norm: "ChannelNorm | None" = None) -> Tensor:
     """Return the `count` frames that a layer remembers, and behind them x, or `silu(norm(x))`, in one tensor."""
     if torch.is_grad_enabled():
-        now = x if norm is None else norm_silu(norm, x)
+        now = x if norm is None else norm_silu(norm, x, past)
         before = now.new_zeros(*now.shape[:2], count, *now.shape[3:])
         return torch.cat((past.recall(layer, before), now), dim=2)
     batch, channels, frames, height, width = x.shape
@@ -64,7 +74,7 @@ def _window(layer: nn.Module, count: int, x: Tensor, past: Past, norm: "ChannelN
     )  # fmt: skip
     past.recall(layer, window[:, :, :count])
     now = window[:, :, count:]
-    now.copy_(x) if norm is None else norm_silu(norm, x, out=now)
+    now.copy_(x) if norm is None else norm_silu(norm, x, past, out=now)
     return window
 
 
@@ -75,16 +85,16 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * (dims - 1)))
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        smallest = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is zero in float16
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(smallest)
-        scale = self.gamma * self.gamma.shape[0] ** 0.5
-        return (x / length) * scale if torch.is_grad_enabled() else torch.div(x, length, out=out).mul_(scale)
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm(x, self.gamma)
 
 
-def norm_silu(norm: ChannelNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
+def norm_silu(norm: ChannelNorm, x: Tensor, past: Past, out: Tensor | None = None) -> Tensor:
     """Return `silu(norm(x))`, in `out` or one new tensor where no gradient is needed."""
-    return F.silu(norm(x, out), inplace=not torch.is_grad_enabled())
+    if torch.is_grad_enabled():
+        return F.silu(norm(x))
+    write = norm_silu_into if past.mode.is_exact else norm_silu_on(x.device, x.dtype)
+    return write(x, norm.gamma, torch.empty_like(x) if out is None else out)
 
 
 class ResidualBlock(nn.Module):
@@ -129,12 +139,28 @@ class AttentionBlock(nn.Module):
         qkv = rearrange(self.to_qkv(self.norm(frames)), "b (n c) h w -> n b 1 (h w) c", n=3)
         out = fused_attention(*(t.contiguous() for t in qkv))
         out = self.proj(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[3]))
-        return x + rearrange(out, "(b t) c h w -> b c t h w", t=x.shape[2])
+        out = frames + out if torch.is_grad_enabled() else out.add_(frames)
+        return rearrange(out, "(b t) c h w -> b c t h w", t=x.shape[2])
 
 
-def _per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     out = layer(rearrange(x, "b c t h w -> (b t) c h w"))
     return rearrange(out, "(b t) c h w -> b c t h w", t=x.shape[2])
+
+
+def _resample(
+    layers: nn.Sequential, direct: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, past: Past
+) -> Tensor:
+    """Change the size of each frame by the layers as they are, or by the one step that they come to."""
+    conv = layers[1]
+    return _per_frame(layers if _is_exact(past) else lambda frames: direct(frames, conv.weight, conv.bias), x)
+
+
+def _joined(first: Tensor, rest: Tensor) -> Tensor:
+    """Return both in one tensor. `torch.cat` keeps channels last only where they are its last dimension."""
+    if first.shape[2] == 0:
+        return rest
+    return torch.cat((first.movedim(1, -1), rest.movedim(1, -1)), dim=1).movedim(-1, 1)
 
 
 class Downsample(nn.Module):
@@ -148,7 +174,7 @@ class Downsample(nn.Module):
             self.time_conv = CausalConv3d(channels, channels, (3, 1, 1))
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        x = _per_frame(self.resample, x)
+        x = _resample(self.resample, halved_conv2d, x, past)
         return self._halve_time(x, past) if hasattr(self, "time_conv") else x
 
     def _halve_time(self, x: Tensor, past: Past) -> Tensor:
@@ -159,7 +185,7 @@ class Downsample(nn.Module):
         past.keep(self, x[:, :, -1:])
         if frames.shape[2] < 3:
             return first
-        return torch.cat((first, conv3d(frames, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))), dim=2)
+        return _joined(first, conv3d(frames, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1)))
 
 
 class Upsample(nn.Module):
@@ -175,7 +201,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         if hasattr(self, "time_conv"):
             x = self._double_time(x, past)
-        return _per_frame(self.resample, x)
+        return _resample(self.resample, doubled_conv2d, x, past)
 
     def _double_time(self, x: Tensor, past: Past) -> Tensor:
         """The clip's first frame passes as it is and is no part of the others' history."""
@@ -186,5 +212,5 @@ class Upsample(nn.Module):
         if rest.shape[2] == 0:
             return first
         # The two halves of the channels are the even and the odd frames.
-        pairs = rearrange(self.time_conv(rest, past), "b (two c) t h w -> b c (t two) h w", two=2)
-        return torch.cat((first, pairs), dim=2)
+        pairs = rearrange(self.time_conv(rest, past), "b (two c) t h w -> b (t two) h w c", two=2)
+        return _joined(first, pairs.movedim(-1, 1))

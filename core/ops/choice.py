@@ -4,29 +4,41 @@ The choice is made before a run and lives in it. Fused spellings round once wher
 order: a result is the same in every run with the same choice, but not the same bits as with the other.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..types import EXACT_KERNELS
 from . import norm, rope, rows
+from .attention import Attend, attention
+from .products import Product
 from .proof import PROBE, Verdict, verdict
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ops:
-    """What blocks call, by the names of `kernels.KERNELS`; as it is made, all of it is eager."""
+    """What blocks call: by the names of `kernels.KERNELS` what may be fused, then attention; by default eager.
+
+    `products` are those that they take in 8 bits.
+    """
 
     layer_norm: Callable[..., Tensor] = norm.layer_norm
     rms_norm: Callable[..., Tensor] = norm.rms_norm
     norm_rotate: Callable[..., None] = rope.norm_rotate
     add_to_rows: Callable[..., Tensor] = rows.add_to_rows
     add_norm: Callable[..., tuple[Tensor, Tensor]] = rows.add_norm
+    attention: Attend = attention
+    products: tuple[Product, ...] = ()
 
 
 EXACT = Ops()
+FUSED = tuple(field.name for field in fields(Ops) if field.name not in ("attention", "products"))
 
 
 def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
@@ -45,9 +57,19 @@ def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.
 def proven(heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
     """Return all operations that have a working kernel as that kernel, and what there is to say of them."""
     tokens = replace(PROBE, heads=heads[0], head_width=heads[1])
-    verdicts = {field.name: verdict(field.name, tokens, dtype, device) for field in fields(Ops)}
+    verdicts = {name: verdict(name, tokens, dtype, device) for name in FUSED}
     taken = {name: found.kernel for name, found in verdicts.items() if found.kernel is not None}
     return Ops(**taken), _said(verdicts)
+
+
+@cache
+def norm_silu_on(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return how `norm.norm_silu_into` is spelled on a device: as its kernel on CUDA where that works. Logged once."""
+    if device.type != "cuda":
+        return norm.norm_silu_into
+    found = verdict("norm_silu_into", PROBE, dtype, device)
+    log.info("The VAE's norms: %s", "fused kernel" if found.kernel else f"plain PyTorch, as the kernel {found.reason}")
+    return found.kernel or norm.norm_silu_into
 
 
 def _said(verdicts: dict[str, Verdict]) -> list[str]:

@@ -34,8 +34,8 @@ DFLOAT11 = "DF11"
 SMALL = ("F8_E4M3", "F8_E5M2", "I8", *PACKINGS)  # what a `Linear` keeps and makes ready per call
 
 # Tensors that stand beside a layer's weight in quantised files. The first two scales multiply the weight; the input
-# scales serve fp8 matrix products, which we don't do; the record names the layer's format. The others belong to formats
-# that are not read, and are known so that these can be refused by name.
+# scales are for rounding what is multiplied with it, see `products`; the record names the layer's format. The others
+# belong to formats that are not read, and are known so that these can be refused by name.
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 INPUT_SCALES = (".scale_input", ".input_scale")
 RECORD = ".comfy_quant"
@@ -44,6 +44,7 @@ SCALED_MARKER = "scaled_fp8"  # says that the file has scales, and which product
 METADATA_RECORD = "_quantization_metadata"  # metadata key with the records of all layers
 INT8_RECORD = "int8_tensorwise"
 READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2", INT8_RECORD)
+WHOLE_PRODUCTS = "full_precision_matrix_mult"  # key of a record: what is multiplied with the weight is not rounded
 ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
 
 MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
@@ -71,7 +72,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, stored:
 
 def _unpacker(stored: str, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor]:
     """Return what unpacks blocks on a device: plain PyTorch, or on CUDA a kernel that gives the same bits."""
-    if device.type != "cuda" or stored not in BLOCK_FORMATS:
+    if device.type != "cuda" or stored not in BLOCK_FORMATS or torch.compiler.is_compiling():
         return unpack_blocks
     return verdict("unpack_blocks", PROBE, dtype, device).kernel or unpack_blocks
 

@@ -1,13 +1,14 @@
 """The one linear layer. What its weight is stored as is the business of `formats`, never of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import formats
-from .change import Change, beside, changed, is_cheaper_beside
+from .change import Change, are_small_beside, beside, changed, is_cheaper_beside
+from .products import InEightBits, Product
 
 MANY_ROWS = 1 << 62  # more than any weight has: what is done once for all calls costs nothing then
 
@@ -28,12 +29,17 @@ class Linear(nn.Module):
         self.stored: str | None = None
         self.changes: tuple[Change, ...] = ()
 
-    def at(self, dtype: torch.dtype, num_rows: int = MANY_ROWS) -> Callable[[Tensor], Tensor]:
+    def at(
+        self, dtype: torch.dtype, num_rows: int = MANY_ROWS, products: Sequence[Product] = ()
+    ) -> Callable[[Tensor], Tensor]:
         """Return the layer as a function of tensors of this dtype, its weight made ready once for all calls.
 
         `num_rows` is how many rows all calls together bring: of the two ways to take changes, both of which leave the
-        stored weight alone, it decides which one is less work.
+        stored weight alone, it decides which one is less work. `products` are those that may be taken in 8 bits.
         """
+        if product := self._in_8_bits(products, num_rows):
+            add = beside(self.changes, dtype) if self.changes else None
+            return InEightBits(product, self.weight, self.weight_scale, self.bias, dtype, add)
         weight = formats.dequantise(self.weight, self.weight_scale, dtype, self.stored)
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.changes and is_cheaper_beside(self.changes, weight.shape, num_rows):
@@ -44,15 +50,23 @@ class Linear(nn.Module):
             weight = changed(weight, self.changes, torch.empty_like(weight) if is_stored else weight)
         return lambda x: F.linear(x, weight, bias)
 
+    def _in_8_bits(self, products: Sequence[Product], num_rows: int) -> Product | None:
+        """Return the product that this layer's rows are taken in; none with changes that its weight must take first."""
+        if self.changes and not are_small_beside(self.changes, self.weight.shape):
+            return None
+        return next((product for product in products if product.takes(self.weight, num_rows)), None)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.at(x.dtype, x.numel() // max(1, x.shape[-1]))(x)
 
 
 def feed_forward(
-    first: Linear, second: Linear, dtype: torch.dtype, num_rows: int = MANY_ROWS
+    first: Linear, second: Linear, dtype: torch.dtype, num_rows: int = MANY_ROWS, products: Sequence[Product] = ()
 ) -> Callable[[Tensor], Tensor]:
     """Return two layers with a GELU (tanh form) between them as a function of tensors, see `Linear.at`."""
-    widen, narrow = first.at(dtype, num_rows), second.at(dtype, num_rows)
+    widen, narrow = (layer.at(dtype, num_rows, products) for layer in (first, second))
+    if isinstance(narrow, InEightBits) and narrow.beside is None:
+        return lambda x: narrow.of(*narrow.product.gelu(widen(x)))
     return lambda x: narrow(gelu_tanh(widen(x)))
 
 

@@ -349,6 +349,17 @@ def check_formats(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
         )
 
 
+def wants_whole_products(checkpoint: Checkpoint, names: Mapping[str, str]) -> bool:
+    """Say whether a quantised file asks that what is multiplied with its weights is not rounded to 8 bits.
+
+    Format: ComfyUI's records (`full_precision_matrix_mult`); in older files a `scaled_fp8` with two numbers, not none.
+    """
+    markers = (info for name, info in checkpoint.tensors.items() if name.rpartition(".")[2] == formats.SCALED_MARKER)
+    if any(info.shape == (2,) for info in markers):
+        return True
+    return any(record.get(formats.WHOLE_PRODUCTS) is True for record in _records(checkpoint, names).values())
+
+
 def _records(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return what the file says of how its layers are quantised, by the layers' official names where they are known.
 

@@ -21,6 +21,8 @@ from wanqwen.bench.models import (
 from wanqwen.bench.plan_peaks import measured_peak
 from wanqwen.core import planning
 from wanqwen.core.memory.placement import Machine
+from wanqwen.core.ops.choice import Ops
+from wanqwen.core.ops.products import FLOAT8, FLOAT8_ROWS, INT8, Product
 from wanqwen.core.planning import CARDS, Scene, card_named, plan_for, visit_seconds
 from wanqwen.core.sampling.solvers import SOLVERS
 from wanqwen.core.types import Family, Lora, MemoryOptions
@@ -125,6 +127,15 @@ def test_what_a_lora_takes_is_planned(
         if role != "alpha"
     )
     assert changed.others == plain.others + factors and changed.working > plain.working
+
+
+@pytest.mark.parametrize(("family", "product"), [(WAN, INT8), (QWEN_IMAGE, FLOAT8_ROWS), (WAN, FLOAT8)])
+def test_what_products_in_8_bits_take_is_planned(family: Family, product: Product) -> None:
+    config = replace(WAN_14B if family is WAN else QwenImageConfig(), num_layers=3)
+    stored = "int8" if product is INT8 else "fp8"
+    case = Case(family=family, config=config, size=(832, 480, 1 if family is QWEN_IMAGE else 33), rows=(300, 20),
+                stored=stored)  # fmt: skip
+    check_peak(case, random.Random(3), change=lambda scene: replace(scene, ops=Ops(products=(product,))))
 
 
 def check_peak(

@@ -93,3 +93,12 @@ def test_fast_paths_are_chosen_and_said(nodes, model, monkeypatch: pytest.Monkey
     out = nodes.ChooseFastPaths.execute(replace(model, dtype=torch.bfloat16), kernels="exact")
     assert out.ui == {"text": ["Fused kernels are off: the result has the bits of plain PyTorch."]}
     assert "choose" in nodes.ChooseFastPaths.validate_inputs(kernels="fast")
+
+
+def test_products_in_8_bits_are_chosen(nodes, model) -> None:
+    out = nodes.ChooseFastPaths.execute(model, kernels="auto", products="8bit")
+    assert out.values[0].fast == FastPaths(products="8bit") and model.fast == FastPaths()
+    said = {"text": ["This machine computes on its cpu, with plain PyTorch."]}
+    assert out.ui == said, "the model has nothing in 8 bits"
+    assert nodes.ChooseFastPaths.validate_inputs(kernels="auto") is True
+    assert "products is 'fp4': choose one of auto" in nodes.ChooseFastPaths.validate_inputs("auto", "fp4")

@@ -10,7 +10,8 @@ from wanqwen.bench.measure import peak_bytes
 from wanqwen.core import past as past_module
 from wanqwen.core.codec import VideoCodec
 from wanqwen.core.memory.trace import peak_bytes as live_bytes
-from wanqwen.core.past import MODES, WHOLE, Past, VAEMode
+from wanqwen.core.ops.norm import norm_silu_into
+from wanqwen.core.past import EXACT, MODES, WHOLE, Past, VAEMode
 from wanqwen.core.weights.keymap import Renamer
 from wanqwen.wan import vae_layers
 from wanqwen.wan.config import VAEConfig
@@ -81,7 +82,7 @@ def test_one_frame_takes_the_2d_path_to_the_same_numbers(
     assert three_d and not any(three_d), "a still went through a convolution over time"
 
     def with_zeros(self: CausalConv3d, x: Tensor, past: Past, norm: ChannelNorm | None = None) -> Tensor:
-        now = x if norm is None else vae_layers.norm_silu(norm, x)
+        now = x if norm is None else vae_layers.norm_silu(norm, x, past)
         return torch.nn.functional.pad(now, (0, 0, 0, 0, self.kernel[0] - 1, 0))
 
     monkeypatch.setattr(CausalConv3d, "window", with_zeros)
@@ -226,6 +227,25 @@ def test_every_mode_gives_the_same_numbers(vae: WanVAE, work: str, mode: VAEMode
         assert torch.equal(out, expected)
     else:
         assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("work", ["decode", "encode"])
+def test_fast_forms_of_convolutions_give_the_numbers_of_the_published_ones(
+    monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    torch.manual_seed(8)
+    vae, used = WanVAE(VAEConfig(dim=64, num_res_blocks=1)).eval().requires_grad_(False).channels_last(), set()
+    for name in ("conv3d_in_pairs", "doubled_conv2d", "halved_conv2d"):
+        fast = getattr(vae_layers, name)
+        monkeypatch.setattr(
+            vae_layers, name, lambda *tensors, name=name, fast=fast: used.add(name) or fast(*tensors)
+        )  # fmt: skip
+    monkeypatch.setattr(vae_layers, "norm_silu_on", lambda device, dtype: used.add("norm") or norm_silu_into)
+    chunks = clip(vae, work, 32, 40, 9)
+    exact = torch.cat(through(vae, work, chunks, EXACT), dim=2)
+    assert not used
+    assert error(torch.cat(through(vae, work, chunks, WHOLE), dim=2), exact) < 1e-5
+    assert used == {"norm", "conv3d_in_pairs", "doubled_conv2d" if work == "decode" else "halved_conv2d"}
 
 
 @pytest.mark.parametrize("work", ["decode", "encode"])

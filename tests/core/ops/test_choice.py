@@ -1,18 +1,17 @@
 """Which spelling a run takes: chosen before it, said, and never a kernel that does not work."""
 
 import logging
-from dataclasses import fields
 
 import pytest
 import torch
 from wanqwen import kernels
 from wanqwen.core.ops import proof
-from wanqwen.core.ops.choice import EXACT, Ops, choose, proven
+from wanqwen.core.ops.choice import EXACT, FUSED, Ops, choose, norm_silu_on, proven
+from wanqwen.core.ops.norm import norm_silu_into
 from wanqwen.core.ops.trials import TRIALS
 from wanqwen.core.types import FastPaths
 
 HEADS, CPU = (3, 10), torch.device("cpu")
-NAMES = [field.name for field in fields(Ops)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +28,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, name: str, kernel) -> None:
 
 
 def test_every_operation_has_an_eager_spelling_a_kernel_and_trials() -> None:
-    for name in NAMES:
+    for name in FUSED:
         assert name in kernels.KERNELS
         assert all(trial.eager is getattr(EXACT, name) for trial in TRIALS[name])
     assert set(TRIALS) == set(kernels.KERNELS)
@@ -37,6 +36,7 @@ def test_every_operation_has_an_eager_spelling_a_kernel_and_trials() -> None:
 
 def test_a_cpu_and_who_asks_for_it_get_the_bits_of_plain_pytorch() -> None:
     assert choose("auto", HEADS, torch.float32, CPU) == (EXACT, [])
+    assert norm_silu_on(CPU, torch.float32) is norm_silu_into
     ops, said = choose("exact", HEADS, torch.float32, torch.device("cuda"))
     assert ops == EXACT and "bits of plain PyTorch" in said[0]
 
@@ -48,7 +48,7 @@ def test_what_works_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, "add_to_rows", twin)
     ops, said = proven(HEADS, torch.float32, CPU)
     assert ops == Ops(add_to_rows=twin)
-    others = ", ".join(name for name in NAMES if name != "add_to_rows")
+    others = ", ".join(name for name in FUSED if name != "add_to_rows")
     assert said == ["Fused kernels: add_to_rows.", f"Plain PyTorch in place of {others}: there is none."]
 
 

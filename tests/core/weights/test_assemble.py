@@ -9,7 +9,7 @@ from wanqwen.core import host
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
-from wanqwen.core.weights.assemble import assemble, prepare
+from wanqwen.core.weights.assemble import assemble, prepare, wants_whole_products
 from wanqwen.core.weights.keymap import Renamer, Share
 from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.families import identify
@@ -168,6 +168,31 @@ def test_scaled_fp8_equals_its_dequantised_weights(tmp_path, state, suffix, rows
         # Copies, since products with memory mapped from a file round otherwise where its alignment differs.
         out, wanted = (m(x, t, m.prompt(text, run), run) for m in map(copy.deepcopy, (model, plain)))
     assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("spelling", DIFFUSION_MODEL_SPELLINGS, ids=lambda s: s.name)
+def test_files_say_whether_their_products_may_be_in_8_bits(tmp_path, state, spelling):
+    stored, _ = quantised(state, "weight_scale", rows=False)
+
+    def wants(extra, metadata=None, **marker):
+        path = tmp_path / "fp8.safetensors"
+        save(path, spelt(stored | extra, spelling, "") | marker, METADATA | (metadata or {}))
+        checkpoint = open_checkpoint(path)
+        return wants_whole_products(checkpoint, identify(checkpoint).names)
+
+    def record(**more):
+        return {"format": "float8_e4m3fn", **more}
+
+    def beside(**more):
+        return {
+            "blocks.0.ffn.0.comfy_quant": torch.tensor(list(json.dumps(record(**more)).encode()), dtype=torch.uint8)
+        }
+
+    assert not wants({}) and not wants(beside()) and not wants(beside(full_precision_matrix_mult=False))
+    assert wants(beside(full_precision_matrix_mult=True))
+    layers = {"layers": {"blocks.0.ffn.0": record(full_precision_matrix_mult=True)}}
+    assert wants({}, {"_quantization_metadata": json.dumps(layers)})
+    assert wants({}, scaled_fp8=torch.zeros(2).to(FP8)) and not wants({}, scaled_fp8=torch.zeros(0).to(FP8))
 
 
 def test_plain_fp8_keeps_matrices_only(tmp_path, state):
