@@ -1,11 +1,18 @@
 """Paired timings and measured peaks, on the CPU and on CUDA."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from ..core.blocks import Run
+from ..core.ops.choice import choose
+from ..core.types import AUTO_KERNELS
+
+HEAD_WIDTH = 128  # of published models
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,13 @@ def table(title: str, figures: Mapping[str, Figure], ours: str = "ours") -> str:
             line += f"   ours/{name}: time {seconds:.2f}, peak {peak:.2f}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def run_on(device: torch.device, dtype: torch.dtype, heads: int) -> Run:
+    """Return a run with the fused kernels that work on a device, as a sampler takes them, and say which these are."""
+    ops, said = choose(AUTO_KERNELS, (heads, HEAD_WIDTH), dtype, device)
+    sys.stdout.writelines(f"{line}\n" for line in said)
+    return Run(dtype=dtype, ops=ops)
 
 
 def _synchronise(device: torch.device) -> None:

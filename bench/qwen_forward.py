@@ -12,11 +12,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..core.blocks import Run
 from ..qwen_image.config import PATCH, QwenImageConfig
 from ..qwen_image.family import keep_float32
 from ..qwen_image.transformer import QwenImageTransformer
-from .measure import compare, table
+from .measure import compare, run_on, table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPATIAL_FACTOR = 8  # pixels per latent position
@@ -41,7 +40,7 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"{where}, width {config.dim}, {options.layers} blocks, torch {torch.__version__}\n")
     for name in options.dtype:
-        ours, theirs = _twins(config, device, DTYPES[name])
+        ours, theirs = twins(config, device, DTYPES[name])
         for size in options.size:
             sizes = [_latent_size(text) for text in (size, *options.reference)]
             _measure(ours, theirs, sizes, DTYPES[name], options.rounds)
@@ -58,8 +57,11 @@ def _measure(ours: QwenImageTransformer, theirs: nn.Module, sizes: list[Size], d
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(1, 16, 1, *size, generator=generator).to(device) for size in sizes]
     text = torch.randn(1, TEXT_ROWS, ours.config.text_dim, generator=generator).to(device)
-    timestep, run = torch.tensor([TIMESTEP]), Run(dtype=dtype)  # on the CPU, as the sampler gives it
-    packed = torch.cat([_packed(image) for image in images], dim=1)
+    timestep, run = (
+        torch.tensor([TIMESTEP]),
+        run_on(device, dtype, ours.config.num_heads),
+    )  # on the CPU, as the sampler gives it
+    tokens = torch.cat([packed(image) for image in images], dim=1)
     shapes = [[(1, height // PATCH, width // PATCH) for height, width in sizes]]
     num_target = shapes[0][0][1] * shapes[0][0][2]
     prompt, lent = ours.prompt(text, run), ours.modulations()
@@ -68,24 +70,24 @@ def _measure(ours: QwenImageTransformer, theirs: nn.Module, sizes: list[Size], d
         return ours(images[0], timestep, prompt, run, images[1:], modulations)
 
     def other() -> Tensor:
-        out = theirs(packed.to(dtype), text.to(dtype), None, timestep.to(device) / 1000, shapes, return_dict=False)[0]
+        out = theirs(tokens.to(dtype), text.to(dtype), None, timestep.to(device) / 1000, shapes, return_dict=False)[0]
         return out[:, :num_target]
 
     expected = other().float()
-    error = ((_packed(own(lent)) - expected).abs().max() / expected.abs().max()).item()
+    error = ((packed(own(lent)) - expected).abs().max() / expected.abs().max()).item()
     contestants = {"ours": lambda: own(lent), "ours, first": lambda: own(ours.modulations()), "diffusers": other}
-    title = f"{str(dtype).removeprefix('torch.')}, {packed.shape[1]} image tokens (differs by {error:.1e})"
+    title = f"{str(dtype).removeprefix('torch.')}, {tokens.shape[1]} image tokens (differs by {error:.1e})"
     sys.stdout.write(table(title, compare(contestants, rounds, device)) + "\n")
 
 
-def _packed(image_BCTHW: Tensor) -> Tensor:
+def packed(image_BCTHW: Tensor) -> Tensor:
     """Lay an image out as diffusers' pipelines do: a token holds (channel, row, column) of 2 x 2 positions."""
     batch, channels, _, height, width = image_BCTHW.shape
     blocks = image_BCTHW.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
 
 
-def _twins(config: QwenImageConfig, device: torch.device, dtype: torch.dtype) -> tuple[QwenImageTransformer, nn.Module]:
+def twins(config: QwenImageConfig, device: torch.device, dtype: torch.dtype) -> tuple[QwenImageTransformer, nn.Module]:
     """Return our network and diffusers' over the same random weights, each stored as it is when run."""
     from diffusers import QwenImageTransformer2DModel
 

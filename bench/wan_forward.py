@@ -11,16 +11,14 @@ import sys
 
 import torch
 
-from ..core.blocks import Run
 from ..core.weights.keymap import Renamer
 from ..wan.config import WanConfig
 from ..wan.family import keep_float32
 from ..wan.keymap import DIFFUSION_MODEL_SPELLINGS
 from ..wan.transformer import WanTransformer
-from .measure import compare, table
+from .measure import HEAD_WIDTH, compare, run_on, table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEAD_WIDTH = 128
 
 
 def main() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"{where}, width {options.dim}, {options.layers} blocks, torch {torch.__version__}\n")
     for name in options.dtype:
-        ours, theirs = _twins(config, device, DTYPES[name])
+        ours, theirs = twins(config, device, DTYPES[name])
         for size in options.size:
             width, height, frames = map(int, size.split("x"))
             _measure(
@@ -55,7 +53,7 @@ def _measure(ours: WanTransformer, theirs, shape: tuple[int, ...], dtype: torch.
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape, generator=generator).to(device)
     text = torch.randn(1, 40, ours.config.text_dim, generator=generator).to(device)
-    timestep, run = torch.tensor([700.0], device=device), Run(dtype=dtype)
+    timestep, run = torch.tensor([700.0], device=device), run_on(device, dtype, ours.config.num_heads)
     padded = torch.nn.functional.pad(text, (0, 0, 0, ours.config.text_len - text.shape[1])).to(dtype)
     prompt = ours.prompt(text, run)
 
@@ -74,7 +72,7 @@ def _measure(ours: WanTransformer, theirs, shape: tuple[int, ...], dtype: torch.
     sys.stdout.write(table(title, compare(contestants, rounds, device)) + "\n")
 
 
-def _twins(config: WanConfig, device: torch.device, dtype: torch.dtype):
+def twins(config: WanConfig, device: torch.device, dtype: torch.dtype):
     """Return our network and diffusers' with the same random weights, each stored as it is when run."""
     from diffusers import WanTransformer3DModel
 
