@@ -140,12 +140,13 @@ class ChooseFastPaths(io.ComfyNode):
         return io.Schema(
             node_id="WanQwenFastPaths",
             display_name="Fast Paths (WanQwen)",
-            **found_by("kernels", "triton", "speed", "exact"),
+            **found_by("kernels", "triton", "speed", "exact", "attention", "sage", "flash", "compile", "int8"),
             category=CATEGORY,
             description="On NVIDIA cards with Triton the sampler takes fused kernels for what lies between the matrix "
             "products, each tried beside plain PyTorch before the run, and says which. They sum in another order: the "
             "picture is the same to the eye and not to the last bit. Here they can be switched off, for results that "
-            "must have the bits of plain PyTorch, or to see whether a fault is theirs.",
+            "must have the bits of plain PyTorch, or to see whether a fault is theirs. Matrix products and attention "
+            "in 8 bits, and torch.compile, are chosen here too.",
             inputs=[
                 WanModel.Input("model", tooltip="From Load Wan Model or Load Qwen-Image Model."),
                 io.Combo.Input(
