@@ -50,7 +50,7 @@ def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.
     if device.type != "cuda":
         return EXACT, []
     if mode == EXACT_KERNELS:
-        return EXACT, ["Fused kernels are off: the result has the bits of plain PyTorch."]
+        return EXACT, ["Fused kernels are off: what lies between the products has the bits of plain PyTorch."]
     return proven(heads, dtype, device)
 
 

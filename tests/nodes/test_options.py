@@ -91,7 +91,7 @@ def test_fast_paths_are_chosen_and_said(nodes, model, monkeypatch: pytest.Monkey
     assert out.ui == {"text": ["This machine computes on its cpu, with plain PyTorch."]}
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
     out = nodes.ChooseFastPaths.execute(replace(model, dtype=torch.bfloat16), kernels="exact")
-    assert out.ui == {"text": ["Fused kernels are off: the result has the bits of plain PyTorch."]}
+    assert out.ui == {"text": ["Fused kernels are off: what lies between the products has the bits of plain PyTorch."]}
     assert "choose" in nodes.ChooseFastPaths.validate_inputs(kernels="fast")
 
 
