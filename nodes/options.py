@@ -35,7 +35,7 @@ class BlockSwap(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: str | None, interleave: str | None) -> bool | str:
+    def validate_inputs(cls, source: str | None = None, interleave: str | None = None) -> bool | str:
         return verdict(
             check_choice("source", source, (AUTO, *SOURCES)), check_choice("interleave", interleave, INTERLEAVE)
         )
@@ -154,7 +154,7 @@ class ChooseFastPaths(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, kernels: str | None, products: str | None = AUTO) -> bool | str:
+    def validate_inputs(cls, kernels: str | None = None, products: str | None = AUTO) -> bool | str:
         kinds = check_choice("kernels", kernels, KERNEL_CHOICES), check_choice("products", products, PRODUCT_CHOICES)
         return verdict(*kinds)
 
