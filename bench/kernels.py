@@ -21,14 +21,17 @@ from torch import Tensor
 
 from .. import kernels
 from ..core import host
+from ..core.ops.attention import attention
+from ..core.ops.attention_choice import BACKENDS, Attended, choose_attention
 from ..core.ops.proof import verdict
-from ..core.ops.trials import TRIALS, Tokens, Trial
+from ..core.ops.trials import TRIALS, Tokens, Trial, attention_arguments
 from .measure import compare
 from .models import FORMATS
 
 # Model -> its heads; GELU's rows are three times as wide, near the four of models.
 MODELS = {"Wan-14B": (40, 128), "Qwen-Image": (24, 128)}
 COPIED = 1 << 30  # bytes of the copy that tells a card's bandwidth
+ATTENTION = "attention_int8"
 AIM = 1.25  # times the least
 
 
@@ -59,13 +62,15 @@ def _on_a_card(tokens: Tokens, dtype: torch.dtype, options: argparse.Namespace) 
         "|---|---|---|---|---|",
     ]
     for name, trials in TRIALS.items():
+        if name == ATTENTION:
+            continue  # its bytes are not what takes its time
         found = verdict(name, replace(tokens, rows=64), dtype, device)
         if found.kernel is None:
             lines.append(f"| {name} | off: {found.reason} | | | |")
             continue
         for trial in trials:
             arguments = trial.arguments(tokens, dtype, device)
-            calls = (partial(trial.run, call, arguments) for call in (found.kernel, trial.eager))
+            calls = (partial(trial.run, call, arguments) for call in (found.kernel, trial.plain))
             fused, eager = (card_seconds(call, device, options.rounds) for call in calls)
             least = trial.moved_bytes(arguments, trial.run(found.kernel, arguments)) / bandwidth
             mark = "" if fused <= AIM * least else f", above the aim of {AIM}"
@@ -73,6 +78,28 @@ def _on_a_card(tokens: Tokens, dtype: torch.dtype, options: argparse.Namespace) 
                 f"| {name} | {fused * 1e6:.1f} us | {least * 1e6:.1f} us | {fused / least:.2f}{mark} "
                 f"| {fused / eager:.2f} |"
             )
+    return [*lines, *_attentions(tokens, dtype, options)]
+
+
+def _attentions(tokens: Tokens, dtype: torch.dtype, options: argparse.Namespace) -> list[str]:
+    """Return lines on each attention that can be had here, for so many queries and keys."""
+    width, device = tokens.head_width, options.device
+    shape = tokens.rows, tokens.rows, tokens.heads, width
+    arguments = attention_arguments(*shape, dtype, device, is_biased=False)
+    operations, asked = 4 * tokens.rows**2 * tokens.width, Attended(queries=tokens.rows, keys=tokens.rows)
+    lines = ["", "| attention | time | TFLOP/s | against SDPA |", "|---|---|---|---|"]
+    exact = None
+    for choice in ("sdpa", *BACKENDS):
+        call, said = choose_attention(choice, width, dtype, device, frozenset([asked]))
+        if said and call is attention:
+            lines.append(f"| {choice} | {said[0]} | | |")
+            continue
+        with torch.inference_mode():
+            seconds = card_seconds(partial(call, *arguments), device, options.rounds)
+        exact = exact or seconds
+        lines.append(
+            f"| {choice} | {seconds * 1e3:.2f} ms | {operations / seconds / 1e12:.0f} | {seconds / exact:.2f} |"
+        )
     return lines
 
 

@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-precision", choices=PRECISIONS, default="fp32")
     add("--kernels", choices=types.KERNEL_CHOICES, default=types.AUTO_KERNELS, help="exact: plain PyTorch, bit for bit")
     add("--products", choices=types.PRODUCT_CHOICES, default=types.AUTO_PRODUCTS, help="with weights in 8 bits")
+    add("--attention", choices=types.ATTENTION_CHOICES, default=types.AUTO_ATTENTION, help="int8, sage: in 8 bits")
+    add("--compile", choices=types.COMPILE_CHOICES, default=types.COMPILE_OFF, help="blocks: through torch.compile")
     add("--noise-device", choices=("cpu", "gpu"), default="cpu", help="gpu: noise as the official code")
     add_run_arguments(parser)
     parser.set_defaults(run=run)
@@ -86,7 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate as the command line says, and print the new file's path."""
     model = load_model(options.model, dtype_of(options.precision), variant=options.variant)
-    fast = FastPaths(kernels=options.kernels, products=options.products)
+    fast = FastPaths(
+        kernels=options.kernels, products=options.products, attention=options.attention, compile=options.compile
+    )
     model = replace(model, memory=memory_options(options), fast=fast)
     model = with_loras(model, options.lora)
     defaults = defaults_of(model)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -10,6 +10,11 @@ from torch import nn
 from .ops.choice import EXACT, Ops
 
 State = TypeVar("State")
+
+
+def as_it_is(block: nn.Module, *arguments: Any) -> Any:
+    """Return what a block gives for these arguments."""
+    return block(*arguments)
 
 
 class BlockHook(Protocol):
@@ -25,7 +30,8 @@ class Run:
     """Everything that lives for one sampling run; made by `core.runtime`, never stored on a model.
 
     `dtype` is what the large matrix products compute in, `chunk_rows` how many tokens at most they take at a time (0
-    lets the number of tokens decide), `ops` how the operations around them are spelled. `hooks` surround every block,
+    lets the number of tokens decide), `ops` how the operations around them are spelled. `visit` calls a block with its
+    arguments, `hooks` surround every block,
     in order of arrival (swap in, then unpack). `check_interrupt` raises to stop the run; it is asked before every
     block.
     """
@@ -33,6 +39,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     chunk_rows: int = 0
     ops: Ops = EXACT
+    visit: Callable[..., Any] = as_it_is
     hooks: Sequence[BlockHook] = ()
     check_interrupt: Callable[[], None] = lambda: None
 

@@ -17,6 +17,7 @@ from .memory.placement import Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced
 from .memory.trace import LiveBytes
 from .memory.unpack import Unpack
+from .ops.attention_choice import Attended
 from .ops.choice import EXACT, Ops
 from .ops.linear import Linear
 from .ops.packed import Packed
@@ -218,6 +219,25 @@ def _traced(module: nn.Module, scene: Scene) -> Traced:
             waiting=max(0, waiting),
             visits=len(alone.held),
         )
+
+
+def attended(module: nn.Module, scene: Scene) -> frozenset[Attended]:
+    """Return what a model's blocks ask of attention in a step of a run, from shapes alone."""
+    noted: set[Attended] = set()
+
+    def note(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
+        noted.add(Attended(queries=q_BLND.shape[1], keys=k_BSND.shape[1], is_biased=key_bias_BS is not None))
+        return torch.empty_like(q_BLND)
+
+    prompts = list(scene.conditionings)
+    twin = _shallow_twin(module, scene)
+    hooks = [Unpack(scene.family.blocks(twin), META, scene.dtype)]
+    run = Run(dtype=scene.dtype, chunk_rows=scene.chunk_rows, ops=replace(EXACT, attention=note), hooks=hooks)
+    with torch.inference_mode(False), torch.no_grad():
+        denoise = scene.family.denoiser(twin, run, prompts, META)
+        timestep_B = torch.full((scene.latent_shape[0],), 500.0)
+        denoise(torch.empty(scene.latent_shape, device=META), timestep_B, tuple(range(len(prompts))))
+    return frozenset(noted)
 
 
 def _shallow_twin(module: nn.Module, scene: Scene) -> nn.Module:

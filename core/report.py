@@ -8,7 +8,8 @@ import torch
 from . import host
 from .memory.kept import idle_bytes
 from .memory.placement import GB
-from .ops.attention import BACKEND
+from .ops.attention_choice import name_of
+from .ops.choice import Ops
 from .planning import working
 from .sampling.schedule import StepPlan
 from .types import Lora, ModelHandle, SampleRequest
@@ -16,7 +17,7 @@ from .types import Lora, ModelHandle, SampleRequest
 WORTH_SAYING = GB // 100  # bytes
 
 
-def described(handle: ModelHandle, request: SampleRequest, plan: StepPlan, dtype: torch.dtype) -> list[str]:
+def described(handle: ModelHandle, request: SampleRequest, plan: StepPlan, dtype: torch.dtype, ops: Ops) -> list[str]:
     """Return lines that say which model makes what, and how."""
     identity, latent_format = handle.identity, handle.family.latent_format
     batch, _, frames, height, width = request.latent.shape
@@ -24,7 +25,7 @@ def described(handle: ModelHandle, request: SampleRequest, plan: StepPlan, dtype
     clip = f", {latent_format.pixel_frames(frames)} frames" if frames > 1 else ""
     return [
         f"{handle.checkpoint.path.name}: {identity.family} {identity.variant}, weights {identity.weight_format}, "
-        f"computed in {str(dtype).removeprefix('torch.')}; attention by {BACKEND}",
+        f"computed in {str(dtype).removeprefix('torch.')}; attention by {name_of(ops.attention)}",
         f"{size}{clip}{f', {batch} of them' if batch > 1 else ''}; {_steps(request, plan)}; seed {request.seed}",
         *map(_lora, working(handle.loras)),
     ]

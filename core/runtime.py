@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from . import host
-from .blocks import Run
+from .blocks import Run, as_it_is
+from .compiling import CompiledBlocks, num_compiled
 from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
 from .memory.unpack import Unpack
-from .ops.choice import Ops, choose
+from .ops.attention_choice import Attended, Faster, as_operator, choose_attention
+from .ops.choice import EXACT, Ops, choose
 from .ops.product_choice import choose_products, stored_in_8_bits
 from .pace import Pace, Stopwatch
-from .planning import Scene, card_of, job_of, machine_of, plan_for, working
+from .planning import Scene, attended, card_of, job_of, machine_of, plan_for, working
 from .report import Costs, described
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
 from .sampling.schedule import plan_steps
 from .sampling.solvers import find_solver
-from .types import Denoiser, LatentFormat, ModelHandle, SampleRequest
+from .types import AUTO_ATTENTION, COMPILE_BLOCKS, SDPA_ATTENTION, Denoiser, LatentFormat, ModelHandle, SampleRequest
 from .weights.adapters import Adapters
 from .weights.assemble import prepare, wants_whole_products
 
@@ -38,14 +40,23 @@ def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
 
 
-def spelled(handle: ModelHandle, device: torch.device) -> tuple[Ops, list[str]]:
-    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them."""
+def spelled(handle: ModelHandle, device: torch.device, scene: Scene | None = None) -> tuple[Ops, list[str]]:
+    """Return the spellings of operations that the handle's runs take on a device, and what there is to say of them.
+
+    Attention is tried on what the scene asks of it, where a run is known.
+    """
     heads, names = handle.family.heads(handle.identity.config), handle.identity.names
-    ops, said = choose(handle.fast.kernels, heads, compute_dtype(handle, device), device)
+    dtype = compute_dtype(handle, device)
+    ops, said = EXACT, ["Blocks are compiled, which fuses what lies between their products."]
+    if handle.fast.compile != COMPILE_BLOCKS:
+        ops, said = choose(handle.fast.kernels, heads, dtype, device)
     stored = stored_in_8_bits({official: handle.checkpoint.tensors[name] for official, name in names.items()})
     is_whole = bool(stored) and wants_whole_products(handle.checkpoint, names)
     products, more = choose_products(handle.fast, stored, is_whole, device)
-    return replace(ops, products=products), [*said, *more]
+    attend, of_attention = choose_attention(handle.fast.attention, heads[1], dtype, device, _asked(handle, scene))
+    if isinstance(attend, Faster) and handle.fast.compile == COMPILE_BLOCKS:
+        attend = replace(attend, operator=as_operator(attend.name, attend.call))
+    return replace(ops, products=products, attention=attend), [*said, *more, *of_attention]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +78,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
     was read into RAM for streaming stays there with the handle, for its next run.
     """
     loaded = loaded_of(handle, scene.dtype)
-    adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device)
+    is_compiled = handle.fast.compile == COMPILE_BLOCKS
+    adapters = Adapters(loaded.module, loaded.blocks, scene.loras, scene.dtype, device, folded=is_compiled)
     unpack = Unpack(loaded.blocks, device, scene.dtype)
     told: list[Plan] = []
 
@@ -97,6 +109,7 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
             dtype=scene.dtype,
             chunk_rows=scene.chunk_rows,
             ops=scene.ops,
+            visit=CompiledBlocks(tell) if is_compiled else as_it_is,
             hooks=hooks,
             check_interrupt=gate,
         )
@@ -206,9 +219,10 @@ def generate(
     x = start_of(plan, clean, noise) if request.add_noise else clean
     hold = _hold(request, clean)
     dtype = compute_dtype(handle, device)
-    ops, said = spelled(handle, device)
-    scene, costs = replace(scene_of(handle, request, dtype), ops=ops), Costs(device)
-    for line in described(handle, request, plan, dtype) + said:
+    scene, costs = scene_of(handle, request, dtype), Costs(device)
+    ops, said = spelled(handle, device, scene)
+    scene = replace(scene, ops=ops)
+    for line in described(handle, request, plan, dtype, ops) + said:
         tell(line)
     with torch.inference_mode(), denoising(handle, device, scene, request.num_steps, tell) as model:
         there = model.there
@@ -223,7 +237,7 @@ def generate(
         step_noise = StepNoise(shape, request.seed, request.noise_device, device)
         told = progress or host.progress(len(plan.timesteps), "sampling", latent_format, status)
         first_passes = 1 if plan.guidance[0] == 1 else len(scene.conditionings)
-        watch = _Watch(there, scene, first_passes, tell)
+        watch = _Watch(there, scene, first_passes, tell, handle.fast.compile == COMPILE_BLOCKS)
 
         def on_step(done: int, total: int, x0: Tensor, x: Tensor) -> None:
             told.update(done, total, x0)
@@ -242,6 +256,13 @@ def generate(
     for line in costs.lines():
         tell(line)
     return made
+
+
+def _asked(handle: ModelHandle, scene: Scene | None) -> frozenset[Attended]:
+    """Return what a run asks of attention, where that is to be tried."""
+    if scene is None or handle.fast.attention in (AUTO_ATTENTION, SDPA_ATTENTION):
+        return frozenset()
+    return attended(loaded_of(handle, scene.dtype).module, scene)
 
 
 def scene_of(handle: ModelHandle, request: SampleRequest, dtype: torch.dtype) -> Scene:
@@ -285,16 +306,21 @@ class _Stepping:
 class _Watch:
     """Learns from the first step, and makes room when the driver begins to swap."""
 
-    def __init__(self, there: Opened, scene: Scene, first_passes: int, tell: Callable[[str], None]):
+    def __init__(self, there: Opened, scene: Scene, first_passes: int, tell: Callable[[str], None], is_compiled: bool):
+        self.num_compiled = num_compiled() if is_compiled else None
         self.there, self.scene, self.first_passes, self.tell = there, scene, first_passes, tell
         self.pace = Pace(there.residency.plan.step_seconds)
 
     def step(self) -> None:
         """End a step."""
-        seconds, residency = self.pace.step(), self.there.residency
+        seconds, visit, residency = self.pace.step(), self.there.stopwatch.read(), self.there.residency
+        if self.num_compiled is not None:
+            new = num_compiled() - self.num_compiled
+            self.tell(f"The first step took {seconds:.1f} s, in which {new} functions were compiled.")
+            self.num_compiled = visit = None  # in that time a block did more than compute
         if not residency.is_needed:
             return
-        if (visit := self.there.stopwatch.read()) is not None:
+        if visit is not None:
             visit /= self.first_passes if residency.plan.interleaved else 1
             residency.loaded.visit_seconds[self.scene.key] = visit
             log.info("A block computes for %.1f ms; the first step took %.1f s with loading", visit * 1000, seconds)

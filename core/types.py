@@ -291,6 +291,8 @@ class Assembled:
 
 AUTO_KERNELS, EXACT_KERNELS = KERNEL_CHOICES = ("auto", "exact")
 AUTO_PRODUCTS, EXACT_PRODUCTS, EIGHT_BIT_PRODUCTS = PRODUCT_CHOICES = ("auto", "exact", "8bit")
+AUTO_ATTENTION, SDPA_ATTENTION, *_ = ATTENTION_CHOICES = ("auto", "sdpa", "flash", "sage", "int8")
+COMPILE_OFF, COMPILE_BLOCKS = COMPILE_CHOICES = ("off", "blocks")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,10 +302,14 @@ class FastPaths:
     `kernels` is "auto", the fused ones that work on this machine, or "exact", the bits of plain PyTorch. `products` is
     how rows are multiplied with weights that are stored in 8 bits: "exact" in 16 bits or more, "8bit" in 8 bits
     wherever that works, "auto" where it costs little, see `core.ops.product_choice`, and "exact" with exact kernels.
+    `attention` is "sdpa", PyTorch's own, "flash" or "sage", those of installed packages, or "int8", ours in 8 bits;
+    "auto" is exact. `compile` is "blocks", each block's operations through torch.compile, or "off".
     """
 
     kernels: str = AUTO_KERNELS
     products: str = AUTO_PRODUCTS
+    attention: str = AUTO_ATTENTION
+    compile: str = COMPILE_OFF
 
     def __post_init__(self) -> None:
         if self.kernels not in KERNEL_CHOICES:
@@ -312,6 +318,15 @@ class FastPaths:
             object.__setattr__(self, "products", EXACT_PRODUCTS)
         if self.products not in PRODUCT_CHOICES:
             raise ValueError(f"Fast Paths: products is {self.products!r}: choose {', '.join(PRODUCT_CHOICES)}.")
+        if self.attention not in ATTENTION_CHOICES:
+            raise ValueError(f"Fast Paths: attention is {self.attention!r}: choose {', '.join(ATTENTION_CHOICES)}.")
+        if self.compile not in COMPILE_CHOICES:
+            raise ValueError(f"Fast Paths: compile is {self.compile!r}: choose {' or '.join(COMPILE_CHOICES)}.")
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Say whether fused kernels are used; torch.compile fuses by itself."""
+        return self.kernels == AUTO_KERNELS and self.compile == COMPILE_OFF
 
 
 TOLERANCE = 1e-6  # steps: a share such as 0.3 of 10 steps is to be 3 whatever the last bit says

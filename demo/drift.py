@@ -1,6 +1,8 @@
-"""How far fused kernels take whole runs of the miniatures from plain PyTorch, and whether the scores notice.
+"""How far fast paths take whole runs of the miniatures from plain PyTorch, and whether the scores notice.
 
-    python -m wanqwen.demo.drift [--count 8] [--precision bf16] [--seed 0] [--emulate]
+    python -m wanqwen.demo.drift [--count 8] [--precision bf16] [--seed 0] [--emulate] [--attention int8]
+
+Fast are the fused kernels, or with --attention the attention in 8 bits alone, for any number of keys.
 
 Every prompt is run from the same noise with both, and in float32, to show how much of a difference the precision itself
 makes. Where there is no card, kernels run in Triton's interpreter (set TRITON_INTERPRET=1), minutes for a clip; or with
@@ -19,6 +21,9 @@ import torch
 from torch import Tensor
 
 from ..core import runtime
+from ..core.ops import attention_choice
+from ..core.ops.attention import attention_int8
+from ..core.ops.attention_choice import BACKENDS
 from ..core.ops.choice import EXACT, Ops, choose, proven
 from ..core.ops.norm import LayerConstants, RmsConstants
 from ..core.types import AUTO_KERNELS, EXACT_KERNELS, FastPaths
@@ -38,7 +43,8 @@ class Result:
     pixels: Tensor
 
 
-Run = Callable[[str, torch.dtype, int], Result]  # (kernels, dtype, number of the prompt) -> what it makes
+Run = Callable[[FastPaths, torch.dtype, int], Result]  # (fast paths, dtype, number of the prompt) -> what it makes
+PLAIN = FastPaths(kernels=EXACT_KERNELS)
 
 
 def main() -> None:
@@ -48,15 +54,18 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--emulate", action="store_true")
+    parser.add_argument("--attention", choices=("int8",))
     options = parser.parse_args()
+    fast = replace(PLAIN, attention=options.attention) if options.attention else FastPaths(kernels=AUTO_KERNELS)
     with kernels_anywhere(options.emulate):
         for name, run, rate in (clip_runs(options.count, options.seed), card_runs(options.count, options.seed)):
-            _compare(f"{name}, {options.precision}", run, rate, options.count, PRECISIONS[options.precision])
+            title = f"{name}, {options.precision}"
+            _compare(title, run, rate, options.count, PRECISIONS[options.precision], fast)
 
 
 @contextmanager
 def kernels_anywhere(emulated: bool) -> Iterator[None]:
-    """Let runs take kernels on the CPU too, or what stands for them."""
+    """Let runs take kernels on the CPU too, or what stands for them; that of attention for any number of keys."""
 
     def chosen(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:
         if mode == EXACT_KERNELS:
@@ -66,30 +75,37 @@ def kernels_anywhere(emulated: bool) -> Iterator[None]:
             raise SystemExit("; ".join(said))
         return found, said
 
-    with patch.object(runtime, "choose", chosen):
+    twin = replace(BACKENDS["int8"], load=lambda dtype, device, width: (attention_int8, ""))
+    with (
+        patch.object(runtime, "choose", chosen),
+        patch.object(attention_choice, "LEAST_KEYS", 1),
+        patch.dict(BACKENDS, {"int8": twin} if emulated else {}),
+    ):
         yield
 
 
-def _compare(title: str, run: Run, rate: Callable[[list[Tensor]], float], count: int, dtype: torch.dtype) -> None:
-    made: dict[str, list[Tensor]] = {EXACT_KERNELS: [], AUTO_KERNELS: []}
-    apart, exact_off, fused_off = [], [], []
+def _compare(
+    title: str, run: Run, rate: Callable[[list[Tensor]], float], count: int, dtype: torch.dtype, fast: FastPaths
+) -> None:
+    made: dict[FastPaths, list[Tensor]] = {PLAIN: [], fast: []}
+    apart, exact_off, fast_off = [], [], []
     for i in range(count):
-        exact, fused = run(EXACT_KERNELS, dtype, i), run(AUTO_KERNELS, dtype, i)
-        true = exact if dtype == torch.float32 else run(EXACT_KERNELS, torch.float32, i)
-        apart.append(psnr(fused.latents, exact.latents))
+        exact, found = run(PLAIN, dtype, i), run(fast, dtype, i)
+        true = exact if dtype == torch.float32 else run(PLAIN, torch.float32, i)
+        apart.append(psnr(found.latents, exact.latents))
         exact_off.append(psnr(exact.latents, true.latents))
-        fused_off.append(psnr(fused.latents, true.latents))
-        made[EXACT_KERNELS].append(exact.pixels)
-        made[AUTO_KERNELS].append(fused.pixels)
-        farthest = (fused.pixels - exact.pixels).abs().max() * 255
+        fast_off.append(psnr(found.latents, true.latents))
+        made[PLAIN].append(exact.pixels)
+        made[fast].append(found.pixels)
+        farthest = (found.pixels - exact.pixels).abs().max() * 255
         _say(f"{title} {i}: latents {apart[-1]:.1f} dB, pixels at most {farthest:.2f} / 255 apart")
-    rates = {kernels: rate(pixels) for kernels, pixels in made.items()}
+    rates = {paths: rate(pixels) for paths, pixels in made.items()}
     _say(
-        f"{title}, {count} prompts: right {rates[EXACT_KERNELS]:.1%} exact, {rates[AUTO_KERNELS]:.1%} fused; latents "
+        f"{title}, {count} prompts: right {rates[PLAIN]:.1%} exact, {rates[fast]:.1%} fast; latents "
         f"of the two {_dB(apart)} apart"
     )
     if dtype != torch.float32:
-        _say(f"{title}: from exact ones in float32, exact ones {_dB(exact_off)}, fused ones {_dB(fused_off)}")
+        _say(f"{title}: from exact ones in float32, exact ones {_dB(exact_off)}, fast ones {_dB(fast_off)}")
 
 
 def _dB(ratios: list[float]) -> str:
@@ -106,8 +122,8 @@ def clip_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]],
     pipeline, prompts = clips.Pipeline(), clips.unseen_prompts(count, seed)
     model = pipeline.model
 
-    def run(kernels: str, dtype: torch.dtype, i: int) -> Result:
-        pipeline.model = replace(model, dtype=dtype, fast=FastPaths(kernels=kernels))
+    def run(fast: FastPaths, dtype: torch.dtype, i: int) -> Result:
+        pipeline.model = replace(model, dtype=dtype, fast=fast)
         return _kept(lambda: pipeline.clip(*prompts[i], seed + i).frames)
 
     def rate(pixels: list[Tensor]) -> float:
@@ -120,8 +136,8 @@ def card_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]],
     pipeline, wishes = cards.Pipeline(), cards.unseen_prompts(count, seed)
     model = pipeline.writer
 
-    def run(kernels: str, dtype: torch.dtype, i: int) -> Result:
-        pipeline.writer = replace(model, dtype=dtype, fast=FastPaths(kernels=kernels))
+    def run(fast: FastPaths, dtype: torch.dtype, i: int) -> Result:
+        pipeline.writer = replace(model, dtype=dtype, fast=fast)
         return _kept(lambda: pipeline.picture(wishes[i], seed + i).pixels)
 
     def rate(pixels: list[Tensor]) -> float:

@@ -69,6 +69,9 @@ KERNELS: Mapping[str, Kernel] = {
     "unpack_blocks": Kernel(
         file="gguf", does=f"GGUF's {', '.join(BLOCK_FORMATS)}, bit for bit", dtypes=(torch.uint8,), widest=None
     ),
+    "attention_int8": Kernel(
+        file="attention", does="attention with q and k in int8", dtypes=(torch.bfloat16, torch.float16), widest=128
+    ),
     "norm_silu_into": Kernel(
         file="channel_norm", does="the VAE's norm and SiLU, into a convolution's window", widest=None
     ),

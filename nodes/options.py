@@ -7,7 +7,17 @@ from comfy_api.latest import io
 
 from ..core import host
 from ..core.runtime import spelled
-from ..core.types import KERNEL_CHOICES, PRODUCT_CHOICES, SOURCES, FastPaths, MemoryOptions, ModelHandle
+from ..core.types import (
+    ATTENTION_CHOICES,
+    COMPILE_CHOICES,
+    COMPILE_OFF,
+    KERNEL_CHOICES,
+    PRODUCT_CHOICES,
+    SOURCES,
+    FastPaths,
+    MemoryOptions,
+    ModelHandle,
+)
 from ..plans import GIB, plan_here
 from .types import CATEGORY, WanModel, check_choice, found_by, tell, verdict
 
@@ -148,18 +158,44 @@ class ChooseFastPaths(io.ComfyNode):
                     "made for it, else in 16 bits. exact: in 16 bits. 8bit: in 8 bits wherever that works, int8 too, "
                     "which is fast and shows more.",
                 ),
+                io.Combo.Input(
+                    "attention", options=list(ATTENTION_CHOICES), default=AUTO, optional=True,
+                    tooltip="auto and sdpa: PyTorch's own, exact. flash: the package flash-attn, as exact. sage: the "
+                    "package sageattention, in 8 bits. int8: the pack's own kernel in 8 bits, in bf16 and fp16. 8 bits "
+                    "are for speed in videos and large pictures, and may show. What does not work here is said, and "
+                    "PyTorch's own takes its place.",
+                ),
+                io.Combo.Input(
+                    "compile", options=list(COMPILE_CHOICES), default=COMPILE_OFF, optional=True,
+                    tooltip="blocks: what lies between the products is fused by torch.compile instead of the kernels. "
+                    "The first step of a first run waits for it, a minute or more; other sizes and LoRAs wait once "
+                    "more, other strengths, prompts and plans don't. If it fails, blocks run as they are.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="The same model with these options, for Sampler.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, kernels: str | None = None, products: str | None = AUTO) -> bool | str:
-        kinds = check_choice("kernels", kernels, KERNEL_CHOICES), check_choice("products", products, PRODUCT_CHOICES)
-        return verdict(*kinds)
+    def validate_inputs(
+        cls,
+        kernels: str | None = None,
+        products: str | None = AUTO,
+        attention: str | None = AUTO,
+        compile: str | None = COMPILE_OFF,
+    ) -> bool | str:
+        return verdict(
+            check_choice("kernels", kernels, KERNEL_CHOICES),
+            check_choice("products", products, PRODUCT_CHOICES),
+            check_choice("attention", attention, ATTENTION_CHOICES),
+            check_choice("compile", compile, COMPILE_CHOICES),
+        )
 
     @classmethod
-    def execute(cls, model: ModelHandle, kernels: str, products: str = AUTO) -> io.NodeOutput:
-        model, device = replace(model, fast=FastPaths(kernels=kernels, products=products)), host.device()
+    def execute(
+        cls, model: ModelHandle, kernels: str, products: str = AUTO, attention: str = AUTO, compile: str = COMPILE_OFF
+    ) -> io.NodeOutput:
+        fast = FastPaths(kernels=kernels, products=products, attention=attention, compile=compile)
+        model, device = replace(model, fast=fast), host.device()
         lines = spelled(model, device)[1] or [f"This machine computes on its {device.type}, with plain PyTorch."]
         return io.NodeOutput(model, ui=tell(cls.hidden.unique_id, lines))

@@ -216,18 +216,17 @@ class Run:
     def _opened(self, shape: tuple[int, ...], num_steps: int) -> Denoising:
         if self._model is None:
             device = comfy.model_management.get_torch_device()
-            ops, _ = spelled(self.handle, device)
             scene = Scene(
                 family=self.handle.family,
                 config=self.handle.identity.config,
                 latent_shape=shape,
                 conditionings=self._checked(shape),
                 dtype=self.dtype,
-                ops=ops,
                 chunk_rows=self.handle.memory.chunk_rows,
                 kept_latents=max(solver.kept_latents for solver in SOLVERS.values()),
                 loras=working(self.handle.loras),
             )
+            scene = replace(scene, ops=spelled(self.handle, device, scene)[0])
             self._known = tuple(self.prompts)
             self._model = self._stack.enter_context(denoising(self.handle, device, scene, num_steps, log.info))
         return self._model

@@ -169,7 +169,7 @@ class QwenImageTransformer(nn.Module):
         def call(i: int, block: Block, streams: list[Streams]) -> list[Streams]:
             modulation = lent.of(i, lambda: block.modulation(time.to(run.dtype)))
             return [
-                block(*stream, modulation, joint, is_last=i == last)
+                run.visit(block, *stream, modulation, joint, i == last)
                 for stream, joint in zip(streams, joints, strict=True)
             ]
 
@@ -365,7 +365,7 @@ class JointAttention(nn.Module):
         if is_last:
             q = q[:, num_text : num_text + num_asking]
         del qkv
-        return attention_in_place(q, k, v, joint.key_bias_BJ).flatten(2)
+        return attention_in_place(q, k, v, joint.key_bias_BJ, joint.ops.attention).flatten(2)
 
     def _fill(
         self,

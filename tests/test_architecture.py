@@ -31,6 +31,7 @@ ALLOWED = {
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
     "core/blocks": ("core/memory", "core/ops", "core/host", "core/types"),
+    "core/compiling": (),
     "core/sampling": ("core/blocks", "core/ops", "core/host", "core/types"),
     "core/pace": (),
     "core/planning": (
@@ -43,17 +44,8 @@ ALLOWED = {
         *("core/planning", "core/weights", "core/memory", "core/sampling", "core/ops", "core/host", "core/types"),
     ),
     "core/runtime": (
-        *(
-            "core/report",
-            "core/planning",
-            "core/pace",
-            "core/weights",
-            "core/memory",
-            "core/blocks",
-            "core/sampling",
-            "core/ops",
-        ),
-        *("core/host", "core/types"),
+        *("core/report", "core/planning", "core/pace", "core/compiling", "core/weights", "core/memory", "core/blocks"),
+        *("core/sampling", "core/ops", "core/host", "core/types"),
     ),
     "wan": FAMILY,
     "qwen_image": FAMILY,

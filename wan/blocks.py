@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..core.ops.attention import attention, attention_in_place
+from ..core.ops.attention import attention_in_place
 from ..core.ops.choice import Ops
 from ..core.ops.linear import Linear, feed_forward
 from ..core.ops.norm import LayerConstants, LayerNorm, RMSNorm, modulated_by
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
             norm_rotate(to_q(part), self.norm_q.constants, rope, q[:, rows])
             norm_rotate(to_k(part), self.norm_k.constants, rope, k[:, rows])
             v[:, rows] = rearrange(to_v(part), "b l (n d) -> b l n d", n=self.heads)
-        return attention_in_place(q, k, v).flatten(2)
+        return attention_in_place(q, k, v, attend=shared.ops.attention).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -111,12 +111,13 @@ class CrossAttention(nn.Module):
         """
         to_q, project = (layer.at(dtype, num_rows, ops.products) for layer in (self.q, self.o))
 
-        def attend(x_BLE: Tensor, prompt: Sequence[Keys]) -> Tensor:
+        # torch.compile takes no annotations here: they are evaluated in the middle of the block.
+        def attend(x_BLE, prompt):
             q = self._split(ops.rms_norm(to_q(x_BLE), self.norm_q.constants, dtype))
             text, *pictures = prompt
-            gathered = attention(q, *text)
+            gathered = ops.attention(q, *text)
             for picture in pictures:  # a softmax of its own
-                gathered = gathered + attention(q, *picture)
+                gathered = gathered + ops.attention(q, *picture)
             return project(gathered.flatten(2))
 
         return attend

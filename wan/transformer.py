@@ -151,14 +151,16 @@ class WanTransformer(nn.Module):
 
         def visit(i: int, block: Block, stream: Stream, prompt: Prompt) -> Stream:
             if not isinstance(block, VaceBlock):
-                return replace(stream, x=block(stream.x, shared, prompt.keys_values(i, block.cross_attn, keep)))
+                return replace(
+                    stream, x=run.visit(block, stream.x, shared, prompt.keys_values(i, block.cross_attn, keep))
+                )
             if not prompt.controls:
                 return stream
             if block is self.vace_blocks[0]:
                 x = prompt.join(x_BCTHW)
                 begun = tuple(self._begun(control, x, shared, run.dtype) for control in prompt.controls)
                 stream = replace(stream, controls=begun)
-            return block.go_on(stream, shared, prompt.keys_values(i, block.cross_attn, keep))
+            return block.go_on(stream, shared, prompt.keys_values(i, block.cross_attn, keep), run.visit)
 
         def hints(block: VaceBlock, streams: list[Stream]) -> list[Stream]:
             pairs = zip(streams, prompts, strict=True)

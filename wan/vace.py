@@ -4,7 +4,7 @@ Source: Jiang et al. 2025, "VACE: All-in-One Video Creation and Editing", sectio
 """
 # B batch, L tokens, E width
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,9 +41,9 @@ class VaceBlock(Block):
             x_BLE = add_to_rows(x_BLE, rows, project(control_BLE[:, rows].to(dtype)))
         return x_BLE
 
-    def go_on(self, stream: Stream, shared: Shared, prompt: Sequence[Keys]) -> Stream:
-        """Return the stream with all of its controls taken through the block."""
-        return replace(stream, controls=tuple(self(control, shared, prompt) for control in stream.controls))
+    def go_on(self, stream: Stream, shared: Shared, prompt: Sequence[Keys], visit: Callable[..., Tensor]) -> Stream:
+        """Return the stream with all of its controls taken through the block, which `visit` calls."""
+        return replace(stream, controls=tuple(visit(self, control, shared, prompt) for control in stream.controls))
 
     def add_hints(self, stream: Stream, controls: Sequence[Control], shared: Shared, dtype: torch.dtype) -> Stream:
         """Return the stream with its controls, projected and times their strengths, added to the clip's tokens."""

@@ -2,10 +2,15 @@
 # B batch, L query tokens, S key tokens, N heads, D head width
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .eight_bits import quantise_rows
+
+Attend = Callable[..., Tensor]  # takes what `attention` takes, and returns the like
 
 BACKEND = "PyTorch (scaled_dot_product_attention)"  # as users are told
 
@@ -27,19 +32,47 @@ def attention(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tenso
     return fused_attention(q, k, v, mask).transpose(1, 2)
 
 
-def attention_in_place(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
-    """Return what `attention` does; q is lost, as the result of many rows is written over it, some heads at a time.
+def attention_int8(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor, key_bias_BS: Tensor | None = None) -> Tensor:
+    """Return nearly what `attention` does: rows of q, and of k less its mean over tokens, are rounded to int8.
+
+    A part that all keys share raises all logits of a query alike, so that taking it away changes nothing but how fine
+    the steps are. What multiplies v is rounded to its dtype. Holds all logits of a head: it is there to be right.
+    Source: Zhang et al. 2024, "SageAttention", with a scale for each row.
+    """
+    batch, num_heads, width = q_BLND.shape[0], q_BLND.shape[2], q_BLND.shape[3]
+    k, v = (t.expand(batch, -1, -1, -1).transpose(1, 2) for t in (k_BSND, v_BSND))
+    bias = 0.0 if key_bias_BS is None else key_bias_BS.float()[:, None]
+    out = torch.empty_like(q_BLND, memory_format=torch.contiguous_format)
+    for head in range(num_heads):
+        centred = k[:, head].float() - k[:, head].float().mean(1, keepdim=True)
+        (q8, q_scale), (k8, k_scale) = (quantise_rows(t, torch.int8) for t in (q_BLND[:, :, head], centred))
+        # Sums of products of int8 are whole numbers that float32 holds.
+        logits = q8.float() @ k8.float().transpose(1, 2) * (q_scale / math.sqrt(width)) * k_scale.transpose(1, 2) + bias
+        weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+        gathered = weights.to(v.dtype).float() @ v[:, head].float()
+        out[:, :, head] = gathered / weights.sum(-1, keepdim=True)
+    return out
+
+
+def attention_in_place(
+    q_BLND: Tensor,
+    k_BSND: Tensor,
+    v_BSND: Tensor,
+    key_bias_BS: Tensor | None = None,
+    attend: Attend = attention,
+) -> Tensor:
+    """Return what `attend` does; q is lost, as the result of many rows is written over it, some heads at a time.
 
     With gradients q stays.
     """
     num_heads = q_BLND.shape[2]
     num_groups = min(MOST_GROUPS, max(1, q_BLND.shape[:3].numel() // GROUP_ROWS))
     if num_groups == 1 or torch.is_grad_enabled():
-        return attention(q_BLND, k_BSND, v_BSND, key_bias_BS)
+        return attend(q_BLND, k_BSND, v_BSND, key_bias_BS)
     size = math.ceil(num_heads / num_groups)
     for first in range(0, num_heads, size):
         q, k, v = (t[:, :, first : first + size] for t in (q_BLND, k_BSND, v_BSND))
-        q.copy_(attention(q, k, v, key_bias_BS))
+        q.copy_(attend(q, k, v, key_bias_BS))
     return q_BLND
 
 

@@ -2,7 +2,7 @@
 # O rows of a weight (its outputs), I its inputs, R rank, n some of the rows
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -20,6 +20,9 @@ class Difference(Protocol):
     def of(self, rows: slice) -> Tensor:
         """Return the difference of some rows, [n, I] in float32."""
 
+    def times(self, factor: float) -> "Difference":
+        """Return the difference times a number, in the same dtypes."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
@@ -31,6 +34,9 @@ class LowRank:
     def of(self, rows: slice) -> Tensor:
         return self.up[rows].float() @ self.down.float()
 
+    def times(self, factor: float) -> "LowRank":
+        return LowRank(self.down, _times(self.up, factor))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hadamard:
@@ -41,6 +47,9 @@ class Hadamard:
 
     def of(self, rows: slice) -> Tensor:
         return self.first.of(rows) * self.second.of(rows)
+
+    def times(self, factor: float) -> "Hadamard":
+        return Hadamard(self.first.times(factor), self.second)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +65,9 @@ class Kronecker:
         far, near = outer[index // len(inner)], inner[index % len(inner)]
         return (far[:, :, None] * near[:, None, :]).flatten(1)
 
+    def times(self, factor: float) -> "Kronecker":
+        return Kronecker(self.outer.times(factor), self.inner)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
@@ -65,6 +77,13 @@ class Dense:
 
     def of(self, rows: slice) -> Tensor:
         return self.values[rows].float()
+
+    def times(self, factor: float) -> "Dense":
+        return Dense(_times(self.values, factor))
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return (tensor.float() * factor).to(tensor.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -84,6 +103,16 @@ class Change:
     def factor(self) -> float:
         """What the difference is multiplied by, where there is no magnitude."""
         return self.scale * self.strength
+
+    @property
+    def folded(self) -> "Change":
+        """The same change, its numbers as far as can be in its tensors: with a magnitude the strength is none of those.
+
+        For who takes each number for another program, as torch.compile does.
+        """
+        if self.magnitude is not None:
+            return replace(self, difference=self.difference.times(self.scale), scale=1.0)
+        return Change(difference=self.difference.times(self.factor))
 
     @property
     def needs_all_rows(self) -> bool:

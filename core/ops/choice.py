@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..types import EXACT_KERNELS
 from . import norm, rope, rows
+from .attention import Attend, attention
 from .products import Product
 from .proof import PROBE, Verdict, verdict
 
@@ -22,18 +23,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ops:
-    """What blocks call, by the names of `kernels.KERNELS`, and products that they take in 8 bits; by default eager."""
+    """What blocks call: by the names of `kernels.KERNELS` what may be fused, then attention; by default eager.
+
+    `products` are those that they take in 8 bits.
+    """
 
     layer_norm: Callable[..., Tensor] = norm.layer_norm
     rms_norm: Callable[..., Tensor] = norm.rms_norm
     norm_rotate: Callable[..., None] = rope.norm_rotate
     add_to_rows: Callable[..., Tensor] = rows.add_to_rows
     add_norm: Callable[..., tuple[Tensor, Tensor]] = rows.add_norm
-    products: tuple[Product, ...] = ()  # those that are taken in 8 bits
+    attention: Attend = attention
+    products: tuple[Product, ...] = ()
 
 
 EXACT = Ops()
-FUSED = tuple(field.name for field in fields(Ops) if field.name != "products")
+FUSED = tuple(field.name for field in fields(Ops) if field.name not in ("attention", "products"))
 
 
 def choose(mode: str, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Ops, list[str]]:

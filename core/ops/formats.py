@@ -72,7 +72,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, stored:
 
 def _unpacker(stored: str, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor]:
     """Return what unpacks blocks on a device: plain PyTorch, or on CUDA a kernel that gives the same bits."""
-    if device.type != "cuda" or stored not in BLOCK_FORMATS:
+    if device.type != "cuda" or stored not in BLOCK_FORMATS or torch.compiler.is_compiling():
         return unpack_blocks
     return verdict("unpack_blocks", PROBE, dtype, device).kernel or unpack_blocks
 

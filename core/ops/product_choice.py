@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..types import AUTO_KERNELS, AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
+from ..types import AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
 from .eight_bits import quantise_rows
 from .formats import DTYPES, WEIGHT_SCALES, companion
 from .products import FLOAT8, FLOAT8_ROWS, INT8, Product
@@ -78,7 +78,7 @@ def choose_products(
         for product in (product for product in OLDEST_CARDS if product.dtype == stored.dtype):
             finding = try_product(product, stored.shapes, device)
             if finding.refusal is None:
-                taken.append(_with_gelu(product, device) if fast.kernels == AUTO_KERNELS else product)
+                taken.append(_with_gelu(product, device) if fast.uses_kernels else product)
                 said.append(f"Products in {product.name}, of weights in {name}: rounding the rows costs "
                             f"{finding.error:.1%} of a product of random numbers.")  # fmt: skip
                 break

@@ -41,6 +41,9 @@ def rotate(x_BLND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
     A pair is a complex number and its rotation one product.
     """
+    if torch.compiler.is_compiling():  # for complex numbers no code is made
+        (even, odd), (cos, sin) = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1), (table[:, None] for table in rope)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     turn_L1P = torch.complex(*rope)[:, None]
     pairs_BLNP = torch.view_as_complex(x_BLND.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs_BLNP * turn_L1P).flatten(-2)

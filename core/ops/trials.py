@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels import BLOCK_FORMATS
 from . import dfloat11, eight_bits, gguf_blocks, norm, rope, rows
+from .attention import attention, attention_int8
 from .dfloat11_encoder import encode
 
 FLOAT32_STEP = 4e-6
@@ -42,7 +43,7 @@ class Trial:
 
     The arguments are new each time, and the same. `results` are the tensors that a call with these arguments leaves,
     `allowed` how far a kernel's may be from the eager ones, see `deviation`; `fills` is the place of an argument that
-    is written and never read.
+    is written and never read. `replaces` is what the kernel takes the place of, where that is not its eager twin.
     """
 
     eager: Callable[..., Any]
@@ -50,6 +51,12 @@ class Trial:
     results: Callable[[Any, Arguments], tuple[Tensor, ...]] = lambda returned, arguments: (returned,)
     allowed: float = 1.0
     fills: int | None = None
+    replaces: Callable[..., Any] | None = None
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """What a run calls where there is no kernel."""
+        return self.replaces or self.eager
 
     def run(self, operation: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
         """Return what an operation, eager or not, makes of arguments, which it may change."""
@@ -166,6 +173,28 @@ def _frames(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Argumen
     return frames, weight, window[:, :, 2:]
 
 
+def attention_arguments(
+    queries: int, keys: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, is_biased: bool
+) -> Arguments:
+    """Return q [1, L, N, D], k and v [1, S, N, D] and a bias of keys or None: keys share a large part, as real ones do.
+
+    With a bias the last third of the keys is hidden, as padding is, and the first counts more.
+    """
+    generator = torch.Generator().manual_seed(7)
+    q, k = (torch.randn(1, length, heads, width, generator=generator) for length in (queries, keys))
+    k += 3 * torch.randn(1, 1, heads, width, generator=generator)
+    v = _random(1, keys, heads, width, device=device, dtype=dtype, seed=8)
+    bias = torch.zeros(1, keys)
+    bias[:, :1], bias[:, keys - keys // 3 :] = 2.0, float("-inf")
+    return q.to(device, dtype), k.to(device, dtype), v, bias.to(device, dtype) if is_biased else None
+
+
+def _attention(tokens: Tokens, dtype: torch.dtype, device: torch.device, is_biased: bool) -> Arguments:
+    """With more keys than queries, of a number that no tile divides."""
+    shape = tokens.rows, 2 * tokens.rows + 5, tokens.heads, tokens.head_width
+    return attention_arguments(*shape, dtype, device, is_biased)
+
+
 def _rotated(_: None, arguments: Arguments) -> tuple[Tensor, ...]:
     return (arguments[-1],)
 
@@ -182,6 +211,16 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
     "unpack_blocks": tuple(
         Trial(eager=gguf_blocks.unpack_blocks, arguments=partial(_blocks, stored=stored), allowed=0.0)
         for stored in BLOCK_FORMATS
+    ),
+    # What multiplies v is rounded to 16 bits before all keys are known, and so in other places.
+    "attention_int8": tuple(
+        Trial(
+            eager=attention_int8,
+            arguments=partial(_attention, is_biased=is_biased),
+            allowed=4.0,
+            replaces=attention,
+        )
+        for is_biased in (False, True)
     ),
     # In 16 bits plain PyTorch rounds four times on the way.
     "norm_silu_into": (Trial(eager=norm.norm_silu_into, arguments=_frames, allowed=4.0, fills=2),),

@@ -22,7 +22,8 @@ class Adapters:
     They are bound to the module as its weights on the device are, because a table in `Run` would have to reach every
     layer of every model; one run at a time has the module, and `close` leaves nothing of it. The weights of a `Linear`
     are changed by the layer itself. All other parameters are small: a changed copy takes their place, in a block as
-    long as the block runs, since the next visit may find its weights elsewhere.
+    long as the block runs, since the next visit may find its weights elsewhere. `folded` ones have their strength in
+    their tensors, so that another strength is no other program for torch.compile.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Adapters:
         loras: Sequence[Lora],
         dtype: torch.dtype,
         device: torch.device,
+        folded: bool = False,
     ):
+        self._folded = folded
         self._module, self._loras, self._dtype, self._device = module, tuple(loras), dtype, device
         self._block_of = {id(part): i for i, block in enumerate(blocks) for part in block.modules()}
         self._changes: tuple[Mapping[str, Change], ...] = ()  # of each LoRA, read when the first one begins to work
@@ -55,12 +58,16 @@ class Adapters:
         if active == self._active:
             return False
         if not self._changes:
-            self._changes = tuple(read_changes(lora, self._dtype, self._device) for lora in self._loras)
+            self._changes = tuple(self._read(lora) for lora in self._loras)
         self._unbind()
         self._active = ()  # should memory run out here, the next call begins anew
         self._bind([self._changes[i] for i in active])
         self._active = active
         return True
+
+    def _read(self, lora: Lora) -> Mapping[str, Change]:
+        changes = read_changes(lora, self._dtype, self._device)
+        return {name: change.folded for name, change in changes.items()} if self._folded else changes
 
     def before(self, i: int) -> None:
         """Change what is not the weight of a `Linear` in block i, whose weights are there."""

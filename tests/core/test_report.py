@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from wanqwen.core import host, report
+from wanqwen.core.ops.choice import EXACT
 from wanqwen.core.sampling.schedule import plan_steps
 from wanqwen.core.types import Conditioning, SampleRequest
 from wanqwen.loading import load_model
@@ -39,7 +40,7 @@ def test_the_settings_are_said_as_they_were_run(changes: dict, said: str, tmp_pa
     request = SampleRequest(latent=torch.zeros(1, 16, 3, 4, 8), positive=PROMPT, steps=6, seed=4, guidance=(1.0,))
     request = replace(request, **changes)
     plan = plan_steps(request, handle.family.schedule(handle.identity.config, tuple(request.latent.shape)))
-    what, how = report.described(handle, request, plan, torch.bfloat16)
+    what, how = report.described(handle, request, plan, torch.bfloat16, EXACT)
     assert what.startswith("some.safetensors: wan21 custom, weights fp32, computed in bfloat16; attention by ")
     assert how == said
 

@@ -1,19 +1,19 @@
 """How far fused kernels may take a whole run, and that what stands for them in the measurement does as they do."""
 
-from dataclasses import fields
+from collections.abc import Callable
 
 import pytest
 import torch
-from wanqwen.core.ops.choice import Ops
+from wanqwen.core.ops.choice import FUSED
 from wanqwen.core.ops.trials import TRIALS, Tokens, deviation
-from wanqwen.core.types import AUTO_KERNELS, EXACT_KERNELS
+from wanqwen.core.types import FastPaths
 from wanqwen.demo import drift
 
-NAMES = [field.name for field in fields(Ops)]
 ALLOWED_DB = {torch.bfloat16: 45.0, torch.float32: 110.0}  # of the range of the latents
+ALLOWED_DB_INT8 = 45.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_what_stands_for_a_kernel_gives_its_numbers(name: str) -> None:
     pytest.importorskip("triton")
     from wanqwen import kernels
@@ -33,7 +33,19 @@ def test_what_stands_for_a_kernel_gives_its_numbers(name: str) -> None:
 @pytest.mark.parametrize("dtype", ALLOWED_DB, ids=str)
 def test_a_whole_run_stays_near_the_exact_one(dtype: torch.dtype) -> None:
     _, run, _ = drift.clip_runs(1, seed=3)
+    near_the_exact_one(run, FastPaths(), dtype, ALLOWED_DB[dtype])
+
+
+@pytest.mark.parametrize("runs", [drift.clip_runs, drift.card_runs], ids=["clips", "cards"])
+def test_a_whole_run_with_attention_in_8_bits_stays_near_the_exact_one(runs: Callable) -> None:
+    _, run, rate = runs(1, seed=3)
+    fast = FastPaths(kernels="exact", attention="int8")
+    assert rate([near_the_exact_one(run, fast, torch.float32, ALLOWED_DB_INT8).pixels]) == 1
+
+
+def near_the_exact_one(run: drift.Run, fast: FastPaths, dtype: torch.dtype, decibels: float) -> drift.Result:
     with drift.kernels_anywhere(emulated=True):
-        exact, fused = run(EXACT_KERNELS, dtype, 0), run(AUTO_KERNELS, dtype, 0)
-    assert not torch.equal(fused.latents, exact.latents)
-    assert drift.psnr(fused.latents, exact.latents) > ALLOWED_DB[dtype]
+        exact, found = run(drift.PLAIN, dtype, 0), run(fast, dtype, 0)
+    assert not torch.equal(found.latents, exact.latents)
+    assert drift.psnr(found.latents, exact.latents) > decibels
+    return found

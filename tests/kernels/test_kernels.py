@@ -32,6 +32,7 @@ def _trials(*names: str) -> pytest.MarkDecorator:
 
 GELUS = {"gelu_int8": torch.int8, "gelu_float8": torch.float8_e4m3fn}
 BLOCKS = "unpack_blocks"
+ATTENTION = "attention_int8"  # see test_attention.py
 each_trial = _trials(*TRIALS)
 each_dtype = pytest.mark.parametrize("dtype", kernels.FLOATS, ids=str)
 
@@ -66,7 +67,7 @@ def run(name: str, trial: Trial, arguments: tuple, launches: list[Counted]) -> t
     return results
 
 
-@_trials(*(name for name in TRIALS if name not in (*GELUS, BLOCKS)))
+@_trials(*(name for name in TRIALS if name not in (*GELUS, BLOCKS, ATTENTION)))
 @each_dtype
 @pytest.mark.parametrize("tokens", SHAPES.values(), ids=SHAPES)
 def test_a_kernel_rounds_what_is_true_once(

@@ -1,7 +1,7 @@
 """Whole models with every kernel, beside the same models in plain PyTorch."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 from wanqwen.core import planning, runtime
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import choice
-from wanqwen.core.ops.choice import EXACT, Ops, choose, proven
+from wanqwen.core.ops.choice import EXACT, FUSED, Ops, choose, proven
 from wanqwen.core.types import EXACT_KERNELS, Conditioning, FastPaths, SampleRequest
 from wanqwen.loading import load_model
 from wanqwen.qwen_image.config import QwenImageConfig
@@ -35,7 +35,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(heads: tuple[int, int], dtype: torch.dtype, calls: dict[str, int]) -> Ops:
     """Return all operations as kernels, which count their calls."""
     found, said = proven(heads, dtype, DEVICE)
-    assert all(getattr(found, field.name) is not getattr(EXACT, field.name) for field in fields(Ops)), said
+    assert all(getattr(found, name) is not getattr(EXACT, name) for name in FUSED), said
 
     def counted(name: str, kernel: Callable) -> Callable:
         def call(*arguments):
@@ -44,7 +44,7 @@ def fused(heads: tuple[int, int], dtype: torch.dtype, calls: dict[str, int]) -> 
 
         return call
 
-    return Ops(**{field.name: counted(field.name, getattr(found, field.name)) for field in fields(Ops)})
+    return Ops(**{name: counted(name, getattr(found, name)) for name in FUSED})
 
 
 def velocities(model, inputs: tuple[Tensor, Tensor, Tensor], run: Run, **more) -> Tensor:

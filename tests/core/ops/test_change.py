@@ -58,6 +58,20 @@ def test_the_way_with_fewer_multiplications_is_taken(make: Callable[..., Tensor]
     assert not any(is_cheaper_beside((*changes, other), (ROWS, WIDTH), 1) for other in others)
 
 
+def test_what_is_folded_changes_a_weight_alike_and_has_no_numbers_of_its_own(make: Callable[..., Tensor]) -> None:
+    weight, one, other = make(ROWS, WIDTH), pair(make).difference, pair(make).difference
+    inner = LowRank(make(RANK, 6), make(6, RANK))
+    differences = one, Hadamard(one, other), Kronecker(Dense(make(4, 3)), inner), Dense(make(ROWS, WIDTH))
+    for change in (Change(difference=difference, scale=0.5, strength=-0.7) for difference in differences):
+        assert (change.folded.scale, change.folded.strength) == (1, 1)
+        wanted, found = (changed(weight, [c], torch.empty_like(weight)) for c in (change, change.folded))
+        assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, weight, atol=0.1)
+    dora = Change(difference=one, scale=0.5, strength=0.7, magnitude=make(ROWS, 1).abs())
+    assert (dora.folded.scale, dora.folded.strength) == (1, 0.7)
+    wanted, found = (changed(weight, [c], torch.empty_like(weight)) for c in (dora, dora.folded))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("at_once", [1, 5 * WIDTH, 1 << 22])
 @pytest.mark.parametrize("kind", ["low rank", "hadamard", "kronecker", "dense", "magnitude of rows", "of inputs"])
 def test_parts_of_the_rows_make_the_whole(
