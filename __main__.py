@@ -1,6 +1,7 @@
 """python -m wanqwen: the pack from a terminal."""
 
 import argparse
+import io
 import logging
 import sys
 from importlib import import_module
@@ -19,6 +20,8 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 2 for a request that can't be met, with one clear line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe on Windows may lack letters of a file's name
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="wanqwen", description="Wan 2.1 and Qwen-Image, from a terminal")
     parser.add_argument("--verbose", action="store_true", help="show what is being done")

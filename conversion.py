@@ -9,16 +9,21 @@ from .core.types import Checkpoint, Identity
 from .core.weights.convert import Plan, Wish, make_plan
 from .core.weights.dfloat11 import CONFIG_FILE
 from .core.weights.export import Export
+from .core.weights.reader import SHARD
 from .core.weights.targets import TARGETS
-from .core.weights.write import check_place
+from .core.weights.vocabulary import KIND
+from .core.weights.write import check_place, left_behind
 from .families import identify, with_variant
 from .loading import open_any
 from .qwen_image.export import export_of as qwen_image_export
 from .qwen_image.family import NAME as QWEN_IMAGE
+from .qwen_image.keymap import TOKENIZER as QWEN_TOKENIZER
+from .wan.export import TOKENIZER as WAN_TOKENIZER
 from .wan.export import export_of as wan_export
 from .wan.family import NAME as WAN
 
 EXPORTS: Mapping[str, Callable[[Checkpoint, Identity], Export]] = {WAN: wan_export, QWEN_IMAGE: qwen_image_export}
+TOKENIZERS = (WAN_TOKENIZER, QWEN_TOKENIZER)  # names of the tensors that hold one
 NOWHERE = Path("nowhere") / "model"  # a file about which neither its name nor its folder tells anything
 SECONDS_BETWEEN_LINES = 0.2
 SHOWN = 4  # names in a line
@@ -35,13 +40,22 @@ def plan(path: Path, wish: Wish, variant: str | None = None) -> tuple[Checkpoint
     if variant is not None:
         identity = with_variant(identity, variant)
     made = make_plan(checkpoint, identity, EXPORTS[identity.family](checkpoint, identity), wish)
-    found = identify(made.checkpoint(NOWHERE.with_suffix(made.container.suffix)))
-    if _facts(found) != _facts(identity):
+    problem = _misread(made.checkpoint(NOWHERE.with_suffix(made.container.suffix)), identity)
+    if problem:
         raise ValueError(
             f"{checkpoint.path.name} is {identity.family} {identity.variant}, which a file of it as {wish.target} "
-            f"could not tell: it would be taken for {found.variant}, {found.config}. Choose another spelling or format."
+            f"could not tell: {problem}. Choose another prefix, spelling or format."
         )
     return checkpoint, identity, made
+
+
+def _misread(new: Checkpoint, identity: Identity) -> str | None:
+    """Return what a new file would be taken for, None if that is the model that it is."""
+    try:
+        found = identify(new)
+    except ValueError:
+        return f"nobody would know names such as {next(iter(new.tensors))}"
+    return None if _facts(found) == _facts(identity) else f"it would be taken for {found.variant}, {found.config}"
 
 
 def _facts(identity: Identity) -> tuple[object, ...]:
@@ -60,6 +74,10 @@ def convert(
     suffix, size = made.container.suffix, made.size
     if out.suffix.lower() != suffix and not out.is_dir():
         raise ValueError(f"--out {out}: {wish.target} of this file is written as {suffix}, name it {out.stem}{suffix}")
+    _check_name(path, out)
+    for file in left_behind(out) if out.parent.is_dir() else ():
+        left = f"{file} ({file.stat().st_size / 1e9:.2f} GB)"
+        write(f"{left} is left of a conversion that did not end well: delete it, unless one is at work there now\n")
     check_place(out, size, set(checkpoint.location.values()), replace)
     where = f"{identity.family} {identity.variant}"
     write(f"{checkpoint.path.name}: {where}, {identity.weight_format}, {identity.spelling}\n")
@@ -68,6 +86,10 @@ def convert(
     if made.dropped:
         shown = ", ".join(made.dropped[:SHOWN]) + ", ..." * (len(made.dropped) > SHOWN)
         write(f"left out, as they are no weights of this model: {len(made.dropped)} tensors ({shown})\n")
+    if KIND in checkpoint.metadata or any(name.removeprefix(identity.prefix) in TOKENIZERS for name in made.dropped):
+        write("left out: its tokenizer. Put one beside the new file, or choose one where the file is used\n")
+    if readers := TARGETS[wish.target].readers:
+        write(f"{wish.target}: {readers}\n")
     made.write(out, Progress(size, write).advance)
     write("\n")
     if out.stat().st_size < size:
@@ -75,6 +97,18 @@ def convert(
     if key := TARGETS[wish.target].beside:
         _write_beside(out.with_name(CONFIG_FILE), key, made, write)
     return out
+
+
+def _check_name(path: Path, out: Path) -> None:
+    """Raise ValueError for a place in which the new file, or the folder that is read, would not open afterwards."""
+    if SHARD.fullmatch(out.name):
+        raise ValueError(
+            f"--out {out}: that is a name of one shard of several, and the others would be missed. Choose another"
+        )
+    if path.is_dir() and out.parent.resolve() == path.resolve():
+        raise ValueError(
+            f"--out {out}: {path} would hold two models then, and not open as a folder any more. Choose another folder"
+        )
 
 
 def _write_beside(config: Path, key: str, made: Plan, write: Write) -> None:

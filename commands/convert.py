@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert as the command line says, and print the new file's path."""
     wish = Wish(
         target=options.to.lower(),
-        spelling=options.spelling,
+        spelling=options.spelling and options.spelling.lower(),
         prefix=options.prefix,
         keep=tuple(options.keep),
         requantise=options.requantise,

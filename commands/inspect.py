@@ -22,5 +22,5 @@ def run(options: argparse.Namespace) -> int:
     """Print what the file is."""
     checkpoint = open_checkpoint(options.file)
     facts = describe_lora(checkpoint) if is_lora(checkpoint) else describe(checkpoint, identify(checkpoint))
-    sys.stdout.write((json.dumps(facts, indent=2, ensure_ascii=False) if options.json else render(facts)) + "\n")
+    sys.stdout.write((json.dumps(facts, indent=2) if options.json else render(facts)) + "\n")
     return 0

@@ -51,5 +51,5 @@ def run(options: argparse.Namespace) -> int:
     )
     model = with_loras(replace(model, memory=memory_options(options)), options.lora)
     found = facts(model, question)
-    sys.stdout.write((json.dumps(found, indent=2, ensure_ascii=False) if options.json else render(found)) + "\n")
+    sys.stdout.write((json.dumps(found, indent=2) if options.json else render(found)) + "\n")
     return 0

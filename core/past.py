@@ -18,7 +18,8 @@ class VAEMode:
 
     The layers that see all frames of the clip, those of the highest resolutions, take `fine_frames` at a time, or a
     whole chunk where it is None. With `is_offloaded` what a layer remembers is in RAM between its uses. With `is_exact`
-    every layer is done in plain PyTorch as the published code writes it: what other spellings are measured against.
+    every layer is done in plain PyTorch as the published code writes it: what other spellings are measured against. In
+    16 bits they round sums of weights too.
     """
 
     name: str

@@ -32,6 +32,8 @@ from .weights.assemble import prepare, wants_whole_products
 
 log = logging.getLogger(__name__)
 
+TRIALS_BYTES = 512 << 20  # of a card, that trying kernels and products takes: the largest weight, some times
+
 
 def compute_dtype(handle: ModelHandle, device: torch.device) -> torch.dtype:
     """Return what the large products compute in: the handle's choice, else bfloat16 where it is fast, else float32."""
@@ -45,6 +47,8 @@ def spelled(handle: ModelHandle, device: torch.device, scene: Scene | None = Non
 
     Attention is tried on what the scene asks of it, where a run is known.
     """
+    if device.type == "cuda":
+        host.make_room(TRIALS_BYTES, device)
     heads, names = handle.family.heads(handle.identity.config), handle.identity.names
     dtype = compute_dtype(handle, device)
     ops, said = EXACT, ["Blocks are compiled, which fuses what lies between their products."]

@@ -112,6 +112,7 @@ I2V_LIGHTX2V = _lora(
     KIJAI, "Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16", 738005744,
     "85c4a61c30e0497aa44b91d93a893b624708461a56fe5485183b28fa07e2dfb3", "8260d429d19fd7a72304cad059160b95d843913f",
 )  # fmt: skip
+CAUSVID_SMALL = _lora(KIJAI, "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32", 91233416)
 
 QWEN_VL = _split(
     QWEN, "text_encoders", "qwen_2.5_vl_7b_fp8_scaled", 9384670680,
@@ -172,6 +173,7 @@ SETS = tuple(
         ("wan21-vace-fp16", "Wan 2.1 VACE 14B (fp16)", (VACE, UMT5, WAN_VAE)),
         ("wan21-t2v-lightx2v", "Wan 2.1 T2V LightX2V LoRA", (T2V_LIGHTX2V,)),
         ("wan21-i2v-lightx2v", "Wan 2.1 I2V LightX2V LoRA", (I2V_LIGHTX2V,)),
+        ("wan21-causvid-1.3b", "Wan 2.1 CausVid LoRA, 1.3B", (CAUSVID_SMALL,)),
         ("wan21-umt5-fp16", "Wan 2.1 text encoder (fp16)", (UMT5_FP16,)),
         ("qwen-image", "Qwen-Image (fp8)", (QWEN_IMAGE, QWEN_VL, QWEN_VAE)),
         ("qwen-image-bf16", "Qwen-Image (bf16)", (QWEN_IMAGE_BF16, QWEN_VL, QWEN_VAE)),

@@ -235,7 +235,13 @@ class _Arrival:
         from huggingface_hub.utils import WeakFileLock
 
         self.gauge.note = f"waiting for another download of {self.item.file.name}"
-        self.part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{self.part.parent} can't be made ({error.strerror}): choose folders that you may write to, "
+                "or change that."
+            ) from error
         with WeakFileLock(lock_of(self.item.path)):
             self.gauge.stop_if_asked()
             if self.item.path.is_file() and self.item.path.stat().st_size == self.size:

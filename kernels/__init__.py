@@ -62,10 +62,10 @@ KERNELS: Mapping[str, Kernel] = {
         file="dfloat11", does="DFloat11 to bf16", dtypes=(torch.uint8, torch.bfloat16), widest=None
     ),
     "norm_rotate": Kernel(file="rms_norm", does="RMSNorm of q or k and their rotation, into the attention's tensor"),
-    "gelu_int8": Kernel(file="gelu_quantise", does="GELU, then int8 with a scale for each row"),
-    "gelu_float8": Kernel(
-        file="gelu_quantise", does="GELU, then float8 with a scale for each row", capability=FP8_CARD
-    ),
+    "rows_int8": Kernel(file="quantise", does="rows to int8 with a scale for each"),
+    "rows_float8": Kernel(file="quantise", does="rows to float8 with a scale for each", capability=FP8_CARD),
+    "gelu_int8": Kernel(file="quantise", does="GELU, then int8 with a scale for each row"),
+    "gelu_float8": Kernel(file="quantise", does="GELU, then float8 with a scale for each row", capability=FP8_CARD),
     "unpack_blocks": Kernel(
         file="gguf", does=f"GGUF's {', '.join(BLOCK_FORMATS)}, bit for bit", dtypes=(torch.uint8,), widest=None
     ),
@@ -92,10 +92,13 @@ def find(name: str, *tensors: Tensor) -> tuple[Callable[..., Any] | None, str]:
 
 def errors() -> tuple[type[Exception], ...]:
     """Return what building or launching a kernel may raise."""
-    from triton.errors import TritonError
-
     own = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)
-    return (TritonError, *own, OSError, subprocess.SubprocessError)
+    own += (ImportError, OSError, subprocess.SubprocessError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # a Triton that is not whole
+        return own
+    return TritonError, *own
 
 
 @cache

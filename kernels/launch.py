@@ -31,11 +31,13 @@ ROUNDS_BY_HAND = tl.constexpr(IS_INTERPRETED)
 
 
 def options_for(block: int) -> dict[str, int | bool]:
-    """Return how to compile a program that holds so many numbers at once: 16 or 32 numbers for each thread.
+    """Return how to compile a program that holds so many numbers at once: at most 32 numbers for each thread.
 
-    A product and a sum are rounded one by one, as in eager code: Triton's own default differs between versions.
+    No warps hold copies of what others do: one might read a row that another, further on, has written to already. A
+    product and a sum are rounded one by one, as in eager code: Triton's own default differs between versions.
     """
-    return {"num_warps": 4 if block <= 2048 else 8 if block <= 8192 else 16, "enable_fp_fusion": False}
+    num_warps = max(1, min(4, block // 32)) if block <= 2048 else 8 if block <= 8192 else 16
+    return {"num_warps": num_warps, "enable_fp_fusion": False}
 
 
 def rows_of(x_BLE: Tensor) -> tuple[Tensor, int, int]:

@@ -18,7 +18,7 @@ from ..core.ops.choice import Ops
 from ..core.ops.embed import timestep_embedding
 from ..core.ops.linear import Linear, feed_forward
 from ..core.ops.norm import RMSNorm, modulate, modulated_by
-from ..core.ops.products import Product
+from ..core.ops.products import Product, round_once
 from ..core.ops.rows import row_chunks
 from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
@@ -381,7 +381,7 @@ class JointAttention(nn.Module):
         to_q, to_k, to_v = (layer.at(q.dtype, k.shape[0] * k.shape[1], ops.products) for layer in layers[:3])
         norm_q, norm_k = layers[3:]
         for rows, x in normed:
-            part = cos[rows], sin[rows]
+            part, x = (cos[rows], sin[rows]), round_once(x, to_q, to_k, to_v)
             if rows.stop <= num_asking:
                 ops.norm_rotate(to_q(x), norm_q.constants, part, q[:, rows])
             ops.norm_rotate(to_k(x), norm_k.constants, part, k[:, rows])

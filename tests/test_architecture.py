@@ -27,7 +27,7 @@ ALLOWED = {
     "core/host": ("core/tiny_decoder", "core/types"),
     "core/conditioning": ("core/types",),
     "core/text": ("core/weights", "core/ops", "core/memory", "core/host", "core/types"),
-    "core/ops": ("kernels", "core/types"),
+    "core/ops": ("kernels", "core/host", "core/types"),
     "core/weights": ("core/ops", "core/host", "core/types"),
     "core/memory": ("core/ops", "core/host", "core/types"),
     "core/blocks": ("core/memory", "core/ops", "core/host", "core/types"),

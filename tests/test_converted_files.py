@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wanqwen import conversion
 from wanqwen.__main__ import main
 from wanqwen.conversion import EXPORTS, convert
 from wanqwen.core.types import Identity, TensorInfo
@@ -18,6 +21,7 @@ from wanqwen.core.weights.reader import open_checkpoint, read_tensors
 from wanqwen.core.weights.targets import TARGETS, Layer, Target
 from wanqwen.families import identify
 from wanqwen.loading import load_image_encoder, load_text_encoder, load_vae
+from wanqwen.qwen_image.family import NAME as QWEN_IMAGE
 from wanqwen.wan.family import FAMILY as WAN
 
 from .core.weights.test_gguf_models import MODELS, opened, state_of, velocity
@@ -230,6 +234,44 @@ def test_other_containers_are_sources_too(folder: Path, tmp_path: Path) -> None:
         assert found.keys() == wanted.keys() and all(torch.equal(found[n].float(), wanted[n].float()) for n in wanted)
 
 
+def test_a_folder_that_is_read_stays_a_model(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copy(folder / "vae.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="would hold two models then"):
+        converted(tmp_path, tmp_path / "new.safetensors", "bf16")
+    (tmp_path / "beside").mkdir()
+    assert identified(converted(tmp_path, tmp_path / "beside" / "new.safetensors", "bf16")).weight_format == "bf16"
+    assert identified(tmp_path) == identified(Path(source))
+
+
+def told(source: Path, out: Path, target: str, **options: object) -> str:
+    lines: list[str] = []
+    convert(source, out, Wish(target=target), lines.append, **options)
+    return "".join(lines)
+
+
+def test_what_a_user_would_miss_later_is_said(folder: Path, tmp_path: Path) -> None:
+    model, text, tokenizer = folder / "wan_bf16.safetensors", folder / "text.safetensors", "left out: its tokenizer"
+    assert "ComfyUI's own loader does not" in told(model, tmp_path / "rows.safetensors", "fp8_scaled")
+    assert "leave the scales out" in told(model, tmp_path / "int8.safetensors", "int8")
+    assert "ComfyUI" not in told(model, tmp_path / "one.safetensors", "fp8_scaled_tensor")
+    assert tokenizer not in told(text, tmp_path / "text.safetensors", "bf16")
+    assert tokenizer in told(text, tmp_path / "text.gguf", "gguf_fp16")
+    facts = {"tokenizer.ggml.model": "t5"}
+    carries = write(tmp_path / "carries.gguf", contents(tmp_path / "text.gguf"), facts=facts)
+    assert tokenizer in told(carries, tmp_path / "again.safetensors", "bf16")
+
+
+def test_what_a_killed_conversion_left_is_named_and_kept(folder: Path, tmp_path: Path) -> None:
+    left, other = tmp_path / ".vae [1].safetensors.0badf00d.part", tmp_path / ".vae 1.safetensors.0badf00d.part"
+    left.write_bytes(b"half")
+    other.write_bytes(b"of another file")
+    said = told(folder / "vae.safetensors", tmp_path / "vae [1].safetensors", "bf16")
+    assert (
+        f"{left} (0.00 GB) is left of a conversion that did not end well: delete it" in said and str(other) not in said
+    )
+    assert left.read_bytes() == b"half"
+
+
 def test_a_format_may_take_layers_together_and_end_up_smaller(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +312,29 @@ def test_the_file_says_where_it_came_from(folder: Path, tmp_path: Path) -> None:
     assert one["source"] == source.name and one["bytes"] == source.stat().st_size and one["to"] == "bf16"
     assert (one["format"], one["to_spelling"]) == ("fp32", "diffusers") and len(one["header_sha256"]) == 64
     assert two["source"] == first.name and two["keep"] == ["*.ffn.*"] and two["spelling"] == "diffusers"
+
+
+def test_digests_of_the_old_bytes_do_not_go_along(tmp_path: Path) -> None:
+    digests = {
+        "modelspec.hash_sha256": "0",
+        "sshs_model_hash": "0",
+        "general.file_type": "1",
+        "modelspec.title": "kept",
+    }
+    save_file(state_of(MODELS["wan"]), tmp_path / "a.safetensors", digests)
+    found = open_checkpoint(converted(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "bf16")).metadata
+    assert found.keys() & digests.keys() == {"modelspec.title"}
+
+
+def test_a_file_that_would_be_taken_for_another_model_is_not_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = EXPORTS[QWEN_IMAGE]
+    untold = {**EXPORTS, QWEN_IMAGE: lambda *of: replace(known(*of), told={})}
+    monkeypatch.setattr(conversion, "EXPORTS", untold)
+    with pytest.raises(ValueError, match=r"could not tell: it would be taken for "):
+        convert(folder / "qwen_image_bf16.safetensors", tmp_path / "o.safetensors", Wish(), str, variant="edit")
+    assert not list(tmp_path.iterdir())
 
 
 # How a file tells that it holds an Edit model, and what becomes of that.
@@ -334,6 +399,14 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda f, t: convert(f / "vae.safetensors", f / "vae.safetensors", Wish(target="bf16"), str, replace=True),
         "is the file that is read",
     ),
+    "a prefix that nobody knows": (
+        lambda f, t: converted(f / "wan_bf16.safetensors", t / "o.safetensors", prefix="mine."),
+        r"nobody would know names such as mine\.blocks.* Choose another prefix",
+    ),
+    "named like a shard": (
+        lambda f, t: converted(f / "vae.safetensors", t / "o-00002-of-00003.safetensors"),
+        "name of one shard of several",
+    ),
     "a folder of several": (lambda f, t: converted(f, t / "o.safetensors", "bf16"), "holds several checkpoints"),
 }
 
@@ -376,6 +449,21 @@ def test_a_source_that_ends_early_or_holds_nan_leaves_nothing(folder: Path, tmp_
     assert not list(out.iterdir())
     kept = converted(source, out / "b.safetensors", "fp8_scaled", keep=("blocks.1.ffn.2.weight",))
     assert contents(kept)["blocks.1.ffn.2.weight"].isnan().sum() == 1
+
+
+def test_a_source_that_is_written_to_meanwhile_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    source, out = shutil.copy(folder / "vae.safetensors", tmp_path / "source.safetensors"), tmp_path / "out"
+    out.mkdir()
+
+    def tell(text: str) -> None:
+        if "%" in text:
+            with open(source, "r+b") as file:  # its size stays, as that of a download that has taken its room before
+                file.seek(-4, 2)
+                file.write(b"late")
+
+    with pytest.raises(ValueError, match="has changed since it was opened: run again"):
+        convert(source, out / "vae.safetensors", Wish(target="bf16"), tell)
+    assert not list(out.iterdir())
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

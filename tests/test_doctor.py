@@ -13,13 +13,13 @@ FLOATS_OR_BYTES = {torch.float32, torch.uint8}
 
 def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """Return the line of each kernel, and under "" all others."""
-    proof.verdict.cache_clear()
+    proof.tried.cache_clear()
     monkeypatch.setattr(doctor.host, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(doctor, "TOKENS", doctor.Tokens(rows=4, heads=3, head_width=10))
     monkeypatch.setattr(doctor, "PROBE", doctor.TOKENS)
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    proof.verdict.cache_clear()
+    proof.tried.cache_clear()
     named = {name: next(line for line in lines if line.startswith(f"{name} ")) for name in kernels.KERNELS}
     return named | {"": "\n".join(line for line in lines if line not in named.values())}
 

@@ -1,6 +1,8 @@
 """The commands, as a terminal would run them."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +199,18 @@ def test_inspect_reads_the_header_only(
     assert (facts["role"], facts["missing"], facts["unexpected"]) == ("diffusion_model", [], [])
     assert main(["inspect", str(folder / "vae.safetensors")]) == 0
     assert "vae" in capsys.readouterr().out
+
+
+def test_an_output_that_lacks_the_letters_of_a_name_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, written = tiny.write_vae(tmp_path / "猫.safetensors"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    assert main(["inspect", str(path)]) == 0 and rb"\u732b.safetensors" in written.getvalue()
+    written.seek(0)
+    written.truncate()
+    assert main(["inspect", "--json", str(path)]) == 0
+    assert json.loads(written.getvalue())["path"] == str(path)
 
 
 def test_inspect_says_what_a_lora_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from ..core.ops.attention import attention_in_place
 from ..core.ops.choice import Ops
 from ..core.ops.linear import Linear, feed_forward
 from ..core.ops.norm import LayerConstants, LayerNorm, RMSNorm, modulated_by
+from ..core.ops.products import round_once
 from .config import WanConfig
 
 Rope = tuple[Tensor, Tensor]
@@ -78,7 +79,7 @@ class SelfAttention(nn.Module):
         norm_rotate, products = shared.ops.norm_rotate, shared.ops.products
         to_q, to_k, to_v = (layer.at(dtype, batch * length, products) for layer in (self.q, self.k, self.v))
         for rows in shared.chunks:
-            part = shared.ops.layer_norm(x_BLE[:, rows], norm, dtype)
+            part = round_once(shared.ops.layer_norm(x_BLE[:, rows], norm, dtype), to_q, to_k, to_v)
             rope = shared.rope[0][rows], shared.rope[1][rows]
             norm_rotate(to_q(part), self.norm_q.constants, rope, q[:, rows])
             norm_rotate(to_k(part), self.norm_k.constants, rope, k[:, rows])

@@ -62,14 +62,18 @@ def proven(heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
     return Ops(**taken), _said(verdicts)
 
 
-@cache
 def norm_silu_on(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return how `norm.norm_silu_into` is spelled on a device: as its kernel on CUDA where that works. Logged once."""
+    """Return how `norm.norm_silu_into` is spelled on a device: as its kernel on CUDA where that works."""
     if device.type != "cuda":
         return norm.norm_silu_into
     found = verdict("norm_silu_into", PROBE, dtype, device)
-    log.info("The VAE's norms: %s", "fused kernel" if found.kernel else f"plain PyTorch, as the kernel {found.reason}")
+    _log_once("fused kernel" if found.kernel else f"plain PyTorch: {found.reason}")
     return found.kernel or norm.norm_silu_into
+
+
+@cache
+def _log_once(spelling: str) -> None:
+    log.info("The VAE's norms: %s", spelling)
 
 
 def _said(verdicts: dict[str, Verdict]) -> list[str]:

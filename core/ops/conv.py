@@ -103,16 +103,17 @@ def doubled_conv2d(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return a 3 x 3 convolution (padding 1) of the frames at twice their size, each pixel repeated (nearest).
 
     Of 3 x 3 pixels of the large frame, at most 2 x 2 differ: those of each corner of a pixel are convolved with sums of
-    the weights, and the large frame is never made.
+    the weights, and the large frame is never made. The sums are taken in float32 and rounded once.
     """
     batch, _, height, width = x_BCHW.shape
     out = torch.empty(
         (batch, weight.shape[0], 2 * height, 2 * width),
         dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    for row, tall in enumerate(_corner_taps(weight, 2)):
+    for row, tall in enumerate(_corner_taps(weight.float(), 2)):
         for column, taps in enumerate(_corner_taps(tall, 3)):
-            corner = F.conv2d(x_BCHW, taps.contiguous(memory_format=torch.channels_last), bias, padding=1)
+            taps = taps.to(weight.dtype, memory_format=torch.channels_last)
+            corner = F.conv2d(x_BCHW, taps, bias, padding=1)
             out[:, :, row::2, column::2] = corner[:, :, row : row + height, column : column + width]
             del corner
     return out
@@ -128,7 +129,7 @@ def _corner_taps(weight: Tensor, dim: int) -> Iterator[Tensor]:
 def halved_conv2d(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return every second pixel of a 3 x 3 convolution, with zeros beyond the right and the bottom border only.
 
-    As with zeros all around, where the first results are dropped: no padded copy is made.
+    As with zeros all around, where the first results are dropped: no padded copy is made. The sides must be even.
     """
     return F.conv2d(x_BCHW, weight, bias, stride=2, padding=2)[:, :, 1:, 1:]
 

@@ -14,10 +14,21 @@ def quantise_rows(x_BLE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     The largest number of a row becomes the dtype's largest.
     """
-    x, largest = x_BLE.float(), LARGEST[dtype]
-    scale = (x.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE)
-    scaled = (x / scale).clamp(-largest, largest)
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+    largest = LARGEST[dtype]
+    scale = torch.linalg.vector_norm(x_BLE, float("inf"), dim=-1, keepdim=True).float() / largest
+    scale.clamp_min_(SMALLEST_SCALE)
+    scaled = torch.div(x_BLE, scale).clamp_(-largest, largest)  # in float32, as the scale is
+    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def rows_int8(x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `quantise_rows` in int8."""
+    return quantise_rows(x_BLE, torch.int8)
+
+
+def rows_float8(x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `quantise_rows` in float8 (e4m3)."""
+    return quantise_rows(x_BLE, torch.float8_e4m3fn)
 
 
 def gelu_int8(x_BLE: Tensor) -> tuple[Tensor, Tensor]:

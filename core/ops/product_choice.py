@@ -7,11 +7,12 @@ from functools import cache
 
 import torch
 
+from .. import host
 from ..types import AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
 from .eight_bits import quantise_rows
 from .formats import DTYPES, WEIGHT_SCALES, companion
 from .products import FLOAT8, FLOAT8_ROWS, INT8, Product
-from .proof import PROBE, verdict
+from .proof import NO_MEMORY, PROBE, verdict
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ Shape = tuple[int, ...]
 # In the order in which they are tried, with the oldest card (compute capability) that has units for them. Scales by row
 # are missing in PyTorch's builds for Windows, and in some for Ada, which only a trial tells.
 OLDEST_CARDS = {FLOAT8_ROWS: (8, 9), FLOAT8: (8, 9), INT8: (8, 0)}
-GELUS = {torch.int8: "gelu_int8", torch.float8_e4m3fn: "gelu_float8"}
+KERNELS = {torch.int8: ("rows_int8", "gelu_int8"), torch.float8_e4m3fn: ("rows_float8", "gelu_float8")}
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # users' names of what weights are stored in
 SHAPES_TRIED = 4  # of a model's layers, the largest
 OUTPUTS_COMPARED = 128
@@ -78,7 +79,7 @@ def choose_products(
         for product in (product for product in OLDEST_CARDS if product.dtype == stored.dtype):
             finding = try_product(product, stored.shapes, device)
             if finding.refusal is None:
-                taken.append(_with_gelu(product, device) if fast.uses_kernels else product)
+                taken.append(_with_kernels(product, device) if fast.uses_kernels else product)
                 said.append(f"Products in {product.name}, of weights in {name}: rounding the rows costs "
                             f"{finding.error:.1%} of a product of random numbers.")  # fmt: skip
                 break
@@ -100,9 +101,23 @@ def _unwanted(mode: str, stored: Stored, is_whole: bool, device: torch.device) -
     return None if stored.is_scaled else "the file has no scales, so it was not made for products in fp8"
 
 
-@cache
 def try_product(product: Product, shapes: tuple[Shape, ...], device: torch.device) -> Finding:
-    """Try a product on weights of a model's shapes, beside float64: once in the life of the process."""
+    """Try a product on weights of a model's shapes, beside float64: once in the life of the process.
+
+    Memory that is missing says nothing of the product: it is tried again when it is asked for again.
+    """
+    try:
+        return tried(product, shapes, device)
+    except RuntimeError as trouble:
+        if not host.is_out_of_memory(trouble):
+            raise
+    log.warning("Products in %s: %s. They are not used for now.", product.name, NO_MEMORY)
+    return Finding(refusal=NO_MEMORY)
+
+
+@cache
+def tried(product: Product, shapes: tuple[Shape, ...], device: torch.device) -> Finding:
+    """Return what `try_product` does, always the same. Raises what PyTorch does where memory runs out."""
     if reason := _unable(product, device):
         return Finding(refusal=reason)
     fitting = [shape for shape in shapes if not any(side % product.sides for side in shape)][:SHAPES_TRIED]
@@ -113,6 +128,8 @@ def try_product(product: Product, shapes: tuple[Shape, ...], device: torch.devic
         try:
             deviation, error = _compare(product, shape, device)
         except (RuntimeError, ValueError, TypeError) as trouble:
+            if isinstance(trouble, RuntimeError) and host.is_out_of_memory(trouble):
+                raise
             return _broken(product, f"failed with {type(trouble).__name__}: {_first_line(trouble)}")
         if not deviation <= ALLOWED:  # NaN is not
             return _broken(product, f"{shape} is wrong by {deviation:.3g} of its size, where {ALLOWED} is allowed")
@@ -154,16 +171,16 @@ def _distance(x: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((x - wanted).norm() / wanted.norm())
 
 
-def _with_gelu(product: Product, device: torch.device) -> Product:
-    """Return the product with the kernel that rounds rows of a GELU, on CUDA where it works."""
+def _with_kernels(product: Product, device: torch.device) -> Product:
+    """Return the product with the kernels that round rows and those of a GELU, on CUDA where they work."""
     if device.type != "cuda":
         return product
-    kernel = verdict(GELUS[product.dtype], PROBE, torch.bfloat16, device).kernel
-    return product if kernel is None else replace(product, gelu=kernel)
+    rows, gelu = (verdict(name, PROBE, torch.bfloat16, device).kernel for name in KERNELS[product.dtype])
+    return replace(product, rows=rows or product.rows, gelu=gelu or product.gelu)
 
 
 def _broken(product: Product, reason: str) -> Finding:
-    log.warning("Products in %s: %s. Weights become 16-bit before each product.", product.name, reason)
+    log.warning("Products in %s: %s. They are not used.", product.name, reason)
     return Finding(refusal=reason)
 
 

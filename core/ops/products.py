@@ -6,13 +6,13 @@ whole layer, are not used: a row's own scale rounds it no worse.
 # M rows, I inputs, O outputs of a layer
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eight_bits import gelu_float8, gelu_int8, quantise_rows
+from .eight_bits import gelu_float8, gelu_int8, rows_float8, rows_int8
 
 LEAST_ROWS = 32  # below that the way of the weight to the processor is what takes the time
 CUDA_ROWS = 17  # the fewest that `torch._int_mm` takes there
@@ -23,18 +23,28 @@ class Product:
     """One way to multiply rows with weights of one dtype.
 
     `multiply` takes rows [M, I] and their scales [M, 1], a weight [O, I] and its scales [1, O]; both sides of a weight
-    must be multiples of `sides`. `gelu` rounds the GELU of rows.
+    must be multiples of `sides`. `rows` rounds rows [B, L, I], and `gelu` their GELU.
     """
 
     name: str
     dtype: torch.dtype
     multiply: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     gelu: Callable[[Tensor], tuple[Tensor, Tensor]]
     sides: int = 16
 
     def takes(self, weight: Tensor, num_rows: int) -> bool:
         """Say whether so many rows are multiplied with such a weight in this way."""
         return weight.dtype == self.dtype and num_rows >= LEAST_ROWS and not any(s % self.sides for s in weight.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """Rows as they are, and in 8 bits with their scales."""
+
+    x: Tensor
+    rows: Tensor
+    scale: Tensor
 
 
 class InEightBits:
@@ -53,9 +63,10 @@ class InEightBits:
         one = torch.ones((), device=weight_OI.device) if scale is None else scale.float()
         self.scale_1O = one.reshape(1, -1).expand(1, len(weight_OI)).contiguous()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.of(*quantise_rows(x, self.product.dtype))
-        return y if self.beside is None else self.beside(y, x)
+    def __call__(self, x: Tensor | Rounded) -> Tensor:
+        given = x if isinstance(x, Rounded) else Rounded(x, *self.product.rows(x))
+        y = self.of(given.rows, given.scale)
+        return y if self.beside is None else self.beside(y, given.x)
 
     def of(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Return the result for rows that are rounded already, and their scales."""
@@ -63,6 +74,12 @@ class InEightBits:
         y = self.product.multiply(flat, scales, self.weight, self.scale_1O)
         y = y.to(self.dtype) if self.bias is None else (y + self.bias).to(self.dtype)
         return y.view(*rows.shape[:-1], -1)
+
+
+def round_once(x: Tensor, *layers: Callable[[Tensor], Tensor]) -> Tensor | Rounded:
+    """Return what to call layers with that all take x: x itself, or rounded once where all of them would round it."""
+    alike = all(isinstance(layer, InEightBits) and layer.product == layers[0].product for layer in layers)
+    return Rounded(x, *layers[0].product.rows(x)) if alike else x
 
 
 def multiply_int8(rows_MI: Tensor, scale_M1: Tensor, weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
@@ -88,6 +105,12 @@ def multiply_float8(rows_MI: Tensor, scale_M1: Tensor, weight_OI: Tensor, scale_
     return product.mul_(scale_M1).mul_(scale_1O)
 
 
-INT8 = Product(name="int8", dtype=torch.int8, multiply=multiply_int8, gelu=gelu_int8)
-FLOAT8_ROWS = Product(name="fp8 by rows", dtype=torch.float8_e4m3fn, multiply=multiply_float8_rows, gelu=gelu_float8)
-FLOAT8 = Product(name="fp8", dtype=torch.float8_e4m3fn, multiply=multiply_float8, gelu=gelu_float8)
+INT8 = Product(name="int8", dtype=torch.int8, multiply=multiply_int8, rows=rows_int8, gelu=gelu_int8)
+FLOAT8_ROWS = Product(
+    name="fp8 by rows",
+    dtype=torch.float8_e4m3fn,
+    multiply=multiply_float8_rows,
+    rows=rows_float8,
+    gelu=gelu_float8,
+)
+FLOAT8 = replace(FLOAT8_ROWS, name="fp8", multiply=multiply_float8)

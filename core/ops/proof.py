@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ... import kernels
+from .. import host
 from .trials import TRIALS, Tokens, deviation
 
 log = logging.getLogger(__name__)
 
 PROBE = Tokens(rows=64, heads=24, head_width=128)  # where the shape of a model makes no difference
+NO_MEMORY = "the card had no memory left to try it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,22 +28,36 @@ class Verdict:
     error: float | None = None
 
 
-@cache
 def verdict(name: str, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Verdict:
-    """Try a kernel beside its eager twin, on a few rows of a model's shape: once in the life of the process."""
+    """Try a kernel beside its eager twin, on a few rows of a model's shape: once in the life of the process.
+
+    Memory that is missing says nothing of the kernel: it is tried again when it is asked for again.
+    """
+    try:
+        return tried(name, tokens, dtype, device)
+    except RuntimeError as trouble:
+        if not host.is_out_of_memory(trouble):
+            raise
+    log.warning("Kernel %s: %s. Plain PyTorch takes its place for now.", name, NO_MEMORY)
+    return Verdict(kernel=None, reason=NO_MEMORY)
+
+
+@cache
+def tried(name: str, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Verdict:
+    """Return what `verdict` does, always the same. Raises what PyTorch or Triton does where memory runs out."""
     worst = 0.0
     for trial in TRIALS[name]:
         arguments = trial.arguments(tokens, dtype, device)
-        found, reason = kernels.find(name, *trial.tensors(arguments))
-        if found is None:
-            return Verdict(kernel=None, reason=reason)
         wanted = trial.run(trial.eager, arguments)
         try:
+            found, reason = kernels.find(name, *trial.tensors(arguments))
+            if found is None:
+                return Verdict(kernel=None, reason=reason)
             results = trial.run(found, trial.arguments(tokens, dtype, device))
             errors = [deviation(*pair) for pair in zip(results, wanted, strict=True)]
-        except torch.OutOfMemoryError:  # says nothing of the kernel
-            raise
         except kernels.errors() as trouble:
+            if isinstance(trouble, RuntimeError) and host.is_out_of_memory(trouble):
+                raise
             first = (str(trouble).strip() or "no message").splitlines()[0]
             return _broken(name, f"failed with {type(trouble).__name__}: {first}")
         for error in errors:

@@ -147,6 +147,10 @@ def _dfloat11(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Argum
     return *(planes[name].to(device) for name in dfloat11.PLANES), out
 
 
+def _rows(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
+    return (_stream(tokens, dtype, device),)
+
+
 def _gelu(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
     return (_random(tokens.batch, tokens.rows, 3 * tokens.width, device=device, dtype=dtype),)
 
@@ -206,6 +210,8 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
     "add_to_rows": (Trial(eager=rows.add_to_rows, arguments=_add_to_rows),),
     "rms_norm": (Trial(eager=norm.rms_norm, arguments=_rms_norm),),
     "dfloat11_decode": (Trial(eager=dfloat11.decode, arguments=_dfloat11, allowed=0.0, fills=5),),
+    "rows_int8": (Trial(eager=eight_bits.rows_int8, arguments=_rows, results=lambda returned, _: returned),),
+    "rows_float8": (Trial(eager=eight_bits.rows_float8, arguments=_rows, results=lambda returned, _: returned),),
     "gelu_int8": (Trial(eager=eight_bits.gelu_int8, arguments=_gelu, results=lambda returned, _: returned),),
     "gelu_float8": (Trial(eager=eight_bits.gelu_float8, arguments=_gelu, results=lambda returned, _: returned),),
     "unpack_blocks": tuple(

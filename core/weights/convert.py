@@ -18,7 +18,7 @@ from .export import Export, Piece, fits
 from .identity import METADATA_KEY, own_metadata
 from .keymap import Share
 from .ranges import Range, read_ranges
-from .reader import read_tensors
+from .reader import check_unchanged, read_tensors
 from .targets import SAME, TARGETS, Layer, Stored, Target
 from .write import GGUF, Container, write_file
 
@@ -64,10 +64,11 @@ class Step:
 class Plan:
     """A file that is to be written: all that its header says, and the steps that make its tensors.
 
-    `names` maps every tensor to the official names of what it is made of; `num_quantised` counts the layers that are
-    rounded to 8 bits or fewer, `dropped` are names of the source that nothing is made of.
+    `num_quantised` counts the layers that are not stored as plain numbers, `dropped` are names of the `source` that
+    nothing is made of.
     """
 
+    source: Checkpoint
     container: Container
     facts: Mapping[str, str | int]
     steps: tuple[Step, ...]
@@ -93,10 +94,14 @@ class Plan:
     def write(self, path: Path, advance: Callable[[int], None] = lambda count: None) -> None:
         """Write the file; `advance` is told of bytes as they are written. See `write.write_file`.
 
-        Raises ValueError for numbers that the format has no place for, or a source that was cut off meanwhile.
+        Raises ValueError for numbers that the format has no place for, or a source that was written to meanwhile.
         """
-        content = (made for step in self.steps for made in step.make())
-        write_file(path, self.container, self.tensors, self.facts, content, advance)
+        write_file(path, self.container, self.tensors, self.facts, self._content(), advance)
+
+    def _content(self) -> Iterator[tuple[str, Tensor]]:
+        for step in self.steps:
+            yield from step.make()
+        check_unchanged(self.source)  # a download that was not at its end, say
 
 
 def make_plan(checkpoint: Checkpoint, identity: Identity, export: Export, wish: Wish) -> Plan:
@@ -143,6 +148,7 @@ class _Planner:
                 steps.append(self._packed(members))
         extra, dropped = self._others()
         return Plan(
+            source=self.checkpoint,
             container=self.target.container,
             facts={**self._facts(), **self.target.tells(self._packed_shapes())},
             steps=(*steps, *extra),

@@ -71,8 +71,8 @@ def files_with(path: Path) -> list[Path]:
 
 def rest_in(folder: Path) -> Path | None:
     """Return the file of a folder that has what is in none of its groups' files; None if that is not clear."""
-    _, others = _divided(folder)
-    return others[0] if len(others) == 1 and config_in(folder) else None
+    of_groups, others = _divided(folder)
+    return others[0] if of_groups and len(others) == 1 else None
 
 
 def _divided(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -106,7 +106,8 @@ class Target:
     `is_narrow` is whether a number has 8 bits or fewer; `check` raises ValueError for what is not installed.
     `is_for` says which weights, by official name; None are those that published quantised files round. `tells` makes
     metadata of the layers that are packed, of which official loaders look for `beside` in a config.json. Where
-    `is_exact`, also what is in float32 stays so.
+    `is_exact`, also what is in float32 stays so. `readers` says who reads the file, where that is not all who read
+    files of its container.
     """
 
     title: str
@@ -125,6 +126,7 @@ class Target:
     tells: Callable[[Mapping[str, Shape]], Mapping[str, str]] = lambda layers: {}
     beside: str | None = None
     is_exact: bool = False
+    readers: str | None = None
 
 
 def _each(pack: Callable[[Layer], Mapping[str, Tensor]]) -> Pack:
@@ -251,8 +253,8 @@ TARGETS = {
     "bf16": Target(title="bfloat16", dtype="BF16"),
     "fp16": Target(title="float16", dtype="F16"),
     "fp8_scaled": Target(
-        title="fp8 (e4m3fn) with a scale for every output row, the most exact of 8 bits; ComfyUI's own loader wants "
-        "fp8_scaled_tensor",
+        title="fp8 (e4m3fn) with a scale for every output row; ComfyUI's own loader wants fp8_scaled_tensor",
+        readers="this pack reads it. ComfyUI's own loader does not: for that one choose fp8_scaled_tensor",
         planes=_fp8_planes(lambda shape: (shape[0], 1)),
         pack=_each(_fp8_by_row),
         marks={formats.SCALED_MARKER: torch.zeros(FP8_MARKER_SHAPE, dtype=torch.float8_e4m3fn)},
@@ -268,7 +270,10 @@ TARGETS = {
         is_narrow=True,
     ),
     "int8": Target(
-        title="ComfyUI's int8_tensorwise: a scale for every row",
+        title="ComfyUI's int8_tensorwise: a scale for every row; old versions of ComfyUI misread it",
+        # Tried with 0.33.0, which has the format, and 0.3.64, which takes the integers for the weights themselves.
+        readers="this pack and new versions of ComfyUI read it (0.33.0 does). Old ones, such as 0.3.64, leave the "
+        "scales out, and make noise: for those choose fp8_scaled_tensor",
         planes=_int8_planes,
         pack=_each(_int8),
         is_narrow=True,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -121,6 +122,12 @@ def check_place(path: Path, size: int, sources: Iterable[Path], replace: bool = 
         )
 
 
+def left_behind(path: Path) -> list[Path]:
+    """Return what was left beside a path by processes that were killed while they wrote it, or is being written."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}")
+    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+
+
 def write_file(
     path: Path,
     container: Container,
@@ -132,7 +139,8 @@ def write_file(
     """Write tensors as they come; whatever was at `path` before is there until all of them are on the disk.
 
     `tensors` says in their order what comes; of a tensor that turns out smaller than that, the file states what came.
-    Where anything fails, Ctrl-C included, nothing is left behind. Raises OSError where the disk does.
+    Where anything fails, Ctrl-C included, nothing is left behind; only a whole file stays, under another name, whose
+    place can't be taken. Raises ValueError for a place that can't be written to, OSError where the disk fails.
     """
     header = container.header(tensors, facts, 0)
     written: dict[str, TensorInfo] = {}
@@ -166,13 +174,27 @@ def _unfinished(path: Path) -> Iterator[BinaryIO]:
     """Provide a file beside `path` that takes its place on success, after all of it is on the disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with open(temporary, "xb") as file:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise ValueError(f"{path} can't be written ({error.strerror}): choose another name or folder") from error
+    is_whole = False
+    try:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        is_whole = True
         os.replace(temporary, path)
+    except OSError as error:
+        if not is_whole:
+            raise
+        raise ValueError(  # on Windows where a program has the old file open
+            f"{path} can't be replaced ({error.strerror}). The new file is whole, and called {temporary}: close what "
+            f"has the old one open, and rename it to {path.name}"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if not is_whole:
+            temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

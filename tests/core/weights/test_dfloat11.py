@@ -105,6 +105,16 @@ def test_the_published_wan_is_one_model_of_a_file_for_each_block(tmp_path: Path)
         open_checkpoint(folder)
 
 
+def test_a_file_of_ours_and_its_config_leave_a_folder_of_several_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"dfloat11_config": {"pattern_dict": {r"blocks\.\d+": ["ffn.0"]}}})
+    )
+    for name in ("ours.safetensors", "another.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"holds several checkpoints: another\.gguf, ours\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return dict(read_tensors(checkpoint, checkpoint.tensors))
 

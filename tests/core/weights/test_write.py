@@ -13,7 +13,7 @@ from torch import Tensor
 from wanqwen.core.types import TensorInfo
 from wanqwen.core.weights.gguf import read_gguf
 from wanqwen.core.weights.reader import open_checkpoint, read_header, read_tensors
-from wanqwen.core.weights.write import GGUF, SAFETENSORS, check_place, write_file
+from wanqwen.core.weights.write import GGUF, SAFETENSORS, check_place, left_behind, write_file
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -86,6 +86,42 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, after: int, error: BaseExc
         write_file(path, SAFETENSORS, INFOS, {}, failing(after, error))
     assert path.read_text() == "what was there before"
     assert sorted(file.name for file in tmp_path.iterdir()) == [other.name, path.name]
+
+
+def test_a_place_that_can_not_be_taken_does_not_cost_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(old: Path, new: Path) -> None:
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    path = tmp_path / "model.safetensors"
+    path.write_text("open in another program")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ValueError, match=r"can't be replaced \(Access is denied\)\. The new file is whole.* rename it"):
+        write_file(path, SAFETENSORS, INFOS, {}, TENSORS.items())
+    [whole] = left_behind(path)
+    assert path.read_text() == "open in another program"
+    monkeypatch.undo()
+    os.replace(whole, path)
+    found = open_checkpoint(path)
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read_tensors(found, found.tensors))
+
+
+def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "model.safetensors", []
+
+    def synced(handle: int) -> None:
+        calls.append((os.fstat(handle).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    write_file(path, SAFETENSORS, INFOS, {}, TENSORS.items())
+    assert calls[0] == (path.stat().st_size, False)
+
+
+def test_a_name_that_the_system_refuses_is_said(tmp_path: Path) -> None:
+    path = tmp_path / f"{'a' * 240}.safetensors"
+    with pytest.raises(ValueError, match=r"can't be written .*: choose another name or folder"):
+        write_file(path, SAFETENSORS, INFOS, {}, TENSORS.items())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of processes are POSIX")
