@@ -82,7 +82,7 @@ class VAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tiling: str | None, memory: str | None = None) -> bool | str:
+    def validate_inputs(cls, tiling: str | None = None, memory: str | None = None) -> bool | str:
         return verdict(check_choice("tiling", tiling, TILING), check_choice("memory", memory, (AUTO, *MODES)))
 
     @classmethod

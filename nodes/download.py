@@ -45,7 +45,7 @@ class Download(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, what: str | None, fetch: str | None) -> bool | str:
+    def validate_inputs(cls, what: str | None = None, fetch: str | None = None) -> bool | str:
         return verdict(check_choice("what", what, [known.title for known in SETS]), check_choice("fetch", fetch, FETCH))
 
     @classmethod

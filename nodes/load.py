@@ -66,7 +66,7 @@ class LoadWanModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, precision: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None, precision: str | None = None) -> bool | str:
         return verdict(
             check_file("diffusion_models", file),
             check_choice("precision", precision, MODEL_PRECISIONS),
@@ -107,7 +107,9 @@ class LoadWanTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
+    def validate_inputs(
+        cls, file: str | None = None, device: str | None = None, tokenizer: str | None = None
+    ) -> bool | str:
         return _check_text_encoder(file, device, tokenizer)
 
     @classmethod
@@ -151,7 +153,7 @@ class LoadWanVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, precision: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None, precision: str | None = None) -> bool | str:
         return verdict(check_file("vae", file), check_choice("precision", precision, VAE_PRECISIONS))
 
     @classmethod
@@ -200,7 +202,7 @@ class LoadWanImageEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, precision: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None, precision: str | None = None) -> bool | str:
         return verdict(
             check_file("clip_vision", file),
             check_choice("precision", precision, IMAGE_ENCODER_PRECISIONS),
@@ -259,7 +261,9 @@ class LoadQwenImageModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, variant: str | None, precision: str | None) -> bool | str:
+    def validate_inputs(
+        cls, file: str | None = None, variant: str | None = None, precision: str | None = None
+    ) -> bool | str:
         return verdict(
             check_file("diffusion_models", file),
             check_choice("variant", variant, QWEN_VARIANTS),
@@ -309,7 +313,9 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
+    def validate_inputs(
+        cls, file: str | None = None, device: str | None = None, tokenizer: str | None = None
+    ) -> bool | str:
         return _check_text_encoder(file, device, tokenizer)
 
     @classmethod

@@ -30,7 +30,7 @@ class LoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return verdict(check_file(FOLDER, file))
 
     @classmethod

@@ -45,7 +45,7 @@ class BlockSwap(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: str | None, interleave: str | None) -> bool | str:
+    def validate_inputs(cls, source: str | None = None, interleave: str | None = None) -> bool | str:
         return verdict(
             check_choice("source", source, (AUTO, *SOURCES)), check_choice("interleave", interleave, INTERLEAVE)
         )
@@ -180,7 +180,7 @@ class ChooseFastPaths(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        kernels: str | None,
+        kernels: str | None = None,
         products: str | None = AUTO,
         attention: str | None = AUTO,
         compile: str | None = COMPILE_OFF,

@@ -58,7 +58,7 @@ class WanImageSize(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, area: str | None) -> bool | str:
+    def validate_inputs(cls, area: str | None = None) -> bool | str:
         return verdict(check_choice("area", area, SIZES))
 
     @classmethod
@@ -96,7 +96,7 @@ class WanImageToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, fit: str | None) -> bool | str:
+    def validate_inputs(cls, fit: str | None = None) -> bool | str:
         return verdict(check_choice("fit", fit, FITS))
 
     @classmethod
@@ -158,7 +158,7 @@ class WanFirstLastFrameToVideo(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, fit: str | None) -> bool | str:
+    def validate_inputs(cls, fit: str | None = None) -> bool | str:
         return verdict(check_choice("fit", fit, FITS))
 
     @classmethod
@@ -233,7 +233,7 @@ class WanVideoToVideo(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, fit: str | None) -> bool | str:
+    def validate_inputs(cls, fit: str | None = None) -> bool | str:
         return verdict(check_choice("fit", fit, FITS))
 
     @classmethod

@@ -125,7 +125,7 @@ class QwenImageEditEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, size: str | None) -> bool | str:
+    def validate_inputs(cls, size: str | None = None) -> bool | str:
         return verdict(check_choice("size", size, SIZES))
 
     @classmethod
@@ -190,7 +190,7 @@ class EmptyQwenImageLatent(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, aspect_ratio: str | None) -> bool | str:
+    def validate_inputs(cls, aspect_ratio: str | None = None) -> bool | str:
         return verdict(check_choice("aspect_ratio", aspect_ratio, [*ASPECTS, CUSTOM]))
 
     @classmethod

@@ -55,7 +55,7 @@ class Sampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, solver: str | None, noise_device: str | None = None, preset: str | None = None
+        cls, solver: str | None = None, noise_device: str | None = None, preset: str | None = None
     ) -> bool | str:
         return verdict(
             check_choice("solver", solver, SOLVERS),

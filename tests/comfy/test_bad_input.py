@@ -55,6 +55,13 @@ def test_a_value_that_is_not_in_its_list_is_refused_before_anything_runs(server,
     assert all(message in error["details"] for error in answer["node_errors"][node]["errors"])
 
 
+def test_a_missing_input_is_named(server, tiny):
+    del tiny[SAMPLER]["inputs"]["solver"]
+    status, answer = server.post("/prompt", {"prompt": tiny})
+    [error] = answer["node_errors"][SAMPLER]["errors"]
+    assert (status, error["type"], error["details"]) == (400, "required_input_missing", "solver")
+
+
 def test_sizes_are_corrected_and_the_user_is_told(server, tiny):
     tiny[SIZE]["inputs"] |= {"frames": 80, "width": 100, "height": 16}
     tiny["20"] = {"class_type": "SaveImage", "inputs": {"images": [DECODE, 0], "filename_prefix": "size"}}

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ def prompt(file: PublishedFile) -> dict[str, Any]:
 
 
 @pytest.fixture
-def content(hub) -> bytes:
-    """What the hub has as either LoRA."""
+def content(hub, server) -> Iterator[bytes]:
+    """What the hub has as either LoRA; afterwards the server has neither, as other tests expect."""
     content = os.urandom(4_000_000)
     for file in (T2V_LIGHTX2V, I2V_LIGHTX2V):
         hub.publish(COMMIT, file.repo, file.path, content)
-    return content
+    yield content
+    for file in (T2V_LIGHTX2V, I2V_LIGHTX2V):
+        (server.base / "models" / "loras" / file.name).unlink(missing_ok=True)
 
 
 def test_a_file_is_in_the_loaders_list_when_it_has_come(server, content):

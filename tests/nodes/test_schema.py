@@ -32,6 +32,12 @@ def test_nobody_s_workflow_breaks(nodes):
             assert now[kind][: len(saved[kind])] == saved[kind], (node_id, kind)
 
 
+def test_comfyui_may_leave_out_what_the_user_left_out(nodes):
+    """A missing argument would hide ComfyUI's own message, which names the input."""
+    checking = [node for node in nodes.NODES if "validate_inputs" in vars(node)]
+    assert checking and all(node.validate_inputs() is True for node in checking)
+
+
 def test_the_snapshot_knows_every_input(nodes):
     """A new node or input goes into the snapshot with the change that adds it."""
     found = {schema.node_id: slots(schema) for schema in all_schemas(nodes)}

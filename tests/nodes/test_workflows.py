@@ -1,6 +1,7 @@
 """Every workflow fits the nodes, ours and those of ComfyUI's that it uses, and is laid out to be read."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def pairs(boxes: list) -> Iterator[tuple]:
 
 
 PUBLISHED = {file.name: file for known in SETS for file in known.files}  # what Download (WanQwen) fetches
+TITLES = re.compile(r"(?<!\*)\*([^*]+)\*(?!\*)")  # in italics
 FOLDERS = {
     "WanQwenLoadWanModel": "diffusion_models", "WanQwenLoadQwenImageModel": "diffusion_models", "WanQwenLoRA": "loras",
     "WanQwenLoadWanTextEncoder": "text_encoders", "WanQwenLoadQwenImageTextEncoder": "text_encoders",
@@ -141,9 +143,13 @@ FOLDERS = {
 
 @each_workflow
 def test_it_says_which_files_go_where(path: Path):
-    """In a note, and to the editor, which offers to download those that are missing."""
+    """In a note, which names the sets that Download (WanQwen) has, and to the editor, which offers missing files."""
     workflow = read(path)
     [note] = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES]
+    used = {node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in FOLDERS}
+    wanted = {known.title for known in SETS if {file.name for file in known.files} <= used}
+    asked, found, _ = note.partition("Then press")
+    assert set(TITLES.findall(asked) if found else ()) == wanted
     for node in workflow["nodes"]:
         if node["type"] not in FOLDERS:
             continue
