@@ -5,7 +5,6 @@ python -m wanqwen.bench.eight_bits --count 40      # the miniatures in int8 and 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,24 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.ops.eight_bits import quantise_rows
-from ..core.ops.formats import INT8_RECORD, METADATA_RECORD, WEIGHT_SCALES, companion, dequantise
 from ..core.ops.linear import Linear
 from ..core.ops.product_choice import try_product
 from ..core.ops.products import FLOAT8, FLOAT8_ROWS, INT8
 from ..core.types import FastPaths, ModelHandle
-from ..core.weights.reader import open_checkpoint
 from ..demo.cards import score as card_score
 from ..demo.cards import show as cards
 from ..demo.clips import score as clip_score
 from ..demo.clips import show as clips
+from ..demo.drift import IN_8_BITS, write_in_8_bits
 from ..loading import DEMO_FOLDER, load_model
 from .measure import compare, table
 
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SHAPE = (13824, 5120)  # the first layer of a feed-forward of Wan-14B
 Make = Callable[[ModelHandle], list[Tensor]]
 
@@ -48,23 +44,6 @@ def main() -> None:
         _print_scores(options.count, options.seed)
     else:
         _print_speeds(torch.device(options.device), options.rows, options.rounds)
-
-
-def write_in_8_bits(source: Path, target: Path, dtype: torch.dtype) -> Path:
-    """Write a checkpoint with the matrices of its blocks in int8 or fp8, with a scale for each row, as ComfyUI does."""
-    tensors, own = load_file(source), open_checkpoint(source).metadata
-    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(WEIGHT_SCALES)}
-    kept = {name: tensor for name, tensor in tensors.items() if companion(name) is None}
-    records = {}
-    for name, tensor in kept.copy().items():
-        layer = name.removesuffix(".weight")
-        if "blocks." not in name or tensor.dim() != 2 or layer == name:
-            continue
-        scale = next((scales[layer + suffix] for suffix in WEIGHT_SCALES if layer + suffix in scales), None)
-        kept[name], kept[f"{layer}.weight_scale"] = quantise_rows(dequantise(tensor, scale, torch.float32), dtype)
-        records[layer] = {"format": INT8_RECORD if dtype == torch.int8 else "float8_e4m3fn"}
-    save_file(kept, target, {**own, METADATA_RECORD: json.dumps({"layers": records})})
-    return target
 
 
 def _print_scores(count: int, seed: int) -> None:
@@ -88,7 +67,7 @@ def _print_scores(count: int, seed: int) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for task, (file, make, rate) in tasks.items():
-            for name, dtype in DTYPES.items():
+            for name, dtype in IN_8_BITS.items():
                 path = write_in_8_bits(
                     DEMO_FOLDER / f"{file}.safetensors", Path(folder) / f"{file}_{name}.safetensors", dtype
                 )

@@ -1,23 +1,29 @@
 """How far fast paths take whole runs of the miniatures from plain PyTorch, and whether the scores notice.
 
-    python -m wanqwen.demo.drift [--count 8] [--precision bf16] [--seed 0] [--emulate] [--attention int8]
+    python -m wanqwen.demo.drift [--count 8] [--precision bf16] [--seed 0] [--emulate]
+                                 [--kernels] [--attention int8] [--weights fp8]
 
-Fast are the fused kernels, or with --attention the attention in 8 bits alone, for any number of keys.
+Fast are the fused kernels; or, of these, attention in 8 bits for any number of keys, and products in 8 bits of blocks
+with weights in fp8 or int8, all that are asked for.
 
-Every prompt is run from the same noise with both, and in float32, to show how much of a difference the precision itself
-makes. Where there is no card, kernels run in Triton's interpreter (set TRITON_INTERPRET=1), minutes for a clip; or with
---emulate in PyTorch, by the operations that the kernels take, in their order but for that of sums.
+Every prompt is run from the same noise and weights with both, and in float32, to show how much of a difference the
+precision itself makes. Where there is no card, kernels run in Triton's interpreter (set TRITON_INTERPRET=1), minutes
+for a clip; or with --emulate in PyTorch, by the operations that the kernels take, in their order but for that of sums.
 """
 # B batch, L tokens, E width
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import runtime
@@ -25,14 +31,20 @@ from ..core.ops import attention_choice
 from ..core.ops.attention import attention_int8
 from ..core.ops.attention_choice import BACKENDS
 from ..core.ops.choice import EXACT, Ops, choose, proven
+from ..core.ops.eight_bits import quantise_rows
+from ..core.ops.formats import INT8_RECORD, METADATA_RECORD, WEIGHT_SCALES, companion, dequantise
 from ..core.ops.norm import LayerConstants, RmsConstants
-from ..core.types import AUTO_KERNELS, EXACT_KERNELS, FastPaths
+from ..core.types import AUTO_ATTENTION, AUTO_KERNELS, AUTO_PRODUCTS, EIGHT_BIT_PRODUCTS, EXACT_KERNELS, FastPaths
+from ..core.weights.reader import open_checkpoint
+from ..loading import DEMO_FOLDER, load_model
 from .cards import score as cards_score
 from .cards import show as cards
 from .clips import score as clips_score
 from .clips import show as clips
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+IN_8_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CLIPS, CARDS = "wan_dit", "qwen_dit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +66,45 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--emulate", action="store_true")
-    parser.add_argument("--attention", choices=("int8",))
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--attention", choices=("int8",), default=AUTO_ATTENTION)
+    parser.add_argument("--weights", choices=IN_8_BITS)
     options = parser.parse_args()
-    fast = replace(PLAIN, attention=options.attention) if options.attention else FastPaths(kernels=AUTO_KERNELS)
-    with kernels_anywhere(options.emulate):
-        for name, run, rate in (clip_runs(options.count, options.seed), card_runs(options.count, options.seed)):
+    is_fused = options.kernels or (options.attention == AUTO_ATTENTION and options.weights is None)
+    fast = FastPaths(
+        kernels=AUTO_KERNELS if is_fused else EXACT_KERNELS,
+        attention=options.attention,
+        products=AUTO_PRODUCTS if options.weights is None else EIGHT_BIT_PRODUCTS,
+    )
+    with kernels_anywhere(options.emulate), TemporaryDirectory() as folder:
+        files = {file: DEMO_FOLDER / f"{file}.safetensors" for file in (CLIPS, CARDS)}
+        if options.weights:
+            dtype = IN_8_BITS[options.weights]
+            files = {file: write_in_8_bits(path, Path(folder) / path.name, dtype) for file, path in files.items()}
+        tasks = (
+            clip_runs(files[CLIPS], options.count, options.seed),
+            card_runs(files[CARDS], options.count, options.seed),
+        )
+        for name, run, rate in tasks:
             title = f"{name}, {options.precision}"
             _compare(title, run, rate, options.count, PRECISIONS[options.precision], fast)
+
+
+def write_in_8_bits(source: Path, target: Path, dtype: torch.dtype) -> Path:
+    """Write a checkpoint with the matrices of its blocks in int8 or fp8, with a scale for each row, as ComfyUI does."""
+    tensors, own = load_file(source), open_checkpoint(source).metadata
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(WEIGHT_SCALES)}
+    kept = {name: tensor for name, tensor in tensors.items() if companion(name) is None}
+    records = {}
+    for name, tensor in kept.copy().items():
+        layer = name.removesuffix(".weight")
+        if "blocks." not in name or tensor.dim() != 2 or layer == name:
+            continue
+        scale = next((scales[layer + suffix] for suffix in WEIGHT_SCALES if layer + suffix in scales), None)
+        kept[name], kept[f"{layer}.weight_scale"] = quantise_rows(dequantise(tensor, scale, torch.float32), dtype)
+        records[layer] = {"format": INT8_RECORD if dtype == torch.int8 else "float8_e4m3fn"}
+    save_file(kept, target, {**own, METADATA_RECORD: json.dumps({"layers": records})})
+    return target
 
 
 @contextmanager
@@ -118,9 +162,8 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     return float(20 * torch.log10(span / error.clamp_min(1e-20)))
 
 
-def clip_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
-    pipeline, prompts = clips.Pipeline(), clips.unseen_prompts(count, seed)
-    model = pipeline.model
+def clip_runs(file: Path, count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
+    pipeline, prompts, model = clips.Pipeline(), clips.unseen_prompts(count, seed), load_model(file)
 
     def run(fast: FastPaths, dtype: torch.dtype, i: int) -> Result:
         pipeline.model = replace(model, dtype=dtype, fast=fast)
@@ -132,9 +175,8 @@ def clip_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]],
     return "clips", run, rate
 
 
-def card_runs(count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
-    pipeline, wishes = cards.Pipeline(), cards.unseen_prompts(count, seed)
-    model = pipeline.writer
+def card_runs(file: Path, count: int, seed: int) -> tuple[str, Run, Callable[[list[Tensor]], float]]:
+    pipeline, wishes, model = cards.Pipeline(), cards.unseen_prompts(count, seed), load_model(file)
 
     def run(fast: FastPaths, dtype: torch.dtype, i: int) -> Result:
         pipeline.writer = replace(model, dtype=dtype, fast=fast)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from wanqwen.bench.eight_bits import psnr, write_in_8_bits
+from wanqwen.bench.eight_bits import psnr
 from wanqwen.core import runtime
 from wanqwen.core.types import Conditioning, FastPaths, ModelHandle, SampleRequest
+from wanqwen.demo.drift import write_in_8_bits
 from wanqwen.loading import DEMO_FOLDER, load_model
 
 CASES = {"wan_dit": (96, 3), "qwen_dit": (128, 1)}  # width of the text rows, latent frames

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from wanqwen.bench.eight_bits import write_in_8_bits
 from wanqwen.core import host, pace, planning, runtime
 from wanqwen.core.memory import kept
 from wanqwen.core.memory import resident as memory
@@ -19,6 +18,7 @@ from wanqwen.core.ops.linear import Linear
 from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, FastPaths, ModelHandle, SampleRequest
 from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.demo.drift import write_in_8_bits
 from wanqwen.families import parameters_of
 from wanqwen.loading import DEMO_FOLDER, load_model, with_lora
 from wanqwen.tests.gguf_files import quantised, write

@@ -121,7 +121,8 @@ def test_loras_change_a_dfloat11_model_as_its_bf16_twin(
         shapes = parameters_of(handle.family, handle.identity.config)
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
         for name, writer, start in (("all", loras.differences, 0.0), ("late", loras.loha, 0.5)):
-            handle, _ = with_lora(handle, loras.write(tmp_path / f"{name}.safetensors", writer(state)), 0.3, start)
+            file = tmp_path / f"{name}_{path.stem}.safetensors"
+            handle, _ = with_lora(handle, loras.write(file, writer(state)), 0.3, start)
         handles.append(handle)
     wanted = runtime.generate(handles[0], request_of)
     assert not torch.equal(wanted, runtime.generate(replace(handles[0], loras=()), request_of))
