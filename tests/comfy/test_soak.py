@@ -29,8 +29,15 @@ class State(NamedTuple):
 def state_of(process: int) -> State:
     facts = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     folder = Path(f"/proc/{process}/fd")
-    files = tuple(target for entry in folder.iterdir() if (target := os.readlink(entry)).startswith("/"))
+    files = tuple(target for entry in folder.iterdir() if (target := _target(entry)).startswith("/"))
     return State(int(facts["VmRSS"].split()[0]) / 1024, int(facts["Threads"]), files)
+
+
+def _target(entry: Path) -> str:
+    try:
+        return os.readlink(entry)
+    except FileNotFoundError:  # a socket that was closed meanwhile
+        return ""
 
 
 @pytest.fixture
