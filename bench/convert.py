@@ -15,8 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +23,12 @@ from ..conversion import convert
 from ..core.weights.convert import Wish
 from ..core.weights.targets import TARGETS
 from .files import shapes_of, write_random
+from .memory import watched
 from .models import WAN, WAN_1_3B
 
 DEFAULT_TARGETS = ("fp16", "fp8_scaled", "int8", "gguf_q8_0")
 DEFAULT_LAYERS = (10, 30)
 COPY = "copy"
-SAMPLE_SECONDS = 0.005
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,30 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(target: str, file: Path, out: Path) -> tuple[float, float, int]:
     """Return the seconds that a conversion takes, those of work, and the bytes beyond what there was before."""
-    before, peak, done = resident_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(SAMPLE_SECONDS):
-            peak = max(peak, resident_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started, worked = time.perf_counter(), time.process_time()
     if target == COPY:
-        shutil.copyfile(file, out)
+        _, *figures = watched(lambda: shutil.copyfile(file, out))
     else:
-        convert(file, out, Wish(target=target), lambda text: None)
-    seconds, work = time.perf_counter() - started, time.process_time() - worked
-    done.set()
-    watcher.join()
+        _, *figures = watched(lambda: convert(file, out, Wish(target=target), lambda text: None))
+    seconds, work, peak = figures
     return seconds, work, peak
-
-
-def resident_bytes() -> int:
-    """Return the memory of this process, pages of mapped files included (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
 
 
 if __name__ == "__main__":

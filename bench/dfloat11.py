@@ -10,7 +10,6 @@ processors' seconds of work.
 
 import argparse
 import sys
-import threading
 import time
 
 import torch
@@ -21,7 +20,7 @@ from ..core.ops.dfloat11 import GAP_BITS, PLANES, WINDOW_BITS, Decode, decode
 from ..core.ops.dfloat11_encoder import encode
 from ..core.ops.linear import Linear
 from ..qwen_image.config import QwenImageConfig
-from .convert import SAMPLE_SECONDS, resident_bytes
+from .memory import watched
 from .models import META, QWEN_IMAGE, WAN, WAN_1_3B, WAN_14B
 
 MODELS = {"qwen-image": (QWEN_IMAGE, QwenImageConfig()), "wan-14b": (WAN, WAN_14B), "wan-1.3b": (WAN, WAN_1_3B)}
@@ -41,7 +40,7 @@ def main() -> None:
     for name in options.block:
         weights = block_of(name)
         whole = sum(weight.nbytes for weight in weights)
-        planes, seconds, work, peak = measured(weights, options.threads)
+        planes, seconds, work, peak = watched(lambda weights=weights: encode(weights, options.threads))
         size = sum(plane.nbytes for plane in planes.values())
         clock = decoding(planes, weights, device, options.rounds)
         sys.stdout.write(
@@ -65,25 +64,6 @@ def block_of(name: str) -> list[Tensor]:
             rows.copy_(torch.randn(rows.shape, generator=generator) * loud * 0.02)
         found.append(weight)
     return found
-
-
-def measured(weights: list[Tensor], threads: int | None) -> tuple[dict[str, Tensor], float, float, int]:
-    """Return what encoding gives, its seconds by the clock and of the processors, and its most bytes of memory."""
-    before, peak, done = resident_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(SAMPLE_SECONDS):
-            peak = max(peak, resident_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started, worked = time.perf_counter(), time.process_time()
-    planes = encode(weights, threads)
-    seconds, work = time.perf_counter() - started, time.process_time() - worked
-    done.set()
-    watcher.join()
-    return planes, seconds, work, peak
 
 
 def decoding(planes: dict[str, Tensor], weights: list[Tensor], device: torch.device, rounds: int) -> float:

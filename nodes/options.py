@@ -169,8 +169,9 @@ class ChooseFastPaths(io.ComfyNode):
                 io.Combo.Input(
                     "compile", options=list(COMPILE_CHOICES), default=COMPILE_OFF, optional=True,
                     tooltip="blocks: what lies between the products is fused by torch.compile instead of the kernels. "
-                    "The first step of a first run waits for it, a minute or more; other sizes and LoRAs wait once "
-                    "more, other strengths, prompts and plans don't. If it fails, blocks run as they are.",
+                    "The first step of a first run waits for it, a minute or more; other sizes and LoRAs, a second "
+                    "length of text in Qwen-Image and each strength of a DoRA wait once more; other strengths, prompts "
+                    "and plans don't. If it fails, blocks run as they are.",
                 ),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="The same model with these options, for Sampler.")],
