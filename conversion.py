@@ -16,11 +16,11 @@ from .core.weights.write import check_place, left_behind
 from .families import identify, with_variant
 from .loading import open_any
 from .qwen_image.export import export_of as qwen_image_export
-from .qwen_image.family import NAME as QWEN_IMAGE
+from .qwen_image.files import NAME as QWEN_IMAGE
 from .qwen_image.keymap import TOKENIZER as QWEN_TOKENIZER
 from .wan.export import TOKENIZER as WAN_TOKENIZER
 from .wan.export import export_of as wan_export
-from .wan.family import NAME as WAN
+from .wan.files import NAME as WAN
 
 EXPORTS: Mapping[str, Callable[[Checkpoint, Identity], Export]] = {WAN: wan_export, QWEN_IMAGE: qwen_image_export}
 TOKENIZERS = (WAN_TOKENIZER, QWEN_TOKENIZER)  # names of the tensors that hold one

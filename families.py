@@ -1,19 +1,17 @@
-"""The families of models that this pack knows, and which of them a checkpoint belongs to."""
+"""The families of models that this pack knows, and which of them a checkpoint belongs to: told without PyTorch."""
 
 from math import prod
 
-import torch
-
-from .core.types import Checkpoint, Family, Identity, Preset
+from .core.types import Checkpoint, Family, FamilyFiles, Identity, Preset
 from .core.weights.lora import Fit, LoraFile, fit, is_lora, read_names
-from .qwen_image.family import FAMILY as QWEN_IMAGE
+from .qwen_image.files import FILES as QWEN_IMAGE
 from .qwen_image.identify import identify as identify_qwen_image
 from .qwen_image.identify import variant_of
 from .qwen_image.identify import with_variant as qwen_image_variant
-from .wan.family import FAMILY as WAN
+from .wan.files import FILES as WAN
 from .wan.identify import identify as identify_wan
 
-FAMILIES: tuple[Family, ...] = (WAN, QWEN_IMAGE)
+FAMILIES: tuple[FamilyFiles, ...] = (WAN, QWEN_IMAGE)
 IDENTIFIERS = (identify_wan, identify_qwen_image)
 SHOWN = 6  # names in an error
 
@@ -78,17 +76,14 @@ def _seen(names: list[str], table: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def family(name: str) -> Family:
-    """Return the family of an `Identity.family`."""
-    return next(known for known in FAMILIES if known.name == name)
+    """Return the family of an `Identity.family`, with its models; these need PyTorch, which is imported now."""
+    from .qwen_image.family import FAMILY as QWEN_IMAGE_MODELS
+    from .wan.family import FAMILY as WAN_MODELS
+
+    return next(known for known in (WAN_MODELS, QWEN_IMAGE_MODELS) if known.name == name)
 
 
-def parameters_of(known: Family, config: object) -> dict[str, tuple[int, ...]]:
-    """Return the parameters of a model by name, with their shapes; nothing takes memory."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in known.build(config).named_parameters()}
-
-
-def family_of_lora(checkpoint: Checkpoint) -> tuple[Family, LoraFile]:
+def family_of_lora(checkpoint: Checkpoint) -> tuple[FamilyFiles, LoraFile]:
     """Return the family that a LoRA is for, whose names most of its tensors have. Raises ValueError if it is none's."""
     read = [(known, read_names(checkpoint, known.spellings)) for known in FAMILIES]
     known, file = min(read, key=lambda pair: len(pair[1].unknown))
@@ -100,9 +95,9 @@ def family_of_lora(checkpoint: Checkpoint) -> tuple[Family, LoraFile]:
     return known, file
 
 
-def fits_of_lora(known: Family, file: LoraFile) -> dict[str, Fit]:
+def fits_of_lora(known: FamilyFiles, file: LoraFile) -> dict[str, Fit]:
     """Return how a LoRA fits each published model of its family, those that it fits best; none if it fits none."""
-    fits = {name: fit(file, parameters_of(known, config), known.parts) for name, config in known.variants.items()}
+    fits = {name: fit(file, known.parameters(config), known.parts) for name, config in known.variants.items()}
     most = max((found.num_used for found in fits.values()), default=0)
     return {name: found for name, found in fits.items() if found.num_used == most and most}
 
@@ -119,7 +114,7 @@ def width_of_lora(file: LoraFile) -> int | None:
     return max(set(counted), key=counted.count, default=None)
 
 
-def presets_of_lora(known: Family, checkpoint: Checkpoint) -> dict[str, Preset]:
+def presets_of_lora(known: FamilyFiles, checkpoint: Checkpoint) -> dict[str, Preset]:
     """Return the presets that a LoRA wants by its name, as nothing else in a file tells that it is a distillation."""
     name = "".join(letter for letter in checkpoint.path.name.lower() if letter.isalnum())
     return {key: preset for key, preset in known.presets.items()

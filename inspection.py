@@ -6,7 +6,7 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from .core.ops import formats
+from .core import storage
 from .core.types import Checkpoint, Identity
 from .families import family_of_lora, fits_of_lora, presets_of_lora, recognised_by, width_of_lora
 
@@ -16,7 +16,7 @@ SHOWN = 8  # names per line of the text
 def describe(checkpoint: Checkpoint, identity: Identity) -> dict[str, Any]:
     """Return the facts as plain JSON values; nothing but the header is read."""
     files = sorted(set(checkpoint.location.values()))
-    weights = [name for official, name in identity.names.items() if formats.companion(official) is None]
+    weights = [name for official, name in identity.names.items() if storage.companion(official) is None]
     return {
         "path": str(checkpoint.path),
         "files": [file.name for file in files],

@@ -12,23 +12,23 @@ from .core.types import Checkpoint, Identity, Lora, ModelHandle
 from .core.weights.assemble import assemble, check_formats
 from .core.weights.identity import own_metadata
 from .core.weights.lora import Fit, LoraFile, fit, is_lora, read_names
-from .core.weights.reader import open_checkpoint, read_tensors
+from .core.weights.reader import open_checkpoint
+from .core.weights.tensors import read_tensors
 from .downloads.catalog import set_with
 from .families import family as family_of
 from .families import (
     family_of_lora,
     fits_of_lora,
     identify,
-    parameters_of,
     presets_of_lora,
     width_of_lora,
     with_variant,
 )
-from .qwen_image.family import NAME as QWEN_IMAGE
+from .qwen_image.files import NAME as QWEN_IMAGE
 from .qwen_image.text_encoder import TextEncoder as QwenVL
 from .qwen_image.tokenizer import Tokenizer as QwenTokenizer
 from .wan.family import LATENT_FORMAT
-from .wan.family import NAME as WAN
+from .wan.files import NAME as WAN
 from .wan.image_encoder import ImageEncoder
 from .wan.text_encoder import TextEncoder as UMT5
 from .wan.tokenizer import Tokenizer as WanTokenizer
@@ -90,14 +90,14 @@ def with_lora(
     Raises ValueError for a file that is none, or that is made for another model.
     """
     checkpoint = _open(path)
-    name, known = checkpoint.path.name, handle.family
+    name, known = checkpoint.path.name, handle.family.files
     if not is_lora(checkpoint):
         raise ValueError(
             f"{name} is no LoRA: none of its {len(checkpoint.tensors)} tensors ({_some(tuple(checkpoint.tensors))}) is "
             "named as those of LoRAs are. Choose a LoRA, or load this file with the loader of its kind."
         )
     file = read_names(checkpoint, known.spellings)
-    found = fit(file, parameters_of(known, handle.identity.config), known.parts)
+    found = fit(file, known.parameters(handle.identity.config), known.parts)
     if found.num_used < LEAST_SHARE * len(checkpoint.tensors):
         raise ValueError(_is_for_another(handle, checkpoint, found))
     lora = Lora(checkpoint=checkpoint, parts=found.parts, strength=strength, start=start, end=end)
@@ -111,7 +111,7 @@ def _report(handle: ModelHandle, file: LoraFile, found: Fit) -> list[str]:
         f"{file.dialect}{f'; rank {ranks}' if ranks else ''}",
         *(f"{len(names)} not used ({_some(names[:1])}): {reason}" for reason, names in found.unused.items()),
     ]
-    for name, preset in presets_of_lora(handle.family, file.checkpoint).items():
+    for name, preset in presets_of_lora(handle.family.files, file.checkpoint).items():
         lines.append(
             f"A distilled LoRA: choose preset {name} in the Sampler ({preset.steps} steps of {preset.solver}, shift "
             f"{preset.shift:g}, guidance {preset.guidance:g})."

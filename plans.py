@@ -19,13 +19,13 @@ from .core.runtime import compute_dtype, loaded_of, spelled
 from .core.sampling.solvers import SOLVERS
 from .core.text import Footprint, plan_of
 from .core.types import ModelHandle
-from .qwen_image import family as qwen_image
 from .qwen_image import text_encoder as qwen_vl
+from .qwen_image.files import NAME as QWEN_IMAGE
 from .qwen_image.vl_config import VLConfig
-from .wan import family as wan
 from .wan import image_encoder as clip
 from .wan import text_encoder as umt5
 from .wan.config import ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from .wan.files import NAME as WAN
 from .wan.vae import decode_bytes, weight_bytes
 
 GIB = 1 << 30
@@ -111,9 +111,9 @@ def _encoding(parts: Sequence[Footprint], machine: Machine) -> dict[str, Any] | 
 def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprint]:
     """Return the parts of the text encoder; none of a miniature's."""
     width, dtype = handle.identity.config.text_dim, torch.bfloat16
-    if handle.family.name == wan.NAME and width == TextEncoderConfig().dim:
+    if handle.family.name == WAN and width == TextEncoderConfig().dim:
         return [umt5.needed(TextEncoderConfig(), dtype, question.text_tokens)]
-    if handle.family.name == qwen_image.NAME and width == VLConfig().hidden:
+    if handle.family.name == QWEN_IMAGE and width == VLConfig().hidden:
         config = VLConfig()
         cell = config.vision.patch_size * config.vision.merge
         cells = tuple(side // cell for side in question.reference_size)
@@ -125,7 +125,7 @@ def _published_encoder(handle: ModelHandle, question: Question) -> list[Footprin
 
 def _published_image_encoder(handle: ModelHandle) -> list[Footprint]:
     config = ImageEncoderConfig()
-    is_published = handle.family.name == wan.NAME and handle.identity.config.image_dim == config.dim
+    is_published = handle.family.name == WAN and handle.identity.config.image_dim == config.dim
     return [clip.needed(config, torch.float16)] if is_published else []
 
 

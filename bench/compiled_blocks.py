@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from ..core import runtime
 from ..core.compiling import num_compiled
 from ..core.types import Conditioning, FastPaths, ModelHandle, SampleRequest
-from ..families import parameters_of
 from ..loading import DEMO_FOLDER, load_model, with_lora
 
 MODELS = {"wan_dit": (96, 3), "qwen_dit": (128, 1)}  # width of the text rows, latent frames
@@ -65,7 +64,7 @@ def _request(file: str, steps: int, rows: tuple[int, int] = (40, 4), size: tuple
 def _write_lora(handle: ModelHandle, path: Path) -> Path:
     """Write a LoRA of the layers in blocks that are as wide as the model."""
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, shape in parameters_of(handle.family, handle.identity.config).items():
+    for name, shape in handle.family.files.parameters(handle.identity.config).items():
         if len(shape) == 2 and shape[0] == shape[1] and "blocks." in name:
             module = f"diffusion_model.{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) * 0.01

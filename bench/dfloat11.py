@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.ops.dfloat11 import GAP_BITS, PLANES, WINDOW_BITS, Decode, decode
+from ..core.dfloat11 import GAP_BITS, PLANES, WINDOW_BITS
+from ..core.ops.dfloat11 import Decode, decode
 from ..core.ops.dfloat11_encoder import encode
 from ..core.ops.linear import Linear
 from ..qwen_image.config import QwenImageConfig

@@ -1,11 +1,12 @@
-"""How long does `inspect` take, beside what Python takes to import PyTorch?
+"""How long does `inspect` take, beside Python alone and beside Python importing PyTorch, which it does without?
 
     python -m wanqwen.bench.inspect_files [FILE ...] [--rounds 7]
 
-By turns, each in a process of its own: `python -c "import torch"`, and `python -m wanqwen inspect FILE --json`. Without
-files, of full size and holes but for their headers: Wan 2.1 14B as one safetensors file, as a folder of shards with an
-index, and as GGUF with a vocabulary of 256,000 tokens in its header, as text encoders have (needs the package gguf).
-Least and median seconds of the whole process; opening is what of that goes to the header and what the file is.
+By turns, each in a process of its own: `python -c pass`, `python -c "import torch"`, and `python -m wanqwen inspect
+FILE --json`. Without files, of full size and holes but for their headers: Wan 2.1 14B as one safetensors file, as a
+folder of shards with an index, as .pth (whose numbers are all one, so that it is small), and as GGUF with a vocabulary
+of 256,000 tokens in its header, as text encoders have (needs the package gguf). Least and median seconds of the whole
+process; opening is what of that goes to the header and what the file is.
 """
 
 import argparse
@@ -19,13 +20,15 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
+import torch
+
 from ..core.weights.reader import INDEX, open_checkpoint
 from ..families import identify
 from .files import Shapes, shapes_of, write_sparse
 from .models import WAN, WAN_14B
 
 SHARDS, TOKENS = 6, 256_000
-IMPORT = ["-c", "import torch"]
+ALONE, IMPORT = "python", "import torch"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write_all(folder: Path, shapes: Shapes) -> list[Path]:
     """Write one model in each container."""
-    single, sharded, packed = folder / "wan_14B.safetensors", folder / "wan_14B_shards", folder / "wan_14B.gguf"
+    single, pickled, packed = (folder / f"wan_14B.{suffix}" for suffix in ("safetensors", "pth", "gguf"))
+    sharded = folder / "wan_14B_shards"
     write_sparse(single, shapes)
     sharded.mkdir()
     numbers = cycle(range(1, SHARDS + 1))
@@ -49,8 +53,9 @@ def write_all(folder: Path, shapes: Shapes) -> list[Path]:
     for shard in set(shard_of.values()):
         write_sparse(sharded / shard, {name: shape for name, shape in shapes.items() if shard_of[name] == shard})
     (sharded / f"model{INDEX}").write_text(json.dumps({"weight_map": shard_of}))
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, pickled)
     write_gguf(packed, shapes)
-    return [single, sharded, packed]
+    return [single, sharded, pickled, packed]
 
 
 def write_gguf(path: Path, shapes: Shapes) -> None:
@@ -77,19 +82,19 @@ def write_gguf(path: Path, shapes: Shapes) -> None:
 def report(files: Sequence[Path], rounds: int) -> str:
     """Run all by turns and return what came of it as text."""
     commands = {str(path): ["-m", "wanqwen", "inspect", str(path), "--json"] for path in files}
-    commands = {"import torch": IMPORT, **commands}
+    commands = {ALONE: ["-c", "pass"], IMPORT: ["-c", IMPORT], **commands}
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             started = time.perf_counter()
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
             seconds[name].append(time.perf_counter() - started)
-    base = seconds["import torch"]
+    base = seconds[IMPORT]
     lines = []
     for name, found in seconds.items():
-        opening = f"; opening {_opening(Path(name)):.3f} s" if name != "import torch" else ""
+        opening = "" if name in (ALONE, IMPORT) else f"; opening {_opening(Path(name)):.3f} s"
         lines.append(
-            f"  {Path(name).name:<24}{min(found):6.3f} s (median {statistics.median(found):.3f}), over import torch "
+            f"  {Path(name).name:<24}{min(found):6.3f} s (median {statistics.median(found):.3f}), of {IMPORT} "
             f"{min(found) / min(base):.2f} ({statistics.median(found) / statistics.median(base):.2f}){opening}"
         )
     return "\n".join(lines) + "\n"

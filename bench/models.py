@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.dfloat11 import num_sections
 from ..core.memory.slab import Loaded
-from ..core.ops.dfloat11 import num_sections
 from ..core.ops.linear import Linear
 from ..core.ops.packed import Packed
 from ..core.planning import Scene, conditionings_of

@@ -14,10 +14,10 @@ from ..core.sampling.solvers import SOLVERS
 from ..core.types import Conditioning, FastPaths, ModelHandle, SampleRequest
 from ..families import FAMILIES
 from ..loading import DEMO_FOLDER, load_image_encoder, load_model, load_text_encoder, load_vae
-from ..qwen_image import family as qwen_image
 from ..qwen_image.config import VARIANTS
 from ..qwen_image.editing import CUSTOM, SIZES, Edit, lay_out
-from ..wan import family as wan
+from ..qwen_image.family import check_is_qwen_image
+from ..wan.files import NAME as WAN
 from ..wan.image_encoder import ImageEncoder
 from ..wan.pictures import AREAS, COVER, FITS, fitted_video, known_ends, seen_ends, size_for
 from .options import (
@@ -158,7 +158,7 @@ def _files(options: argparse.Namespace, defaults: Defaults) -> tuple[Path, Path]
 
 def _lay_out(options: argparse.Namespace, model: ModelHandle, defaults: Defaults, size: tuple[int, int]) -> Edit:
     """Return the layout of an edit of the given pictures, and tell what was changed about them."""
-    qwen_image.check_is_qwen_image(model.identity)
+    check_is_qwen_image(model.identity)
     if options.size and options.edit_size not in (None, CUSTOM):
         raise ValueError(f"--size and --edit-size {options.edit_size} exclude each other: leave one of them out")
     if options.edit_size == CUSTOM and not options.size:
@@ -189,7 +189,7 @@ def _given(options: argparse.Namespace, model: ModelHandle, defaults: Defaults) 
     """Read the pictures of a run of Wan; None if it has none. Raises ValueError for what the model does not take."""
     if options.denoise is not None and options.video is None:
         raise ValueError("--denoise says how much of a video to make anew: give --video too")
-    if model.family.name != wan.NAME:
+    if model.family.name != WAN:
         if options.last_image or options.video:
             raise ValueError(f"--last-image and --video are for Wan, and {options.model.name} is {model.family.name}")
         return None

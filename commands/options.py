@@ -9,12 +9,12 @@ import torch
 
 from ..core.types import SOURCES, MemoryOptions, ModelHandle
 from ..loading import DEMO_FOLDER, with_lora
-from ..qwen_image import family as qwen_image
 from ..qwen_image.config import NEGATIVE_PROMPT as QWEN_NEGATIVE
 from ..qwen_image.editing import ALIGNED, PUBLISHED
-from ..wan import family as wan
+from ..qwen_image.files import NAME as QWEN_IMAGE
 from ..wan.config import NEGATIVE_PROMPT as WAN_NEGATIVE
 from ..wan.family import fit_clip
+from ..wan.files import NAME as WAN
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -35,13 +35,13 @@ class Defaults:
 
 
 DEFAULTS = {
-    wan.NAME: Defaults(size="832x480x81", negative=WAN_NEGATIVE, steps=30, guidance=5.0, solver="unipc"),
-    qwen_image.NAME: Defaults(size="1328x1328x1", negative=QWEN_NEGATIVE, steps=50, guidance=4.0, solver="euler"),
+    WAN: Defaults(size="832x480x81", negative=WAN_NEGATIVE, steps=30, guidance=5.0, solver="unipc"),
+    QWEN_IMAGE: Defaults(size="1328x1328x1", negative=QWEN_NEGATIVE, steps=50, guidance=4.0, solver="euler"),
 }
 # What the miniatures were trained for; their other files lie beside them.
 MINIATURES = {
-    wan.NAME: {"size": "64x64x9", "negative": ""},
-    qwen_image.NAME: {"size": "112x112x1", "guidance": 3.0, "edit_size": ALIGNED},
+    WAN: {"size": "64x64x9", "negative": ""},
+    QWEN_IMAGE: {"size": "112x112x1", "guidance": 3.0, "edit_size": ALIGNED},
 }
 
 
@@ -49,7 +49,7 @@ def defaults_of(model: ModelHandle) -> Defaults:
     """Return what a model takes when nothing else was asked for; its other files are known if it is a miniature."""
     name, folder = model.family.name, model.checkpoint.path.resolve().parent
     defaults = DEFAULTS[name]
-    if name == wan.NAME:
+    if name == WAN:
         defaults = replace(defaults, negative=model.identity.config.negative_prompt)
     if folder != DEMO_FOLDER.resolve():
         return defaults
@@ -108,7 +108,7 @@ def size_of(text: str, model: ModelHandle) -> tuple[int, int, int]:
         width, height, frames = (*(int(part) for part in text.lower().split("x")), 1)[:3]
     except ValueError as error:
         raise ValueError(f"--size {text}: expected WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT") from error
-    makes_pictures = model.family.name == qwen_image.NAME
+    makes_pictures = model.family.name == QWEN_IMAGE
     fitting = fit_clip(width, height, 1 if makes_pictures else frames)
     if fitting != (width, height, frames):
         rule = "Qwen-Image makes one picture" if makes_pictures else "frames must be 4n + 1"

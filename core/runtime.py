@@ -143,9 +143,9 @@ def with_preset(handle: ModelHandle, request: SampleRequest, name: str) -> tuple
 
     Raises ValueError if it is another model's.
     """
-    preset = handle.family.presets.get(name)
+    preset = handle.family.files.presets.get(name)
     if preset is None:
-        fitting = " or ".join([*handle.family.presets, "none"])
+        fitting = " or ".join([*handle.family.files.presets, "none"])
         raise ValueError(f"preset is {name}, which is not for {handle.family.name} models: choose {fitting}.")
     settings = {
         "steps": preset.steps, "shift": preset.shift, "guidance": (preset.guidance,), "solver": preset.solver,

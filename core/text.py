@@ -28,7 +28,7 @@ from .ops import formats
 from .types import Checkpoint, Conditioning, Identity, MemoryOptions
 from .weights.assemble import Recipe, prepare
 from .weights.keymap import Share
-from .weights.reader import read_tensors
+from .weights.tensors import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ CACHE_BYTES = 64 << 20
 MAX_NAMES_SHOWN = 8
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-Reader = Callable[[Checkpoint, Iterable[str]], Iterator[tuple[str, Tensor]]]  # core.weights.reader.read_tensors
+Reader = Callable[[Checkpoint, Iterable[str]], Iterator[tuple[str, Tensor]]]  # core.weights.tensors.read_tensors
 Key = tuple[str, ...]
 
 

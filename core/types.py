@@ -1,14 +1,17 @@
-"""The frozen records that cross folders. They hold what is, never how it is done."""
+"""The frozen records that cross folders. They hold what is, not how it is done, and are there without PyTorch."""
 # B batch, C latent channels, T latent frames, h w latent positions, S text tokens, E width
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,17 +45,17 @@ class LatentFormat:
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Return `(raw - mean) / std` of latents [B, C, ...], in float32."""
-        mean, std = self._statistics(raw)
+        mean, std = self._statistics(raw.float())
         return (raw.float() - mean) / std
 
     def denormalise(self, latent: Tensor) -> Tensor:
         """Return `latent * std + mean` of latents [B, C, ...], in float32."""
-        mean, std = self._statistics(latent)
+        mean, std = self._statistics(latent.float())
         return latent.float() * std + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = [1, self.channels] + [1] * (like.dim() - 2)
-        return tuple(torch.tensor(row, device=like.device).view(shape) for row in (self.mean, self.std))
+        return tuple(like.new_tensor(row).view(shape) for row in (self.mean, self.std))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
     """Say whether two parts of prompts are equal, bit for bit, or both not there."""
     if one is None or other is None:
         return one is other
-    return one is other or torch.equal(one, other)
+    return one is other or one.equal(other)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,10 +225,30 @@ class Preset:
     words: tuple[str, ...] = ()
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilyFiles:
+    """What the files of a family's diffusion models look like; `config` is the family's own record.
+
+    `parameters(config)` are the names and shapes of a model's parameters. `spellings` are the ways to name its modules,
+    in checkpoints and in LoRAs; `parts` says in words what a module belongs to that not every model has, by a piece of
+    its name. `variants` are the published configs, `presets` what distilled models were made for.
+    """
+
+    name: str
+    parameters: Callable[[Any], Shapes]
+    spellings: tuple[Spelling, ...]
+    variants: Mapping[str, Any]
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
 # (normalised x [B, C, T, h, w], timestep [B] in 0..1000, indices of conditionings) -> the velocity of each of those,
 # all of them taken through each block together, in one walk over the blocks
-Denoiser = Callable[[Tensor, Tensor, tuple[int, ...]], list[Tensor]]
-Combine = Callable[[Tensor, Tensor, float], Tensor]  # (with the prompt, without it, strength) -> velocity
+Denoiser = Callable[["Tensor", "Tensor", tuple[int, ...]], "list[Tensor]"]
+Combine = Callable[["Tensor", "Tensor", float], "Tensor"]  # (with the prompt, without it, strength) -> velocity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,11 +269,9 @@ class Family:
     `planned(config, latent shape, conditioning)` adds to a prompt whatever else the model takes, with no content.
     `prepare(identity, request)` raises ValueError for a request that the model can't run, and returns the request as it
     will be run with what was corrected, in words.
-    `spellings` are the ways to name the model's modules, in checkpoints and in LoRAs; `parts` says in words what a
-    module belongs to that not every model has, by a piece of its name. `variants` are the published configs.
     """
 
-    name: str
+    files: FamilyFiles
     latent_format: LatentFormat
     build: Callable[[Any], nn.Module]
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
@@ -264,11 +285,12 @@ class Family:
     conditionings: Callable[[Any, Any], list[Conditioning]]
     planned: Callable[[Any, tuple[int, ...], Conditioning], Conditioning]
     prepare: Callable[[Identity, SampleRequest], tuple[SampleRequest, list[str]]]
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    presets: Mapping[str, Preset] = field(default_factory=dict)
-    spellings: tuple[Spelling, ...] = ()
-    parts: Mapping[str, str] = field(default_factory=dict)
-    variants: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def name(self) -> str:
+        """What users know the family by."""
+        return self.files.name
 
 
 Weights = TypeVar("Weights")

@@ -32,8 +32,9 @@ from ..core.ops.attention import attention_int8
 from ..core.ops.attention_choice import BACKENDS
 from ..core.ops.choice import EXACT, Ops, choose, proven
 from ..core.ops.eight_bits import quantise_rows
-from ..core.ops.formats import INT8_RECORD, METADATA_RECORD, WEIGHT_SCALES, companion, dequantise
+from ..core.ops.formats import dequantise
 from ..core.ops.norm import LayerConstants, RmsConstants
+from ..core.storage import INT8_RECORD, METADATA_RECORD, WEIGHT_SCALES, companion
 from ..core.types import AUTO_ATTENTION, AUTO_KERNELS, AUTO_PRODUCTS, EIGHT_BIT_PRODUCTS, EXACT_KERNELS, FastPaths
 from ..core.weights.reader import open_checkpoint
 from ..loading import DEMO_FOLDER, load_model

@@ -6,8 +6,8 @@ from comfy_api.latest import io
 from ..families import recognised_by
 from ..loading import HUB, load_image_encoder, load_model, load_text_encoder, load_vae
 from ..qwen_image.config import VARIANTS
-from ..qwen_image.family import NAME as QWEN_IMAGE
-from ..wan.family import NAME as WAN
+from ..qwen_image.files import NAME as QWEN_IMAGE
+from ..wan.files import NAME as WAN
 from .types import (
     CATEGORY,
     QwenTextEncoder,

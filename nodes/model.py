@@ -5,8 +5,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.types import ModelHandle
-from ..qwen_image.family import NAME as QWEN_IMAGE
-from ..wan.family import NAME as WAN
+from ..qwen_image.files import NAME as QWEN_IMAGE
+from ..wan.files import NAME as WAN
 from .types import CATEGORY, WanModel, clip_of, found_by, tell
 
 PUBLISHED = 0.0

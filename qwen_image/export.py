@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import torch
-
 from ..core.types import Checkpoint, Identity
 from ..core.weights.export import Export, renamed, stated_shapes
-from .family import FAMILY
+from .family import keep_float32
+from .files import FILES
 from .identify import VL_FIELDS
 from .keymap import (
     DIFFUSION_MODEL_SPELLINGS,
@@ -28,8 +27,7 @@ def export_of(checkpoint: Checkpoint, identity: Identity) -> Export:
 
 def _diffusion_model(checkpoint: Checkpoint, identity: Identity) -> Export:
     [official] = DIFFUSION_MODEL_SPELLINGS
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in FAMILY.build(identity.config).state_dict().items()}
+    shapes = FILES.parameters(identity.config)
     config = identity.config
     return Export(
         shapes=shapes,
@@ -39,7 +37,7 @@ def _diffusion_model(checkpoint: Checkpoint, identity: Identity) -> Export:
         quantised=("transformer_blocks.*.weight",),
         whole=("transformer_blocks.0.img_mod.1.weight",),
         linears=("*.weight",),
-        float32=FAMILY.float32,
+        float32=keep_float32,
         marks={ZERO_COND_T_MARKER: (OFFICIAL, COMFYUI)} if config.zero_cond_t else {},
         told={"num_heads": config.num_heads, "axes": list(config.axes), "variant": identity.variant},
         gguf=ARCHITECTURE,

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.types import Conditioning, Denoiser, Family, Identity, Preset, Schedule
+from ..core.types import Conditioning, Denoiser, Family, Identity, Schedule
 from ..wan.vae import LATENT_FORMAT
 from .conditioning import from_comfy, prepare
 from .config import PATCH, QwenImageConfig
-from .keymap import DIFFUSION_MODEL_SPELLINGS
+from .files import FILES, NAME
 from .transformer import Pass, QwenImageTransformer
-
-NAME = "qwen-image"
 
 # Parameters that stay in float32: 0.1 % of all, at both ends of the residual stream or in its norms.
 FLOAT32_PARTS = ("img_in.", "time_text_embed.", "norm_out.", "proj_out.")
@@ -23,12 +21,6 @@ FLOAT32_PARTS = ("img_in.", "time_text_embed.", "norm_out.", "proj_out.")
 SHORTEST, LONGEST = (256, 0.5), (8192, 0.9)
 TERMINAL = 0.02
 LAYERED_TOKENS = 256  # of one picture, at which the layered model's shift is 1
-
-# Lightning distillations: one forward a step. Source: their example scripts, base_shift = max_shift = ln 3.
-PRESETS = {
-    "lightning-4": Preset(steps=4, shift=3.0, guidance=1.0, solver="euler", words=("lightning", "4step")),
-    "lightning-8": Preset(steps=8, shift=3.0, guidance=1.0, solver="euler", words=("lightning", "8step")),
-}
 
 
 def keep_float32(name: str) -> bool:
@@ -104,7 +96,7 @@ def check_is_qwen_image(identity: Identity) -> None:
 
 
 FAMILY = Family(
-    name=NAME,
+    files=FILES,
     latent_format=LATENT_FORMAT,
     build=QwenImageTransformer,
     blocks=lambda model: model.transformer_blocks,
@@ -121,7 +113,4 @@ FAMILY = Family(
     prepare=prepare,
     # float16 overflows: the residual streams exceed its range, and the reference clips them.
     dtypes=(torch.bfloat16, torch.float32),
-    presets=PRESETS,
-    spellings=DIFFUSION_MODEL_SPELLINGS,
-    variants={"all but layered": QwenImageConfig(), "layered": QwenImageConfig(layered=True)},
 )

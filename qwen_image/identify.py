@@ -21,11 +21,9 @@ from ..core.weights.identity import (
     whole_numbers,
 )
 from .config import AXES, HEAD_WIDTH, PATCH, VARIANTS, QwenImageConfig, Variant
-from .family import NAME
+from .files import FILES, NAME
 from .keymap import (
-    DIFFUSION_MODEL,
     DIFFUSION_MODEL_IGNORED,
-    DIFFUSION_MODEL_LAYERED,
     DIFFUSION_MODEL_SPELLINGS,
     LANGUAGE_MODEL,
     LAYERED,
@@ -152,12 +150,10 @@ def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
         return None
     variant, _ = variant_of(checkpoint)
     config = _transformer_config(checkpoint, match, variant)
-    rows = DIFFUSION_MODEL_LAYERED if variant.layered else DIFFUSION_MODEL
-    expected = keymap.expand(rows, {"transformer_blocks": config.num_layers})
     return identity(
         checkpoint,
         match,
-        keymap.account(match, expected, DIFFUSION_MODEL_IGNORED),
+        keymap.account(match, FILES.parameters(config), DIFFUSION_MODEL_IGNORED),
         family=NAME,
         role="diffusion_model",
         variant=variant.name,

@@ -27,29 +27,18 @@ def _rows(paths: Leaves) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {path: (path, leaves) for path, leaves in paths.items()}
 
 
-_STREAMS = {f"{stream}_{path}": LAYER for stream in ("img", "txt") for path in ("mod.1", "mlp.net.0.proj", "mlp.net.2")}
-_ATTENTION = {
-    **dict.fromkeys(
-        ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"), LAYER
-    ),
-    **dict.fromkeys(("norm_q", "norm_k", "norm_added_q", "norm_added_k"), WEIGHT),
-}
-DIFFUSION_MODEL = _rows(
-    {
-        "img_in": LAYER,
-        "txt_norm": WEIGHT,
-        "txt_in": LAYER,
-        "time_text_embed.timestep_embedder.linear_1": LAYER,
-        "time_text_embed.timestep_embedder.linear_2": LAYER,
-        **_under("transformer_blocks.{}", _STREAMS),
-        **_under("transformer_blocks.{}.attn", _ATTENTION),
-        "norm_out.linear": LAYER,
-        "proj_out": LAYER,
-    }
+_BLOCK = (
+    *(f"{stream}_{path}" for stream in ("img", "txt") for path in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
+    *(f"attn.{path}" for path in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
+    *(f"attn.{path}" for path in ("to_out.0", "to_add_out", "norm_q", "norm_k", "norm_added_q", "norm_added_k")),
 )
-DIFFUSION_MODEL_LAYERED = DIFFUSION_MODEL | _rows({LAYERED: WEIGHT})
+_DIFFUSION_MODEL = (
+    *("img_in", "txt_norm", "txt_in", "norm_out.linear", "proj_out", LAYERED),
+    *(f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)),
+    *(f"transformer_blocks.{{}}.{path}" for path in _BLOCK),
+)
 DIFFUSION_MODEL_IGNORED = (ZERO_COND_T_MARKER,)
-DIFFUSION_MODEL_SPELLINGS = (Spelling(name="official", table={path: path for path in DIFFUSION_MODEL_LAYERED}),)
+DIFFUSION_MODEL_SPELLINGS = (Spelling(name="official", table={path: path for path in _DIFFUSION_MODEL}),)
 
 _DECODER_LAYER = {
     "input_layernorm": WEIGHT,

@@ -122,7 +122,7 @@ class Tokenizer:
     def find(cls, checkpoint: Checkpoint, read: Reader, further: Sequence[Path] = ()) -> "Tokenizer":
         """Return the tokenizer of a text encoder: inside the file, in a folder near it, or in one of `further` folders.
 
-        `read` is `core.weights.reader.read_tensors`. Never downloads. Raises ValueError with the places looked at.
+        `read` is `core.weights.tensors.read_tensors`. Never downloads. Raises ValueError with the places looked at.
         """
         if EMBEDDED_NAME in checkpoint.tensors:
             [(_, content)] = read(checkpoint, [EMBEDDED_NAME])

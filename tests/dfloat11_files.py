@@ -8,8 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from wanqwen.conversion import convert
 from wanqwen.core.weights.convert import Wish
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint, read_header
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.loading import DEMO_FOLDER
+
+from .manifests import write_header
 
 
 def write_bf16(source: Path, path: Path) -> Path:
@@ -40,3 +43,28 @@ def write_pair(source: str | Path, folder: Path) -> tuple[Path, Path]:
 def words(tensor: Tensor) -> Tensor:
     """Return a bf16 tensor as the numbers of its bits."""
     return tensor.contiguous().view(torch.int16)
+
+
+def write_published(path: Path, tensors: dict, layers: list[str]) -> Path:
+    """Write a published file with holes for weights, but with the true places at which its groups are divided."""
+    write_header(path, tensors)
+    found = {name: info.start for name, info in read_header(path)[0].items() if name.endswith(".split_positions")}
+    with open(path, "r+b") as file:
+        for name, start in found.items():
+            block = name.removesuffix("split_positions")
+            total = tensors[f"{block}sign_mantissa"][1][0]
+            biases = [tensors[f"{block}{layer}.bias"][1][0] for layer in layers]
+            inputs = inputs_of(layers, biases)
+            sizes = torch.tensor([o * i for o, i in zip(biases, inputs, strict=True)])
+            assert int(sizes.sum()) == total, "the manifest is of this architecture"
+            file.seek(start)
+            file.write(sizes.cumsum(0)[:-1].numpy().tobytes())
+    return path
+
+
+def inputs_of(layers: list[str], biases: list[int]) -> list[int]:
+    """Return how many inputs each layer has: the model's width, but those of the last layers of feed-forwards."""
+    width, wide = biases[layers.index(next(x for x in layers if x.endswith("to_q")))], max(biases)
+    ffn = biases[layers.index(next(x for x in layers if x.endswith("net.0.proj")))]
+    assert wide >= ffn
+    return [ffn if layer.endswith("net.2") else width for layer in layers]

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from wanqwen.core.ops.gguf_blocks import PACKINGS
+from wanqwen.core.storage import PACKINGS
 from wanqwen.core.types import TensorInfo
 
 # Where the 16-bit floats of a block are.

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from wanqwen.core.ops.formats import companion
+from wanqwen.core.storage import DTYPE_BYTES, companion
 from wanqwen.core.types import Checkpoint, Identity, TensorInfo
-from wanqwen.core.weights.reader import DTYPE_BYTES
 
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
 Shapes = dict[str, tuple[int, ...]]

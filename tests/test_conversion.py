@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 from wanqwen.conversion import EXPORTS, NOWHERE
-from wanqwen.core.ops.formats import WEIGHT_SCALES, companion
+from wanqwen.core.storage import WEIGHT_SCALES, companion
 from wanqwen.core.types import Checkpoint, Identity, TensorInfo
 from wanqwen.core.weights.convert import Plan, Wish, make_plan
 from wanqwen.core.weights.export import Export

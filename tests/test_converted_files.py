@@ -17,11 +17,12 @@ from wanqwen.__main__ import main
 from wanqwen.conversion import EXPORTS, convert
 from wanqwen.core.types import Identity, TensorInfo
 from wanqwen.core.weights.convert import CONVERTED_KEY, Wish, make_plan
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.core.weights.targets import TARGETS, Layer, Target
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.families import identify
 from wanqwen.loading import load_image_encoder, load_text_encoder, load_vae
-from wanqwen.qwen_image.family import NAME as QWEN_IMAGE
+from wanqwen.qwen_image.files import NAME as QWEN_IMAGE
 from wanqwen.wan.family import FAMILY as WAN
 
 from .core.weights.test_gguf_models import MODELS, opened, state_of, velocity

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from wanqwen.__main__ import main
-from wanqwen.core.ops.formats import companion, layout
+from wanqwen.core.ops.formats import layout
+from wanqwen.core.storage import companion
 from wanqwen.core.types import Checkpoint, Identity, TensorInfo
 from wanqwen.core.weights.assemble import Weights, prepare
 from wanqwen.core.weights.keymap import Renamer

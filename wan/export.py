@@ -1,12 +1,11 @@
 """How models of the Wan family are written: in which spellings, and which of their weights published files round."""
 
-import torch
-
 from ..core.types import Checkpoint, Identity, Spelling
 from ..core.weights import keymap
 from ..core.weights.export import WHOLE, Export, Piece, Shapes, renamed, stated_shapes
 from ..core.weights.keymap import Share
-from .family import FAMILY
+from .family import keep_float32
+from .files import FILES
 from .image_encoder import SHARES
 from .keymap import (
     DIFFUSION_MODEL_SPELLINGS,
@@ -18,7 +17,7 @@ from .keymap import (
     TEXT_ENCODER_SPELLINGS,
     vae_spellings,
 )
-from .vae import WanVAE
+from .shapes import vae as vae_shapes
 
 OFFICIAL, DIFFUSERS, COMFYUI, KIJAI, HUGGINGFACE = "official", "diffusers", "comfyui", "kijai", "huggingface"
 TOKENIZER = "spiece_model"  # the bytes of Wan's tokenizer in ComfyUI's text encoder files
@@ -32,15 +31,14 @@ def export_of(checkpoint: Checkpoint, identity: Identity) -> Export:
 
 def _diffusion_model(checkpoint: Checkpoint, identity: Identity) -> Export:
     official, diffusers = DIFFUSION_MODEL_SPELLINGS
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in FAMILY.build(identity.config).state_dict().items()}
+    shapes = FILES.parameters(identity.config)
     return Export(
         shapes=shapes,
         spellings={OFFICIAL: official, DIFFUSERS: diffusers, COMFYUI: official, KIJAI: official},
         respell=renamed(identity, shapes),
         quantised=("blocks.*.weight", "vace_blocks.*.weight"),  # as Kijai's scaled files
         linears=("*.weight",),  # as Comfy-Org's
-        float32=FAMILY.float32,
+        float32=keep_float32,
         carried=("model_type.*",),
         gguf=ARCHITECTURE,
         gguf_spelling=official,
@@ -49,8 +47,7 @@ def _diffusion_model(checkpoint: Checkpoint, identity: Identity) -> Export:
 
 def _vae(checkpoint: Checkpoint, identity: Identity) -> Export:
     official, diffusers = vae_spellings(identity.config.num_res_blocks)
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in WanVAE(identity.config).state_dict().items()}
+    shapes = vae_shapes(identity.config)
     spellings = {OFFICIAL: official, DIFFUSERS: diffusers, COMFYUI: official, KIJAI: official}
     return Export(shapes=shapes, spellings=spellings, respell=renamed(identity, shapes))
 

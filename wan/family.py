@@ -7,29 +7,18 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import Run
-from ..core.types import Conditioning, Control, Denoiser, Family, Identity, Preset, SampleRequest, Schedule, same
+from ..core.types import Conditioning, Control, Denoiser, Family, Identity, SampleRequest, Schedule, same
 from .conditioning import from_comfy
-from .config import PUBLISHED, SIZE_STEP, WanConfig
+from .config import SIZE_STEP, WanConfig
 from .controls import controlled
-from .keymap import DIFFUSION_MODEL_SPELLINGS, PARTS
+from .files import FILES
 from .requests import check_request
 from .transformer import Prompt, WanTransformer
 from .vae import LATENT_FORMAT
 
-NAME = "wan21"
 # Latent positions of a frame half way between the two areas that I2V was published for, 480 x 832 and 720 x 1280
 # pixels. The official code decides by the area asked for, whatever the shape of the picture makes of it.
 BETWEEN_AREAS = math.sqrt(60 * 104 * 90 * 160)
-
-# Distillations into few steps, one forward each. All visit even levels before the shift: 1000, 750, 500, 250.
-PRESETS = {
-    # LightX2V: configs/distill/wan21, and the straight steps of its step_distill scheduler.
-    "lightx2v-4": Preset(steps=4, shift=5.0, guidance=1.0, solver="euler", words=("lightx2v",)),
-    # Self-Forcing: configs/self_forcing_dmd.yaml; pipeline/bidirectional_inference.py adds fresh noise in every step.
-    "self-forcing-4": Preset(steps=4, shift=5.0, guidance=1.0, solver="lcm", words=("self", "forcing")),
-    # CausVid: configs/wan_causal_dmd_warp_4step_cfg2.yaml; its inference adds fresh noise too.
-    "causvid-4": Preset(steps=4, shift=8.0, guidance=1.0, solver="lcm", words=("causvid",)),
-}
 
 # Parameters that published bfloat16 runs keep in float32: 1.3 % of all, and the ones that rounding hurts.
 FLOAT32_PARTS = (
@@ -152,7 +141,7 @@ def block_operations(config: WanConfig, latent_shape: tuple[int, ...], condition
 
 
 FAMILY = Family(
-    name=NAME,
+    files=FILES,
     latent_format=LATENT_FORMAT,
     build=WanTransformer,
     blocks=WanTransformer.visits,
@@ -166,8 +155,5 @@ FAMILY = Family(
     conditionings=lambda config, rows: from_comfy(rows, config),
     planned=planned,
     prepare=prepare,
-    presets=PRESETS,
-    spellings=DIFFUSION_MODEL_SPELLINGS,
-    parts=PARTS,
-    variants=PUBLISHED,
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
 )

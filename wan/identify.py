@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
-
 from ..core.types import Checkpoint, Identity
 from ..core.weights import keymap
 from ..core.weights.identity import (
@@ -27,7 +25,7 @@ from .config import (
     VAEConfig,
     WanConfig,
 )
-from .family import FAMILY
+from .files import FILES, NAME
 from .keymap import (
     DIFFUSION_MODEL_IGNORED,
     DIFFUSION_MODEL_SPELLINGS,
@@ -36,13 +34,12 @@ from .keymap import (
     IMAGE_ENCODER_OFFICIAL,
     IMAGE_ENCODER_PREFIXES,
     IMAGE_ENCODER_SPELLINGS,
-    TASKS,
     TEXT_ENCODER,
     TEXT_ENCODER_IGNORED,
     TEXT_ENCODER_SPELLINGS,
     vae_spellings,
 )
-from .vae import WanVAE
+from .shapes import vae as vae_shapes
 
 METADATA_FIELDS = {"num_heads": positive, "text_len": positive, "eps": float, "vace_layers": whole_numbers}
 IMAGE_ENCODER_FIELDS = {"num_heads": positive}
@@ -104,15 +101,13 @@ def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
         return None
     task = next((task for task, name in TELLING if name in match.names), "t2v")
     config = _transformer_config(checkpoint, match)
-    rows = TASKS[task]
-    layers = {"blocks": config.num_layers, "vace_blocks": count(match.names, "vace_blocks.")}
     size = (task, config.in_dim, config.dim, config.ffn_dim, config.num_layers)
     custom = "custom" if task == "t2v" else f"{task}-custom"
     return identity(
         checkpoint,
         match,
-        keymap.account(match, keymap.expand(rows, layers), DIFFUSION_MODEL_IGNORED),
-        family=FAMILY.name,
+        keymap.account(match, FILES.parameters(config), DIFFUSION_MODEL_IGNORED),
+        family=NAME,
         role="diffusion_model",
         variant=VARIANTS.get(size, custom),
         config=config,
@@ -173,14 +168,12 @@ def _vae(checkpoint: Checkpoint) -> Identity | None:
     if match is None or not all(name in match.names for name in telling):
         return None
     config = _vae_config(checkpoint, match.names)
-    with torch.device("meta"):
-        expected = WanVAE(config).state_dict()
-    found = keymap.account(match, expected)
+    found = keymap.account(match, vae_shapes(config))
     return identity(
         checkpoint,
         match,
         found,
-        family=FAMILY.name,
+        family=NAME,
         role="vae",
         variant=VAE_VARIANTS[config.channels],
         config=config,
@@ -245,7 +238,7 @@ def _text_encoder(checkpoint: Checkpoint) -> Identity | None:
     )
     found = keymap.account(match, keymap.expand(TEXT_ENCODER, {"blocks": layers}), TEXT_ENCODER_IGNORED)
     variant = "umt5-xxl" if config == TextEncoderConfig() else "custom"
-    return identity(checkpoint, match, found, family=FAMILY.name, role="text_encoder", variant=variant, config=config)
+    return identity(checkpoint, match, found, family=NAME, role="text_encoder", variant=variant, config=config)
 
 
 def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
@@ -281,7 +274,7 @@ def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
     found = keymap.account(match, expected, IMAGE_ENCODER_IGNORED)
     is_like_it = name == "clip-vit-h" and config != ImageEncoderConfig()
     variant = f"{name}-custom" if is_like_it else name
-    return identity(checkpoint, match, found, family=FAMILY.name, role="image_encoder", variant=variant, config=config)
+    return identity(checkpoint, match, found, family=NAME, role="image_encoder", variant=variant, config=config)
 
 
 def _folder_values(checkpoint: Checkpoint) -> dict[str, int]:

@@ -6,58 +6,51 @@ ComfyUI's files keep the official names of the transformer and the VAE, with or 
 from collections.abc import Iterable
 
 from ..core.types import Spelling
-from ..core.weights.keymap import BARE, LAYER, WEIGHT, table, under
+from ..core.weights.keymap import BARE, LAYER, WEIGHT, below, table, under
 
 # Official and diffusers disagree on the numbers of the block's norms: official norm1 and norm2 have no parameters, and
 # the affine norm3 before the cross-attention is diffusers' norm2.
 _BLOCK = {
-    "modulation": ("scale_shift_table", BARE),
-    "self_attn.q": ("attn1.to_q", LAYER),
-    "self_attn.k": ("attn1.to_k", LAYER),
-    "self_attn.v": ("attn1.to_v", LAYER),
-    "self_attn.o": ("attn1.to_out.0", LAYER),
-    "self_attn.norm_q": ("attn1.norm_q", WEIGHT),
-    "self_attn.norm_k": ("attn1.norm_k", WEIGHT),
-    "norm3": ("norm2", LAYER),
-    "cross_attn.q": ("attn2.to_q", LAYER),
-    "cross_attn.k": ("attn2.to_k", LAYER),
-    "cross_attn.v": ("attn2.to_v", LAYER),
-    "cross_attn.o": ("attn2.to_out.0", LAYER),
-    "cross_attn.norm_q": ("attn2.norm_q", WEIGHT),
-    "cross_attn.norm_k": ("attn2.norm_k", WEIGHT),
-    "ffn.0": ("ffn.net.0.proj", LAYER),
-    "ffn.2": ("ffn.net.2", LAYER),
+    "modulation": "scale_shift_table",
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "norm3": "norm2",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
 }
-T2V = {
-    "patch_embedding": ("patch_embedding", LAYER),
-    "text_embedding.0": ("condition_embedder.text_embedder.linear_1", LAYER),
-    "text_embedding.2": ("condition_embedder.text_embedder.linear_2", LAYER),
-    "time_embedding.0": ("condition_embedder.time_embedder.linear_1", LAYER),
-    "time_embedding.2": ("condition_embedder.time_embedder.linear_2", LAYER),
-    "time_projection.1": ("condition_embedder.time_proj", LAYER),
-    **under("blocks.{}", "blocks.{}", _BLOCK),
-    "head.modulation": ("scale_shift_table", BARE),
-    "head.head": ("proj_out", LAYER),
+_DIFFUSERS = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    **below("blocks.{}", "blocks.{}", _BLOCK),
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+    "blocks.{}.cross_attn.k_img": "blocks.{}.attn2.add_k_proj",
+    "blocks.{}.cross_attn.v_img": "blocks.{}.attn2.add_v_proj",
+    "blocks.{}.cross_attn.norm_k_img": "blocks.{}.attn2.norm_added_k",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "vace_patch_embedding": "vace_patch_embedding",
+    **below("vace_blocks.{}", "vace_blocks.{}", _BLOCK),
+    "vace_blocks.0.before_proj": "vace_blocks.0.proj_in",
+    "vace_blocks.{}.after_proj": "vace_blocks.{}.proj_out",
 }
-I2V = {
-    **T2V,
-    "blocks.{}.cross_attn.k_img": ("blocks.{}.attn2.add_k_proj", LAYER),
-    "blocks.{}.cross_attn.v_img": ("blocks.{}.attn2.add_v_proj", LAYER),
-    "blocks.{}.cross_attn.norm_k_img": ("blocks.{}.attn2.norm_added_k", WEIGHT),
-    "img_emb.proj.0": ("condition_embedder.image_embedder.norm1", LAYER),
-    "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj", LAYER),
-    "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2", LAYER),
-    "img_emb.proj.4": ("condition_embedder.image_embedder.norm2", LAYER),
-}
-FLF2V = {**I2V, "img_emb.emb_pos": ("condition_embedder.image_embedder.pos_embed", BARE)}
-VACE = {
-    **T2V,
-    "vace_patch_embedding": ("vace_patch_embedding", LAYER),
-    **under("vace_blocks.{}", "vace_blocks.{}", _BLOCK),
-    "vace_blocks.0.before_proj": ("vace_blocks.0.proj_in", LAYER),
-    "vace_blocks.{}.after_proj": ("vace_blocks.{}.proj_out", LAYER),
-}
-TASKS = {"t2v": T2V, "i2v": I2V, "flf2v": FLF2V, "vace": VACE}
 
 # diffusers' I2V folders hold zeros under norm_added_q, which nothing reads; model_type.* are empty markers.
 DIFFUSION_MODEL_IGNORED = ("blocks.*.attn2.norm_added_q.weight", "model_type.*")
@@ -156,7 +149,6 @@ def _same(paths: Iterable[str]) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-_DIFFUSERS = table(FLF2V | VACE)
 _HUGGINGFACE = table(TEXT_ENCODER)
 
 DIFFUSION_MODEL_SPELLINGS = (
@@ -202,16 +194,16 @@ def vae_spellings(num_res_blocks: int) -> tuple[Spelling, ...]:
     for part in ("encoder", "decoder"):
         diffusers |= {f"{part}.{path}": f"{part}.{other}" for path, other in _ENDS.items()}
         for path, (other, inner) in _MIDDLE.items():
-            diffusers |= _below(f"{part}.{path}", f"{part}.{other}", inner)
-    diffusers |= _below("encoder.downsamples.{}", "encoder.down_blocks.{}", _RESIDUAL | _RESAMPLE)
+            diffusers |= below(f"{part}.{path}", f"{part}.{other}", inner)
+    diffusers |= below("encoder.downsamples.{}", "encoder.down_blocks.{}", _RESIDUAL | _RESAMPLE)
     per_level = num_res_blocks + 2
     for i in range(VAE_MAX_LEVELS * per_level):
         level, layer = divmod(i, per_level)
         up = f"decoder.up_blocks.{level}"
         if layer == per_level - 1:
-            diffusers |= _below(f"decoder.upsamples.{i}", f"{up}.upsamplers.0", _RESAMPLE)
+            diffusers |= below(f"decoder.upsamples.{i}", f"{up}.upsamplers.0", _RESAMPLE)
         else:
-            diffusers |= _below(f"decoder.upsamples.{i}", f"{up}.resnets.{layer}", _RESIDUAL)
+            diffusers |= below(f"decoder.upsamples.{i}", f"{up}.resnets.{layer}", _RESIDUAL)
     return Spelling(name="official", table=_official_vae()), Spelling(name="diffusers", table=diffusers)
 
 
@@ -221,7 +213,3 @@ def _official_vae() -> dict[str, str]:
         paths += [f"{part}.{path}.{leaf}" for path, (_, inner) in _MIDDLE.items() for leaf in inner]
         paths += [f"{part}.{levels}.{{}}.{leaf}" for leaf in _RESIDUAL | _RESAMPLE]
     return _same(paths)
-
-
-def _below(parent: str, other_parent: str, inner: dict[str, str]) -> dict[str, str]:
-    return {f"{parent}.{path}": f"{other_parent}.{other}" for path, other in inner.items()}

@@ -102,7 +102,7 @@ class Tokenizer:
     def find(cls, checkpoint: Checkpoint, read: Reader, further: Sequence[Path] = ()) -> "Tokenizer":
         """Return the tokenizer that came with a text encoder: inside the file, in a folder near it, or a `further` one.
 
-        `read` is `core.weights.reader.read_tensors`. Never downloads. Raises ValueError with the ways out.
+        `read` is `core.weights.tensors.read_tensors`. Never downloads. Raises ValueError with the ways out.
         """
         if EMBEDDED_NAME in checkpoint.tensors and has_sentencepiece():
             [(_, spiece)] = read(checkpoint, [EMBEDDED_NAME])

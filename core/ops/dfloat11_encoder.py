@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dfloat11 import GAP_BITS, PLANES, POINTERS, SECTION_WINDOWS, TABLE, WINDOW_BITS, num_sections
+from ..dfloat11 import GAP_BITS, PLANES, POINTERS, SECTION_WINDOWS, TABLE, WINDOW_BITS, num_sections
 from .huffman import END, Code, lengthened, make_code
 
 CHUNK = 1 << 17  # weights that one thread packs at a time: what is made of them stays in a processor's cache

@@ -1,56 +1,19 @@
 """How one weight may be stored, and how it becomes a tensor to compute with."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...kernels import BLOCK_FORMATS
+from .. import storage
+from ..storage import DFLOAT11, PACKINGS
 from ..types import TensorInfo
-from .gguf_blocks import PACKINGS, in_parts, unpack_blocks
+from .gguf_blocks import in_parts, unpack_blocks
 from .proof import PROBE, verdict
 
-# What the names in headers mean; of GGUF's those that are no blocks.
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-# The dtypes a weight may be stored in -> the name that users know it by; integers only with a scale and a record.
-STORAGE = {
-    "F64": "fp64",
-    "F32": "fp32",
-    "F16": "fp16",
-    "BF16": "bf16",
-    "F8_E4M3": "fp8_e4m3fn",
-    "F8_E5M2": "fp8_e5m2",
-    "I8": "int8",
-    "DF11": "dfloat11",  # bf16 weights in groups, see `dfloat11`; no dtype of any file
-}
-DFLOAT11 = "DF11"
-SMALL = ("F8_E4M3", "F8_E5M2", "I8", *PACKINGS)  # what a `Linear` keeps and makes ready per call
-
-# Tensors that stand beside a layer's weight in quantised files. The first two scales multiply the weight; the input
-# scales are for rounding what is multiplied with it, see `products`; the record names the layer's format. The others
-# belong to formats that are not read, and are known so that these can be refused by name.
-WEIGHT_SCALES = (".scale_weight", ".weight_scale")
-INPUT_SCALES = (".scale_input", ".input_scale")
-RECORD = ".comfy_quant"
-COMPANIONS = (*WEIGHT_SCALES, *INPUT_SCALES, RECORD, ".weight_scale_2", ".pre_quant_scale")
-SCALED_MARKER = "scaled_fp8"  # says that the file has scales, and which products to take in fp8; carries no weight
-METADATA_RECORD = "_quantization_metadata"  # metadata key with the records of all layers
-INT8_RECORD = "int8_tensorwise"
-READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2", INT8_RECORD)
-WHOLE_PRODUCTS = "full_precision_matrix_mult"  # key of a record: what is multiplied with the weight is not rounded
-ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
-
-MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
-MIXED_SHARE = (
-    0.1  # of the elements in a second dtype: above this a file is "mixed" (official VACE: fp32 base, bf16 rest)
-)
+DTYPES = {name: getattr(torch, own) for name, own in storage.DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, stored: str | None = None) -> Tensor:
@@ -89,30 +52,3 @@ def layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
     if info.dtype not in DTYPES:
         raise ValueError(f"tensors of {info.dtype} can't be read")
     return DTYPES[info.dtype], info.shape
-
-
-def is_countable(shape: Sequence[int]) -> bool:
-    """Say whether a tensor of a shape can be, so that also one without numbers may not have sides without end."""
-    return prod(max(1, side) for side in shape) < MAX_ELEMENTS
-
-
-def companion(name: str) -> str | None:
-    """Return the suffix that makes a name a companion of a layer's weight, None for a weight of the model."""
-    return next((suffix for suffix in COMPANIONS if name.endswith(suffix)), None)
-
-
-def weight_format(tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the users' name of how a model is stored: fp32, bf16, fp8_e4m3fn, fp8_scaled, gguf Q4_K, mixed..."""
-    if any(info.dtype == DFLOAT11 for info in tensors.values()):
-        return STORAGE[DFLOAT11]
-    sizes: Counter[str] = Counter()
-    for name, info in tensors.items():
-        if companion(name) is None:
-            sizes[info.dtype] += prod(info.shape)
-    (first, _), *others = sizes.most_common(2)
-    users_name = STORAGE.get(first, first.lower())
-    if first in PACKINGS:  # mixtures such as Q4_K_M are called after what most of them is
-        return f"gguf {first}"
-    if any(name.endswith(WEIGHT_SCALES) for name in tensors):
-        return "fp8_scaled" if first.startswith("F8") else f"{users_name}_scaled"
-    return "mixed" if others and others[0][1] > MIXED_SHARE * sizes.total() else users_name

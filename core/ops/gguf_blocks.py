@@ -6,29 +6,16 @@ the reference, so that every result is the reference's, bit for bit.
 # N blocks, B bytes of a block; all functions take [N, B] of uint8 and give float32 [N, numbers of a block]
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from ..storage import PACKINGS
+
 # What the 4 bits of the IQ4 formats stand for: a scale that is finer near zero.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 ELEMENTS_AT_ONCE = 1 << 22  # of a weight that are in float32 while it is unpacked
-SUPER = 256  # numbers of a block of the formats that have scales for parts of a block, "K" in their names
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """A block format: numbers and bytes of a block, and the function that turns the one into the other."""
-
-    numbers: int
-    num_bytes: int
-    unpack: Callable[[Tensor], Tensor]
-
-    def row_bytes(self, numbers: int) -> int:
-        """Return the bytes of a row of so many numbers, which is made of whole blocks."""
-        return numbers // self.numbers * self.num_bytes
 
 
 def _q4_0(blocks_NB: Tensor) -> Tensor:
@@ -95,20 +82,20 @@ def _iq4_xs(blocks_NB: Tensor) -> Tensor:
     return _by_part(values, _half(blocks_NB, 0) * (scales.float() - 32))
 
 
-# GGUF's name of a format -> how its blocks are made.
-PACKINGS = {
-    "Q4_0": Packing(32, 18, _q4_0),
-    "Q4_1": Packing(32, 20, _q4_1),
-    "Q5_0": Packing(32, 22, _q5_0),
-    "Q5_1": Packing(32, 24, _q5_1),
-    "Q8_0": Packing(32, 34, _q8_0),
-    "Q2_K": Packing(SUPER, 84, _q2_k),
-    "Q3_K": Packing(SUPER, 110, _q3_k),
-    "Q4_K": Packing(SUPER, 144, _q4_k),
-    "Q5_K": Packing(SUPER, 176, _q5_k),
-    "Q6_K": Packing(SUPER, 210, _q6_k),
-    "IQ4_NL": Packing(32, 18, _iq4_nl),
-    "IQ4_XS": Packing(SUPER, 136, _iq4_xs),
+# GGUF's name of a format -> the function that unpacks its blocks.
+UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }
 
 
@@ -120,7 +107,7 @@ def unpack_blocks(weight: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
 
     def part(chosen: slice) -> Tensor:
         blocks = rows[chosen].reshape(-1, packing.num_bytes)
-        return packing.unpack(blocks).view(len(rows[chosen]), numbers)
+        return UNPACK[stored](blocks).view(len(rows[chosen]), numbers)
 
     return in_parts(part, (len(rows), numbers), dtype, weight.device).view(*weight.shape[:-1], numbers)
 

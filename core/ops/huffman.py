@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .dfloat11 import LONGEST_CODE, MOST_TABLES, POINTERS, TABLE
+from ..dfloat11 import LONGEST_CODE, MOST_TABLES, POINTERS, TABLE
 
 END = -1  # a symbol that ends the stream, of which as many bits are written as the last byte has left
 FLOORS = (24, 16, 12, 10, 8)  # rare symbols are counted as 2 ** -floor of all, where their codes need too many tables

@@ -6,8 +6,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ..dfloat11 import PLANES
 from ..types import TensorInfo
-from .dfloat11 import PLANES, Decode
+from .dfloat11 import Decode
 from .linear import Linear
 
 

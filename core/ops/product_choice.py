@@ -8,9 +8,10 @@ from functools import cache
 import torch
 
 from .. import host
+from ..storage import WEIGHT_SCALES, companion
 from ..types import AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
 from .eight_bits import quantise_rows
-from .formats import DTYPES, WEIGHT_SCALES, companion
+from .formats import DTYPES
 from .products import FLOAT8, FLOAT8_ROWS, INT8, Product
 from .proof import NO_MEMORY, PROBE, verdict
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import BLOCK_FORMATS
+from ..dfloat11 import PLANES
+from ..storage import PACKINGS
 from . import dfloat11, eight_bits, gguf_blocks, norm, rope, rows
 from .attention import attention, attention_int8
 from .dfloat11_encoder import encode
@@ -144,7 +146,7 @@ def _dfloat11(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Argum
     weights[: len(rare)] = rare
     planes = encode([weights.bfloat16()], threads=1)
     out = torch.zeros(len(weights), dtype=torch.bfloat16, device=device)
-    return *(planes[name].to(device) for name in dfloat11.PLANES), out
+    return *(planes[name].to(device) for name in PLANES), out
 
 
 def _rows(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
@@ -157,7 +159,7 @@ def _gelu(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments
 
 def _blocks(tokens: Tokens, dtype: torch.dtype, device: torch.device, stored: str) -> Arguments:
     """Random bytes, but the two that begin or end a block as finite halves: scales of real blocks are small."""
-    packing = gguf_blocks.PACKINGS[stored]
+    packing = PACKINGS[stored]
     num = tokens.rows * max(1, tokens.width // packing.numbers)
     generator = torch.Generator().manual_seed(6)
     blocks = torch.randint(0, 256, (num, packing.num_bytes), dtype=torch.uint8, generator=generator)

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from .. import host
 from ..ops.change import Change, Dense, Difference, Hadamard, Kronecker, LowRank, changed
+from ..ops.formats import DTYPES
 from ..ops.linear import Linear
+from ..storage import DTYPE_BYTES
 from ..types import Lora
 from .lora import BESIDE, WEIGHT, scale_of
-from .reader import DTYPE_BYTES, TORCH_NAMES, check_unchanged, read_tensors
-
-_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+from .reader import check_unchanged
+from .tensors import read_tensors
 
 
 class Adapters:
@@ -147,7 +148,7 @@ def read_changes(lora: Lora, dtype: torch.dtype, device: torch.device) -> dict[s
     """
     names, infos = [name for tensors in lora.parts.values() for name in tensors.values()], lora.checkpoint.tensors
     if device.type == "meta":
-        found = {n: torch.empty(infos[n].shape, dtype=_DTYPES[infos[n].dtype], device=device) for n in names}
+        found = {n: torch.empty(infos[n].shape, dtype=DTYPES[infos[n].dtype], device=device) for n in names}
     else:
         check_unchanged(lora.checkpoint)
         found = dict(read_tensors(lora.checkpoint, names))

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import host
-from ..ops import dfloat11, formats
+from .. import host, storage
+from ..dfloat11 import PLANES
+from ..ops import formats
 from ..ops.linear import Linear
 from ..ops.packed import Packed
 from ..types import Checkpoint
 from .keymap import Share
 from .ranges import Range, read_ranges
-from .reader import read_tensors
+from .tensors import read_tensors
 
 SHOWN = 8  # names per list in an error
 SCALE = "weight_scale"  # the buffer of a `Linear` whose weight stays in fp8 or int8
@@ -180,7 +181,7 @@ def prepare(
     parameters, shares = dict(module.named_parameters()), shares or {}
     check_formats(checkpoint, names)
     _check_account(parameters, names, checkpoint, ignored, shares)
-    scales = {o.rpartition(".")[0]: file for o, file in names.items() if o.endswith(formats.WEIGHT_SCALES)}
+    scales = {o.rpartition(".")[0]: file for o, file in names.items() if o.endswith(storage.WEIGHT_SCALES)}
 
     def is_needed(name: str) -> bool:
         return float32(name) or name in shares or name.removesuffix(".weight") in scales
@@ -189,7 +190,7 @@ def prepare(
     recipes = {
         f"{place}.{plane}": Recipe(tensor=f"{prefix}.{plane}", scale=None, dtype=torch.uint8)
         for prefix, place in packed.items()
-        for plane in dfloat11.PLANES
+        for plane in PLANES
     }
     kept = {weight for prefix in packed for weight in checkpoint.groups[prefix]}
     for name, parameter in parameters.items():
@@ -200,7 +201,7 @@ def prepare(
         info = checkpoint.tensors[names[name]]
         as_stored, in_file = formats.layout(info)
         wanted, shape = torch.float32 if float32(name) else dtype, tuple(parameter.shape)
-        is_kept = isinstance(owner, Linear) and leaf == "weight" and info.dtype in formats.SMALL and name not in shares
+        is_kept = isinstance(owner, Linear) and leaf == "weight" and info.dtype in storage.SMALL and name not in shares
         if is_kept and not float32(name):
             owner.stored = info.dtype
             wanted, shape = as_stored, in_file
@@ -240,7 +241,7 @@ def _packed(
             continue
         block, place = homes[0], f"dfloat11_{len(found)}"
         layers = {name.removesuffix(".weight"): tuple(parameters[name].shape) for name in ours}
-        planes = {plane: checkpoint.planes[f"{prefix}.{plane}"] for plane in dfloat11.PLANES}
+        planes = {plane: checkpoint.planes[f"{prefix}.{plane}"] for plane in PLANES}
         block.add_module(place, Packed(module, layers, planes))
         found[prefix] = f"{paths[block]}.{place}"
     return found
@@ -285,7 +286,7 @@ def _check_account(
     shares: Mapping[str, Share],
 ) -> None:
     used = {file for official, file in names.items() if official in parameters or _layer(official) in parameters}
-    known = {name for name in checkpoint.tensors if name.endswith(formats.SCALED_MARKER)} | set(ignored)
+    known = {name for name in checkpoint.tensors if name.endswith(storage.SCALED_MARKER)} | set(ignored)
     problems = [
         ("missing", [name for name in parameters if name not in names]),
         ("not part of this model", [name for name in checkpoint.tensors if name not in used and name not in known]),
@@ -297,7 +298,7 @@ def _check_account(
         if rows
     ]
     if lines:
-        stored = formats.weight_format(checkpoint.tensors)
+        stored = storage.weight_format(checkpoint.tensors)
         raise ValueError(
             f"{checkpoint.path} ({len(checkpoint.tensors)} tensors, {stored}) does not fit a model of "
             f"{len(parameters)} parameters: {'; '.join(lines)}. Is the file complete, and the one that is meant?"
@@ -306,7 +307,7 @@ def _check_account(
 
 def _layer(official: str) -> str | None:
     """Return the weight that a companion stands beside, None for other names."""
-    suffix = formats.companion(official)
+    suffix = storage.companion(official)
     return official.removesuffix(suffix) + ".weight" if suffix else None
 
 
@@ -334,14 +335,14 @@ def check_formats(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
     """
     records = _records(checkpoint, names)
     formats_found = {layer: _format_of(record) for layer, record in records.items()}
-    others = {layer: found for layer, found in formats_found.items() if found not in formats.READABLE_RECORDS}
+    others = {layer: found for layer, found in formats_found.items() if found not in storage.READABLE_RECORDS}
     if others:
         layer, found = next(iter(others.items()))
         raise ValueError(
             f"{checkpoint.path} is quantised as {found!r} ({len(others)} layers, such as {layer}): of such records "
-            f"only {', '.join(formats.READABLE_RECORDS)} can be read; {INSTEAD}"
+            f"only {', '.join(storage.READABLE_RECORDS)} can be read; {INSTEAD}"
         )
-    whole = {layer for layer, found in formats_found.items() if found == formats.INT8_RECORD}
+    whole = {layer for layer, found in formats_found.items() if found == storage.INT8_RECORD}
     if rows := [*_unreadable_weights(names, checkpoint, whole), *_unreadable_scales(names, checkpoint)]:
         raise ValueError(
             f"{checkpoint.path} has {len(rows)} kinds of weights stored in a way that can't be read: "
@@ -354,10 +355,10 @@ def wants_whole_products(checkpoint: Checkpoint, names: Mapping[str, str]) -> bo
 
     Format: ComfyUI's records (`full_precision_matrix_mult`); in older files a `scaled_fp8` with two numbers, not none.
     """
-    markers = (info for name, info in checkpoint.tensors.items() if name.rpartition(".")[2] == formats.SCALED_MARKER)
+    markers = (info for name, info in checkpoint.tensors.items() if name.rpartition(".")[2] == storage.SCALED_MARKER)
     if any(info.shape == (2,) for info in markers):
         return True
-    return any(record.get(formats.WHOLE_PRODUCTS) is True for record in _records(checkpoint, names).values())
+    return any(record.get(storage.WHOLE_PRODUCTS) is True for record in _records(checkpoint, names).values())
 
 
 def _records(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -365,16 +366,16 @@ def _records(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, dict
 
     Raises ValueError where that can't be read.
     """
-    beside = {file: o.removesuffix(formats.RECORD) for o, file in names.items() if o.endswith(formats.RECORD)}
+    beside = {file: o.removesuffix(storage.RECORD) for o, file in names.items() if o.endswith(storage.RECORD)}
     found = {}
     for name, tensor in read_tensors(checkpoint, beside):
         text = bytes(tensor.to(torch.uint8).flatten().tolist()).decode(errors="replace")
         found[beside[name]] = _parse(checkpoint, name, text)
-    if text := checkpoint.metadata.get(formats.METADATA_RECORD):
-        layers = _parse(checkpoint, formats.METADATA_RECORD, text).get("layers", {})
+    if text := checkpoint.metadata.get(storage.METADATA_RECORD):
+        layers = _parse(checkpoint, storage.METADATA_RECORD, text).get("layers", {})
         if not isinstance(layers, dict) or not all(isinstance(record, dict) for record in layers.values()):
             raise ValueError(
-                f"{checkpoint.path}: {formats.METADATA_RECORD} has no records of layers: download it again"
+                f"{checkpoint.path}: {storage.METADATA_RECORD} has no records of layers: download it again"
             )
         official = {file.removesuffix(".weight"): o.removesuffix(".weight") for o, file in names.items()}
         found |= {official.get(layer, layer): record for layer, record in layers.items()}
@@ -383,7 +384,7 @@ def _records(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, dict
 
 def _format_of(record: Mapping[str, Any]) -> str:
     found = str(record.get("format"))
-    return f"{found} with {formats.ROTATED}" if record.get(formats.ROTATED) else found
+    return f"{found} with {storage.ROTATED}" if record.get(storage.ROTATED) else found
 
 
 def _unreadable_weights(names: Mapping[str, str], checkpoint: Checkpoint, whole: Collection[str]) -> list[str]:
@@ -391,17 +392,17 @@ def _unreadable_weights(names: Mapping[str, str], checkpoint: Checkpoint, whole:
     found = set()
     for official, file in names.items():
         stored, layer = checkpoint.tensors[file].dtype, official.removesuffix(".weight")
-        if formats.companion(official) or stored in formats.PACKINGS:
+        if storage.companion(official) or stored in storage.PACKINGS:
             continue
-        has_scale = any(layer + suffix in names for suffix in formats.WEIGHT_SCALES)
-        if stored not in formats.STORAGE or (stored == "I8" and not (layer in whole and has_scale)):
+        has_scale = any(layer + suffix in names for suffix in storage.WEIGHT_SCALES)
+        if stored not in storage.STORAGE or (stored == "I8" and not (layer in whole and has_scale)):
             found.add(stored)
     return sorted(found)
 
 
 def _unreadable_scales(names: Mapping[str, str], checkpoint: Checkpoint) -> Iterator[str]:
     for official, file in names.items():
-        if official.endswith(formats.WEIGHT_SCALES):
+        if official.endswith(storage.WEIGHT_SCALES):
             scale, weight = checkpoint.tensors[file], checkpoint.tensors.get(names.get(_layer(official) or "", ""))
             per_row = weight is not None and scale.shape in ((), (1,), weight.shape[:1], (*weight.shape[:1], 1))
             if scale.dtype not in FLOATS or not per_row:

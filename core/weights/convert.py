@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import storage
 from ..ops import formats
 from ..types import Checkpoint, Identity, Spelling, TensorInfo
 from .dfloat11 import seen_through
@@ -18,8 +19,9 @@ from .export import Export, Piece, fits
 from .identity import METADATA_KEY, own_metadata
 from .keymap import Share
 from .ranges import Range, read_ranges
-from .reader import check_unchanged, read_tensors
+from .reader import check_unchanged
 from .targets import SAME, TARGETS, Layer, Stored, Target
+from .tensors import read_tensors
 from .write import GGUF, Container, write_file
 
 CONVERTED_KEY = "wanqwen_converted"  # JSON in the metadata: a list of what was made of what, the last one last
@@ -29,7 +31,7 @@ ARCHITECTURE_KEY = "general.architecture"
 FORMAT = {"format": "pt"}  # without which Hugging Face's libraries refuse a safetensors file
 # Facts of a file that are no longer true of what it is turned into: how it is stored, and digests of its bytes.
 OUTDATED = (
-    *(formats.METADATA_RECORD, METADATA_KEY, CONVERTED_KEY, "format", "*hash*", "*sha256*"),
+    *(storage.METADATA_RECORD, METADATA_KEY, CONVERTED_KEY, "format", "*hash*", "*sha256*"),
     *("general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "general.type"),
     *("comfy.gguf.*", "tokenizer.*", "GGUF.*", "dfloat11_*"),
 )
@@ -115,7 +117,7 @@ def make_plan(checkpoint: Checkpoint, identity: Identity, export: Export, wish: 
     target = TARGETS[wish.target]
     target.check()
     stored = {checkpoint.tensors[name].dtype for name in identity.names.values()}
-    container = GGUF if wish.target == SAME and stored & formats.PACKINGS.keys() else target.container
+    container = GGUF if wish.target == SAME and stored & storage.PACKINGS.keys() else target.container
     return _Planner(checkpoint, identity, export, wish, replace(target, container=container)).plan()
 
 
@@ -218,7 +220,7 @@ class _Planner:
             raise ValueError(
                 f"{file} has no tensor that fits --keep {' '.join(unused)}: names are such as {', '.join(known[:4])}"
             )
-        if self.wish.target == SAME and any(self._stored(piece) == formats.DFLOAT11 for piece in self.pieces):
+        if self.wish.target == SAME and any(self._stored(piece) == storage.DFLOAT11 for piece in self.pieces):
             raise ValueError(
                 f"{file} is DFloat11, whose groups are made anew where names change: choose dfloat11, or bf16, which "
                 "it holds without loss"
@@ -227,7 +229,7 @@ class _Planner:
             raise ValueError(
                 f"{file} ({where}) has no layers that {self.wish.target} would be used for: choose bf16 or fp16"
             )
-        narrow = [piece for piece in self.quantised.values() if self._stored(piece) in formats.SMALL]
+        narrow = [piece for piece in self.quantised.values() if self._stored(piece) in storage.SMALL]
         if narrow and self.target.is_narrow and not self.wish.requantise:
             found = ", ".join(sorted({self._stored(piece) for piece in narrow}))
             raise ValueError(
@@ -286,7 +288,7 @@ class _Planner:
             layer = self.source.layer(piece)
             found = [part.tensor for part in layer.parts]
             whole = found[0] if len(found) == 1 else torch.cat(found)
-            yield name, whole if dtype in formats.PACKINGS else whole.reshape(piece.shape)
+            yield name, whole if dtype in storage.PACKINGS else whole.reshape(piece.shape)
             yield from ((other, self.source.read(file)) for other, file in beside.items())
 
         return Step(outputs=outputs, make=make)
@@ -299,7 +301,7 @@ class _Planner:
         dropped = []
         for file in self.identity.ignored:
             inner, info = file.removeprefix(self.identity.prefix), self.checkpoint.tensors[file]
-            is_marker, holds = inner == formats.SCALED_MARKER, FLOATS if self.is_gguf else formats.DTYPES
+            is_marker, holds = inner == storage.SCALED_MARKER, FLOATS if self.is_gguf else formats.DTYPES
             is_own = not self.is_respelled or fits(inner, (*self.export.carried, *self.export.marks))
             if inner in self.export.marks and self.wish.spelling is not None:
                 is_own = self._wants(self.export.marks[inner])
@@ -334,8 +336,8 @@ class _Planner:
         facts |= {key: value for key, value in metadata.items() if not fits(key, OUTDATED)}
         if own := own_metadata(self.checkpoint) | dict(self.export.told):
             facts[METADATA_KEY] = json.dumps(own)
-        if self.wish.target == SAME and formats.METADATA_RECORD in metadata:
-            facts[formats.METADATA_RECORD] = self._records(metadata[formats.METADATA_RECORD])
+        if self.wish.target == SAME and storage.METADATA_RECORD in metadata:
+            facts[storage.METADATA_RECORD] = self._records(metadata[storage.METADATA_RECORD])
         facts[CONVERTED_KEY] = json.dumps([*_history(metadata), self._came_from()])
         return facts
 
@@ -392,7 +394,7 @@ class _Source:
         self._group: dict[str, Tensor] = {}
         self.beside: dict[str, list[tuple[str, str]]] = {}  # path of a layer -> suffix and name of each companion
         for official, file in identity.names.items():
-            if suffix := formats.companion(official):
+            if suffix := storage.companion(official):
                 self.beside.setdefault(official.removesuffix(suffix), []).append((suffix, file))
 
     def layer(self, piece: Piece) -> Layer:
@@ -405,7 +407,7 @@ class _Source:
 
     def _part(self, official: str, share: Share) -> Stored:
         file, beside = self.names[official], dict(self.beside.get(_path(official), ()))
-        named = next((beside[suffix] for suffix in formats.WEIGHT_SCALES if suffix in beside), None)
+        named = next((beside[suffix] for suffix in storage.WEIGHT_SCALES if suffix in beside), None)
         scale = None if named is None else self.read(named).float()
         if scale is not None and scale.numel() > 1:
             count = scale.numel() // share.count
@@ -421,7 +423,7 @@ class _Source:
         out = torch.empty(shape, dtype=dtype)
         if info.start is None:
             first = share.index * len(out) if share.count > 1 else 0
-            stored = self._decoded(file) if info.dtype == formats.DFLOAT11 else self._pickled[file]
+            stored = self._decoded(file) if info.dtype == storage.DFLOAT11 else self._pickled[file]
             return stored[first : first + len(out)] if share.count > 1 else stored
         start = info.start + share.index * out.nbytes
         read_ranges([Range(file=self.checkpoint.location[file], start=start, name=file, out=out)])
@@ -439,5 +441,5 @@ class _Source:
     def _pickled(self) -> dict[str, Tensor]:
         """The tensors of files that must be opened as a whole, memory-mapped."""
         tensors = self.checkpoint.tensors
-        names = [name for name in tensors if tensors[name].start is None and tensors[name].dtype != formats.DFLOAT11]
+        names = [name for name in tensors if tensors[name].start is None and tensors[name].dtype != storage.DFLOAT11]
         return dict(read_tensors(self.checkpoint, names))

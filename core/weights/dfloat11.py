@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..ops import dfloat11
-from ..ops.formats import DFLOAT11
+from .. import dfloat11
+from ..storage import DFLOAT11
 from ..types import Checkpoint, TensorInfo
 from .identity import read_json
 
@@ -94,7 +94,7 @@ def _matches(pattern: str, name: str) -> bool:
 def seen_through(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint with the weights that its DFloat11 groups hold in place of the groups' planes.
 
-    Their `TensorInfo` is of dtype `formats.DFLOAT11`. Raises ValueError for groups that are damaged, of another
+    Their `TensorInfo` is of dtype `storage.DFLOAT11`. Raises ValueError for groups that are damaged, of another
     geometry, or whose order or shapes nothing tells.
     """
     prefixes = [name.removesuffix(TELLING) for name in checkpoint.tensors if name.endswith(TELLING)]

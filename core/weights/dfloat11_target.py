@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.dfloat11 import GAP_BITS, MOST_TABLES, PLANES, POSITION_BYTES, SECTION_WINDOWS, TABLE, num_sections
+from ..dfloat11 import GAP_BITS, MOST_TABLES, PLANES, POSITION_BYTES, SECTION_WINDOWS, TABLE, num_sections
 from ..ops.dfloat11_encoder import encode, most_bytes, refusal
 from ..types import TensorInfo
 from .dfloat11 import CONFIG_KEY, GEOMETRY, PATTERNS, PUBLISHED, SHAPES_KEY, SPLITS

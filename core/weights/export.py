@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..ops import formats
+from .. import storage
 from ..types import Checkpoint, Identity, Spelling
 from .keymap import Renamer, Share
 
@@ -89,5 +89,5 @@ def stated_shapes(checkpoint: Checkpoint, identity: Identity) -> dict[str, tuple
     return {
         official: checkpoint.tensors[file].shape
         for official, file in identity.names.items()
-        if formats.companion(official) is None
+        if storage.companion(official) is None
     }

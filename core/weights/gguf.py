@@ -12,8 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..ops.formats import DTYPES, is_countable
-from ..ops.gguf_blocks import PACKINGS
+from ..storage import DTYPE_BYTES, DTYPES, PACKINGS, is_countable
 from ..types import TensorInfo
 
 MAGIC = b"GGUF"
@@ -25,7 +24,7 @@ MAX_NAME_BYTES = 1 << 10  # ggml takes 63, tools for these models 127
 MAX_TEXT_BYTES = 1 << 20  # longer texts are no facts about tensors, and stepped over
 FEW = 8  # numbers of an array that are kept: shapes are, vocabularies are not
 
-# ggml's numbers of the formats. Those that neither `formats` nor `gguf_blocks` knows are named, and refused later.
+# ggml's numbers of the formats. Those that `core.storage` does not know are named, and refused later.
 TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
@@ -141,7 +140,7 @@ class _Header:
             if packing:
                 length = prod(info.shape[:-1]) * packing.row_bytes(info.shape[-1])
             else:
-                length = prod(info.shape) * (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 0)
+                length = prod(info.shape) * (DTYPE_BYTES[info.dtype] if info.dtype in DTYPES else 0)
             if info.start < end and length:
                 raise _damaged(self.file, f"tensor {name!r} begins at byte {info.start}, inside of {before!r}")
             if info.start + length > self.size:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..ops.formats import weight_format
+from ..storage import weight_format
 from ..types import Checkpoint, Identity
 from .keymap import Account, Match
 

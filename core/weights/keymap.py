@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ..ops import formats
+from .. import storage
 from ..types import Spelling
 
 # What the tools of the field put before every name of a diffusion model.
@@ -59,6 +59,11 @@ def inverse(table: Mapping[str, str]) -> dict[str, str]:
 def under(parent: str, other_parent: str, rows: Rows) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Return the rows of a module put below a parent, whose path the two spellings may call differently."""
     return {f"{parent}.{path}": (f"{other_parent}.{other}", leaves) for path, (other, leaves) in rows.items()}
+
+
+def below(parent: str, other_parent: str, inner: Mapping[str, str]) -> dict[str, str]:
+    """Return a table of a module's paths put below a parent, whose path the two spellings may call differently."""
+    return {f"{parent}.{path}": f"{other_parent}.{other}" for path, other in inner.items()}
 
 
 def table(rows: Rows) -> dict[str, str]:
@@ -137,10 +142,10 @@ def account(match: Match, expected: Collection[str], ignored: Iterable[str] = ()
     A companion of an expected weight (a scale, a record) belongs to the model. `ignored` are patterns with `*` of
     names that are known and not needed, as the file has them but for the prefix.
     """
-    expected, patterns = set(expected), (*ignored, formats.SCALED_MARKER)
+    expected, patterns = set(expected), (*ignored, storage.SCALED_MARKER)
     names, ignored_names, unexpected = {}, [], []
     for official, name in match.names.items():
-        suffix = formats.companion(official)
+        suffix = storage.companion(official)
         if official in expected or (suffix and official.removesuffix(suffix) + ".weight" in expected):
             names[official] = name
     taken = set(names.values())

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
+from ..storage import DTYPES
 from ..types import Checkpoint, Spelling
 from .identity import read_json
 from .keymap import Renamer, inverse
-from .reader import TORCH_NAMES
 
 Shape = tuple[int, ...]
 
@@ -237,7 +237,7 @@ def _misfit(checkpoint: Checkpoint, tensors: Mapping[str, str], wanted: Shape) -
     """Return why tensors can't change a parameter of a shape, None if they can."""
     shapes = {role: checkpoint.tensors[name].shape for role, name in tensors.items()}
     for name in tensors.values():
-        if checkpoint.tensors[name].dtype not in TORCH_NAMES.values():
+        if checkpoint.tensors[name].dtype not in DTYPES:
             return f"stored as {checkpoint.tensors[name].dtype}, which can't be read"
     roles = shapes.keys() - BESIDE
     rows, width = wanted[0], prod(wanted[1:])

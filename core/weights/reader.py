@@ -2,27 +2,19 @@
 
 import hashlib
 import json
-import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..ops import dfloat11, formats
+from .. import storage
 from ..types import Checkpoint, TensorInfo
 from .dfloat11 import files_with, rest_in, seen_through
 from .gguf import read_gguf
+from .pickled import plain_state
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-TORCH_NAMES = {dtype: name for name, dtype in formats.DTYPES.items()}
 PICKLES = (".pth", ".pt")
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
 NESTED_UNDER = ("state_dict", "model")  # where training scripts put the weights
@@ -50,7 +42,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: check the path")
     if path.suffix in PICKLES:
-        return _gather(path, {path: (_infos(_load_pickle(path)), {})})
+        return _gather(path, {path: (_pickled(path), {})})
     if path.name.endswith(INDEX):
         files = _indexed(path)
     elif shard := SHARD.fullmatch(path.name):
@@ -65,44 +57,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return seen_through(_gather(path, {file: (read_gguf if _is_gguf(file) else read_header)(file) for file in files}))
 
 
-def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) on the CPU, file by file, memory-mapped: bytes are read when the tensor is first used.
-
-    Weights of DFloat11 groups are decoded, the group at a time, and come last.
-    """
-    by_file: dict[Path, list[str]] = {}
-    names = list(names)
-    packed = {name for name in names if (info := checkpoint.tensors.get(name)) and info.dtype == formats.DFLOAT11}
-    for name in names:
-        if name not in packed:
-            by_file.setdefault(checkpoint.location[name], []).append(name)
-    for file, inside in by_file.items():
-        if file.suffix in PICKLES:
-            state = _load_pickle(file)
-            yield from ((name, state[name]) for name in inside)
-        else:
-            mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-            infos = {**checkpoint.tensors, **checkpoint.planes}
-            yield from ((name, _mapped(file, name, infos[name], mapped)) for name in inside)
-    for prefix, weights in checkpoint.groups.items():
-        if not packed.isdisjoint(weights):
-            decoded = _decoded(checkpoint, prefix)
-            yield from ((name, decoded[name]) for name in weights if name in packed)
-
-
-def _decoded(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
-    """Return the weights of a DFloat11 group in bf16."""
-    planes = dict(read_tensors(checkpoint, [f"{prefix}.{kind}" for kind in dfloat11.PLANES]))
-    shapes = {name: checkpoint.tensors[name].shape for name in checkpoint.groups[prefix]}
-    out = torch.empty(sum(map(prod, shapes.values())), dtype=torch.bfloat16)
-    try:
-        dfloat11.decode(*(planes[f"{prefix}.{kind}"] for kind in dfloat11.PLANES), out)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {prefix}: {error}") from error
-    parts = out.split([prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Raise ValueError if a file of a checkpoint has been replaced or written to since it was opened."""
     try:
@@ -111,18 +65,6 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
         raise ValueError(f"{checkpoint.path} can't be read any more ({error.strerror}): put it back") from error
     if checkpoint.identity not in ("", found):
         raise ValueError(f"{checkpoint.path} has changed since it was opened: run again, and the new file is read")
-
-
-def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
-    """Return a tensor of a file that is mapped as bytes. Blocks of GGUF stay bytes, [..., bytes of a row]."""
-    dtype, shape = formats.layout(info)
-    stop = info.start + prod(shape) * dtype.itemsize
-    if stop > len(content):
-        raise ValueError(f"{file} ends before {name} does: it was cut off since it was opened. {AGAIN.capitalize()}.")
-    found = content[info.start : stop]
-    if info.start % dtype.itemsize:
-        found = found.clone()  # PyTorch's views begin at multiples of their elements
-    return found.view(dtype).view(shape)
 
 
 def _is_gguf(file: Path) -> bool:
@@ -156,7 +98,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
             if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
                 raise TypeError(f"{name}: {entry}")
-            if not formats.is_countable(shape):
+            if not storage.is_countable(shape):
                 raise ValueError(f"{name} is said to be {list(shape)}, more than can be")
             tensors[name] = TensorInfo(entry["dtype"], shape, 8 + length + begin)
             spans.append((begin, end, name))
@@ -178,8 +120,8 @@ def _check_spans(file: Path, spans: list[tuple[int, int, str]], tensors: Mapping
     end = 0
     for begin, stop, name in spans:
         info = tensors[name]
-        wanted = prod(info.shape) * DTYPE_BYTES.get(info.dtype, 0)
-        if begin != end or stop < begin or (info.dtype in DTYPE_BYTES and stop - begin != wanted):
+        wanted = prod(info.shape) * storage.DTYPE_BYTES.get(info.dtype, 0)
+        if begin != end or stop < begin or (info.dtype in storage.DTYPE_BYTES and stop - begin != wanted):
             raise ValueError(
                 f"{file}: {name} ({info.dtype} {list(info.shape)}) is said to lie at bytes {begin} to {stop}, which "
                 f"does not fit its size or its neighbour's end at {end}: the file is damaged; {AGAIN}"
@@ -191,35 +133,15 @@ def _check_spans(file: Path, spans: list[tuple[int, int, str]], tensors: Mapping
         raise ValueError(f"{file} has {held - end} bytes more than its header accounts for: {AGAIN}")
 
 
-def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """Return the state dict of a .pth file, memory-mapped. Anything in it that is not plain data is refused unrun."""
-    try:
-        state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors: reading it would run code, so it was not read. Only plain state dicts "
-            f"are accepted; get the model as .safetensors. ({str(error).splitlines()[0][:120]})"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
-        reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"{file} is not a whole PyTorch checkpoint ({reason}): {AGAIN} or use .safetensors") from error
-    for key in NESTED_UNDER:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{file}: expected a state dict (names and tensors), found {type(state).__name__}")
-    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if others:
-        raise ValueError(f"{file}: expected tensors only, found other things under {', '.join(others[:8])}")
-    return state
+def _pickled(file: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a .pth file. What is not plain in it is for PyTorch to judge, which takes long to come."""
+    state = plain_state(file)
+    inner = next((state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict)), state) if state else {}
+    if inner and all(isinstance(name, str) and isinstance(info, TensorInfo) for name, info in inner.items()):
+        return inner
+    from .tensors import infos_of_pickle
 
-
-def _infos(state: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-        for name, tensor in state.items()
-    }
+    return infos_of_pickle(file)
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import storage
 from ..ops import formats
-from ..ops.gguf_blocks import ELEMENTS_AT_ONCE, PACKINGS
+from ..ops.gguf_blocks import ELEMENTS_AT_ONCE
+from ..storage import PACKINGS
 from ..types import TensorInfo
 from . import dfloat11_target
 from .dfloat11 import CONFIG_KEY
@@ -170,13 +172,13 @@ def _int8_planes(layers: Mapping[str, Shape]) -> dict[str, TensorInfo]:
     for path, shape in layers.items():
         found[f"{path}.weight"] = TensorInfo(INT8, shape)
         found[f"{path}.weight_scale"] = TensorInfo("F32", (shape[0], 1))
-        found[f"{path}{formats.RECORD}"] = TensorInfo("U8", (len(_record()),))
+        found[f"{path}{storage.RECORD}"] = TensorInfo("U8", (len(_record()),))
     return found
 
 
 def _int8(layer: Layer) -> dict[str, Tensor]:
     weight, scale = _by_row(layer, INT8_MAX, torch.int8, torch.round)
-    return {".weight": weight, ".weight_scale": scale, formats.RECORD: _record()}
+    return {".weight": weight, ".weight_scale": scale, storage.RECORD: _record()}
 
 
 def _dfloat11(layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
@@ -257,7 +259,7 @@ TARGETS = {
         readers="this pack reads it. ComfyUI's own loader does not: for that one choose fp8_scaled_tensor",
         planes=_fp8_planes(lambda shape: (shape[0], 1)),
         pack=_each(_fp8_by_row),
-        marks={formats.SCALED_MARKER: torch.zeros(FP8_MARKER_SHAPE, dtype=torch.float8_e4m3fn)},
+        marks={storage.SCALED_MARKER: torch.zeros(FP8_MARKER_SHAPE, dtype=torch.float8_e4m3fn)},
         is_narrow=True,
     ),
     "fp8_scaled_tensor": Target(
@@ -266,7 +268,7 @@ TARGETS = {
         pack=_each(_fp8_whole),
         # ComfyUI 0.3.64 rounds linear layers without a scale to fp8 as they are.
         all_linears=True,
-        marks={formats.SCALED_MARKER: torch.zeros(FP8_MARKER_SHAPE, dtype=torch.float8_e4m3fn)},
+        marks={storage.SCALED_MARKER: torch.zeros(FP8_MARKER_SHAPE, dtype=torch.float8_e4m3fn)},
         is_narrow=True,
     ),
     "int8": Target(

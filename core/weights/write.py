@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from .. import storage
 from ..ops import formats
 from ..types import TensorInfo
 from .gguf import DEFAULT_ALIGNMENT, MAGIC, STRING, TYPES
@@ -149,7 +150,7 @@ def write_file(
         advance(len(header))
         for name, tensor in content:
             written[name] = TensorInfo(tensors[name].dtype, tuple(tensor.shape))
-            if tensor.dtype == torch.uint8 and tensors[name].dtype in formats.PACKINGS:
+            if tensor.dtype == torch.uint8 and tensors[name].dtype in storage.PACKINGS:
                 written[name] = tensors[name]  # blocks, whose shape is that of the numbers
             assert formats.layout(tensors[name])[0] == tensor.dtype, f"{name} is not what was planned"
             for piece in (memoryview(b"\0" * (-file.tell() % container.alignment)), *_pieces(tensor)):

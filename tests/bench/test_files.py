@@ -6,7 +6,8 @@ import torch
 from wanqwen.bench import inspect_files, load_file
 from wanqwen.bench.files import shapes_of, write_random
 from wanqwen.bench.models import WAN
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.families import identify
 from wanqwen.wan.config import WanConfig
 
@@ -35,5 +36,5 @@ def test_every_way_of_loading_brings_the_whole_file(tmp_path: Path) -> None:
 def test_one_model_in_each_container_is_the_same(tmp_path: Path) -> None:
     files = inspect_files.write_all(tmp_path, shapes_of(WAN, SMALL))
     found = [identify(open_checkpoint(path)) for path in files]
-    assert len(found) == 3 and len({(one.variant, one.config) for one in found}) == 1
+    assert len(found) == 4 and len({(one.variant, one.config) for one in found}) == 1
     assert all(not one.missing and not one.unexpected for one in found)

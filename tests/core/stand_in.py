@@ -14,7 +14,7 @@ from wanqwen.core.text import Part
 from wanqwen.core.types import Checkpoint
 from wanqwen.core.weights import assemble
 from wanqwen.core.weights.ranges import Range, read_ranges
-from wanqwen.core.weights.reader import read_tensors
+from wanqwen.core.weights.tensors import read_tensors
 
 from .memory.late_link import LateLink
 

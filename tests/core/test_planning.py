@@ -27,7 +27,6 @@ from wanqwen.core.planning import CARDS, Scene, card_named, plan_for, visit_seco
 from wanqwen.core.sampling.solvers import SOLVERS
 from wanqwen.core.types import Family, Lora, MemoryOptions
 from wanqwen.core.weights.lora import fit, read_names
-from wanqwen.families import parameters_of
 from wanqwen.qwen_image.config import QwenImageConfig
 
 from ..manifests import checkpoint
@@ -114,7 +113,8 @@ def test_what_a_lora_takes_is_planned(
 ) -> None:
     case = Case(family=family, config=replace(config, num_layers=3), size=size, rows=(300, 20), stored=stored)
     found = checkpoint(file)
-    used = fit(read_names(found, family.spellings), parameters_of(family, case.config), family.parts)
+    files = family.files
+    used = fit(read_names(found, files.spellings), files.parameters(case.config), files.parts)
     lora = Lora(checkpoint=found, parts=used.parts, start=0.5)
     loras = (replace(lora, start=0.0), replace(lora, strength=0.5))
     check_peak(case, random.Random(2), change=lambda scene: replace(scene, loras=loras), steps=2)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from wanqwen import kernels
-from wanqwen.core.ops.dfloat11 import PLANES, decode
+from wanqwen.core.dfloat11 import PLANES
+from wanqwen.core.ops.dfloat11 import decode
 from wanqwen.core.ops.dfloat11_encoder import encode
 from wanqwen.tests import dfloat11_reference
 

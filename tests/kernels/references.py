@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from wanqwen.core.ops.dfloat11 import PLANES
+from wanqwen.core.dfloat11 import PLANES
 from wanqwen.tests import dfloat11_reference
 
 Reference = tuple[Tensor, ...]

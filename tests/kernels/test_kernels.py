@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from wanqwen import kernels
 from wanqwen.core.ops import eight_bits
-from wanqwen.core.ops.gguf_blocks import PACKINGS
 from wanqwen.core.ops.trials import TRIALS, Tokens, Trial
+from wanqwen.core.storage import PACKINGS
 from wanqwen.tests.kernels import references
 
 pytest.importorskip("triton")

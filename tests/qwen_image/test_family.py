@@ -54,7 +54,7 @@ def test_the_schedule_of_1328_squared_is_the_published_one():
     ],
 )
 def test_the_lightning_presets_are_the_published_tables(name, sigmas):
-    preset = FAMILY.presets[name]
+    preset = FAMILY.files.presets[name]
     asked = request(steps=preset.steps, shift=preset.shift, solver=preset.solver)
     plan = plan_steps(asked, schedule(CONFIG, (1, 16, 1, 128, 128)))
     assert plan.sigmas == pytest.approx(sigmas, abs=1e-6) and preset.guidance == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from wanqwen.core import storage
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
@@ -379,7 +380,7 @@ def test_fp8mixed_file_gives_the_weights_it_stands_for(tmp_path: Path) -> None:
     stored["__index_timestep_zero__"] = torch.zeros(0)
     path = tmp_path / "edit.safetensors"
     quantised = json.dumps({"format_version": "1.0", "layers": layers})
-    save_file(stored, path, {"wanqwen": json.dumps(OWN), formats.METADATA_RECORD: quantised})
+    save_file(stored, path, {"wanqwen": json.dumps(OWN), storage.METADATA_RECORD: quantised})
     found = open_checkpoint(path)
     identity = identify(found)
     assert (identity.variant, identity.weight_format) == ("edit-2511", "fp8_scaled")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wanqwen.core import host
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.core.weights.vocabulary import CONTROL, NORMAL, UNUSED
 from wanqwen.qwen_image import tokenizer as module
 from wanqwen.qwen_image.tokenizer import EMBEDDED_NAME, IM_END, IMAGE_PAD, SPECIAL, TEMPLATES, WORDS, Tokenizer

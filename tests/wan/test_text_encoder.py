@@ -16,7 +16,8 @@ from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.ops import formats
 from wanqwen.core.text import EmbeddingCache, Footprint, Part, Placement
 from wanqwen.core.weights import keymap
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.wan import text_encoder as module
 from wanqwen.wan.config import TextEncoderConfig
 from wanqwen.wan.identify import identify

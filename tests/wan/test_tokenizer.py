@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.core.weights.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, read_vocabulary
 from wanqwen.wan import tokenizer as module
 from wanqwen.wan.tokenizer import EMBEDDED_NAME, EOS_ID, Tokenizer, repair_text, spiece_of, text_cleaner

@@ -13,7 +13,6 @@ from wanqwen.core.compiling import CompiledBlocks, num_compiled
 from wanqwen.core.ops import attention_choice
 from wanqwen.core.ops.attention import attention_int8
 from wanqwen.core.types import Conditioning, FastPaths, ModelHandle, SampleRequest
-from wanqwen.families import parameters_of
 from wanqwen.loading import DEMO_FOLDER, load_model, with_lora
 
 from ... import loras
@@ -80,7 +79,7 @@ def test_plans_prompts_and_strengths_need_no_program_of_their_own(
     stream(monkeypatch, (1, 3), 3, interleaved=True)
     number, streamed, _ = programs(handle, request)
     assert number == 0 and torch.equal(streamed, found), "some stream, interleaved"
-    state = {name: torch.empty(shape) for name, shape in parameters_of(handle.family, handle.identity.config).items()}
+    state = {name: torch.empty(shape) for name, shape in handle.family.files.parameters(handle.identity.config).items()}
     path = loras.write(tmp_path / "lora.safetensors", loras.low_rank(state, loras.DIALECTS["official"]))
     changed = [with_lora(handle, path, strength)[0] for strength in (0.3, 0.7)]
     number, with_it, _ = programs(changed[0], request)

@@ -19,7 +19,6 @@ from wanqwen.core.sampling.sample import SampleError
 from wanqwen.core.types import Conditioning, Control, FastPaths, ModelHandle, SampleRequest
 from wanqwen.core.weights.reader import open_checkpoint
 from wanqwen.demo.drift import write_in_8_bits
-from wanqwen.families import parameters_of
 from wanqwen.loading import DEMO_FOLDER, load_model, with_lora
 from wanqwen.tests.gguf_files import quantised, write
 
@@ -131,7 +130,7 @@ def test_streamed_runs_give_the_bits_of_resident_ones(
 def changed(run: tuple[ModelHandle, SampleRequest], tmp_path: Path) -> ModelHandle:
     """The model with LoRAs that change all there is, one of them in some steps only."""
     handle = run[0]
-    state = {name: torch.empty(shape) for name, shape in parameters_of(handle.family, handle.identity.config).items()}
+    state = {name: torch.empty(shape) for name, shape in handle.family.files.parameters(handle.identity.config).items()}
     for name, writer, start in (("all", loras.differences, 0.0), ("late", loras.loha, 0.5)):
         handle, _ = with_lora(handle, loras.write(tmp_path / f"{name}.safetensors", writer(state)), 0.3, start)
     return handle
@@ -174,7 +173,7 @@ def test_products_in_8_bits_stream_with_loras(
 ) -> None:
     path = write_in_8_bits(DEMO_FOLDER / "wan_dit.safetensors", tmp_path / "wan.safetensors", torch.int8)
     handle = replace(load_model(path), fast=FastPaths(products="8bit"))
-    state = {name: torch.empty(shape) for name, shape in parameters_of(handle.family, handle.identity.config).items()}
+    state = {name: torch.empty(shape) for name, shape in handle.family.files.parameters(handle.identity.config).items()}
     written = loras.low_rank(state, loras.DIALECTS["official"])
     handle, _ = with_lora(handle, loras.write(tmp_path / "lora.safetensors", written), 0.3)
     texts = (Conditioning(text=torch.randn(1, n, 96, generator=torch.Generator().manual_seed(n))) for n in (7, 4))

@@ -18,7 +18,6 @@ from wanqwen.core.ops.linear import Linear
 from wanqwen.core.ops.packed import Packed
 from wanqwen.core.text import Placement
 from wanqwen.core.types import Conditioning, Control, ModelHandle, SampleRequest, TensorInfo
-from wanqwen.families import parameters_of
 from wanqwen.loading import load_model, load_text_encoder, with_lora
 from wanqwen.tests.dfloat11_files import write_pair
 
@@ -118,7 +117,7 @@ def test_loras_change_a_dfloat11_model_as_its_bf16_twin(
     handles = []
     for path in twins[:2]:
         handle = replace(load_model(path), dtype=dtype)
-        shapes = parameters_of(handle.family, handle.identity.config)
+        shapes = handle.family.files.parameters(handle.identity.config)
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
         for name, writer, start in (("all", loras.differences, 0.0), ("late", loras.loha, 0.5)):
             file = tmp_path / f"{name}_{path.stem}.safetensors"

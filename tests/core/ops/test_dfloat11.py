@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from wanqwen import kernels
+from wanqwen.core.dfloat11 import PLANES, check_sizes
 from wanqwen.core.ops import huffman
-from wanqwen.core.ops.dfloat11 import PLANES, check_sizes, decode
+from wanqwen.core.ops.dfloat11 import decode
 from wanqwen.core.ops.dfloat11_encoder import MOST_OF_SECTION, encode, refusal
 from wanqwen.tests import dfloat11_reference
 

@@ -3,10 +3,12 @@
 import gguf
 import pytest
 import torch
+from wanqwen.core import storage
 from wanqwen.core.memory.trace import peak_bytes
 from wanqwen.core.ops import formats, gguf_blocks
-from wanqwen.core.ops.gguf_blocks import PACKINGS
+from wanqwen.core.ops.gguf_blocks import UNPACK
 from wanqwen.core.ops.linear import Linear
+from wanqwen.core.storage import PACKINGS
 from wanqwen.core.types import TensorInfo
 from wanqwen.tests.gguf_files import HALVES, meaning, random_blocks
 
@@ -43,7 +45,7 @@ def test_every_scale_equals_the_reference(kind: str) -> None:
     blocks = torch.randint(256, (len(halves), packing.num_bytes), dtype=torch.uint8)
     for shift, at in enumerate(HALVES[kind]):
         blocks[:, at : at + 2] = halves.roll(shift * 12345, 0)
-    found, wanted = packing.unpack(blocks), meaning((kind, blocks))
+    found, wanted = UNPACK[kind](blocks), meaning((kind, blocks))
     assert torch.equal(found.isnan(), wanted.isnan())
     assert torch.equal(found.nan_to_num(0).view(torch.int32), wanted.nan_to_num(0).view(torch.int32))
 
@@ -82,7 +84,7 @@ def test_blocks_of_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_formats_are_called_as_users_call_them() -> None:
     def named(**sizes: int) -> str:
-        return formats.weight_format({str(i): TensorInfo(kind, (n,)) for i, (kind, n) in enumerate(sizes.items())})
+        return storage.weight_format({str(i): TensorInfo(kind, (n,)) for i, (kind, n) in enumerate(sizes.items())})
 
     assert named(Q4_K=100, Q6_K=60, F32=30) == "gguf Q4_K"
     assert named(Q8_0=100, F16=1) == "gguf Q8_0"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from wanqwen.core import host
+from wanqwen.core import host, storage
 from wanqwen.core.blocks import Run
 from wanqwen.core.ops import formats
 from wanqwen.core.ops.linear import Linear
@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_named(tmp_path, state, change, said):
 def test_format_in_the_metadata_is_heeded(tmp_path, state):
     record = json.dumps({"layers": {"blocks.0.ffn.0": {"format": "mxfp8"}}})
     with pytest.raises(ValueError, match="quantised as 'mxfp8'"):
-        load(save(tmp_path / "m.safetensors", state, METADATA | {formats.METADATA_RECORD: record}))
+        load(save(tmp_path / "m.safetensors", state, METADATA | {storage.METADATA_RECORD: record}))
 
 
 def test_long_lists_are_cut(tmp_path, state):

@@ -13,41 +13,17 @@ from wanqwen.__main__ import main
 from wanqwen.conversion import convert
 from wanqwen.core.types import Checkpoint
 from wanqwen.core.weights.convert import Wish
-from wanqwen.core.weights.reader import open_checkpoint, read_header, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.families import identify
 from wanqwen.loading import load_model
 from wanqwen.tests import dfloat11_reference
-from wanqwen.tests.dfloat11_files import words, write_bf16, write_dfloat11, write_pair
+from wanqwen.tests.dfloat11_files import words, write_bf16, write_dfloat11, write_pair, write_published
 
-from ...manifests import manifest, write_header
+from ...manifests import manifest
 from ...nodes import tiny
 
 QWEN, WAN = "qwen_df11_transformer", "wan21_df11_t2v_14B_diffusers_PARTIAL"
-
-
-def write_published(path: Path, tensors: dict, layers: list[str]) -> Path:
-    """Write a published file with holes for weights, but with the true places at which its groups are divided."""
-    write_header(path, tensors)
-    found = {name: info.start for name, info in read_header(path)[0].items() if name.endswith(".split_positions")}
-    with open(path, "r+b") as file:
-        for name, start in found.items():
-            block = name.removesuffix("split_positions")
-            total = tensors[f"{block}sign_mantissa"][1][0]
-            biases = [tensors[f"{block}{layer}.bias"][1][0] for layer in layers]
-            inputs = inputs_of(layers, biases)
-            sizes = torch.tensor([o * i for o, i in zip(biases, inputs, strict=True)])
-            assert int(sizes.sum()) == total, "the manifest is of this architecture"
-            file.seek(start)
-            file.write(sizes.cumsum(0)[:-1].numpy().tobytes())
-    return path
-
-
-def inputs_of(layers: list[str], biases: list[int]) -> list[int]:
-    """Return how many inputs each layer has: the model's width, but those of the last layers of feed-forwards."""
-    width, wide = biases[layers.index(next(x for x in layers if x.endswith("to_q")))], max(biases)
-    ffn = biases[layers.index(next(x for x in layers if x.endswith("net.0.proj")))]
-    assert wide >= ffn
-    return [ffn if layer.endswith("net.2") else width for layer in layers]
 
 
 @pytest.mark.parametrize("has_config", [True, False])

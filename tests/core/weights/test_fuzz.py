@@ -16,9 +16,11 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from wanqwen.core.ops import formats
+from wanqwen.core.storage import DTYPE_BYTES
 from wanqwen.core.types import Checkpoint
 from wanqwen.core.weights.gguf import SCALARS, TYPES, read_lists
-from wanqwen.core.weights.reader import DTYPE_BYTES, INDEX, open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import INDEX, open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.tests.gguf_files import random_blocks, write
 
 # What a header of so many bytes may take in memory: objects for what it holds, but nothing for what it only promises.

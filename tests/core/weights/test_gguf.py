@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from wanqwen.core.types import TensorInfo
-from wanqwen.core.weights.reader import open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.tests.gguf_files import Blocks, random_blocks, write
 
 TENSORS: dict[str, torch.Tensor | Blocks] = {

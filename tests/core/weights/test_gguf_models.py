@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from wanqwen.core import planning, runtime
+from wanqwen.core import planning, runtime, storage
 from wanqwen.core.blocks import Run
-from wanqwen.core.ops import formats
-from wanqwen.core.ops.gguf_blocks import PACKINGS
 from wanqwen.core.ops.linear import Linear
+from wanqwen.core.storage import PACKINGS
 from wanqwen.core.types import Conditioning, Family, SampleRequest
 from wanqwen.core.weights.assemble import prepare
 from wanqwen.loading import load_model, with_lora
@@ -278,7 +277,7 @@ def test_int8_gives_what_its_weights_mean(tmp_path: Path, rows: bool, where: str
     prefix = "model.diffusion_model."
     said = {"layers": {prefix + layer: record for layer in layers}} if where == "metadata" else {}
     stored = {prefix + name: tensor for name, tensor in stored.items()}
-    path = save(tmp_path / "int8.safetensors", stored, {formats.METADATA_RECORD: json.dumps(said)})
+    path = save(tmp_path / "int8.safetensors", stored, {storage.METADATA_RECORD: json.dumps(said)})
     assert load_model(path).identity.weight_format == "int8_scaled"
     module = opened(path, dtype)
     assert module.blocks[0].ffn[0].weight.dtype == torch.int8

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from wanqwen.core.types import Checkpoint, Family, Lora, ModelHandle, TensorInfo
 from wanqwen.core.weights import lora
-from wanqwen.families import FAMILIES, family_of_lora, fits_of_lora, parameters_of, presets_of_lora
+from wanqwen.families import FAMILIES, family_of_lora, fits_of_lora, presets_of_lora
 from wanqwen.loading import load_model, with_lora
 
 from ... import loras
@@ -23,7 +23,7 @@ LIGHTNING = ("lora_qwen_lightning_bf16", "lora_qwen_lightning_fp32_v1.0")
 
 def held(found: Checkpoint, family: Family, variant: str) -> lora.Fit:
     file = lora.read_names(found, family.spellings)
-    return lora.fit(file, parameters_of(family, family.variants[variant]), family.parts)
+    return lora.fit(file, family.parameters(family.variants[variant]), family.parts)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wanqwen.core.types import TensorInfo
-from wanqwen.core.weights.reader import INDEX, open_checkpoint, read_tensors
+from wanqwen.core.weights.reader import INDEX, open_checkpoint
+from wanqwen.core.weights.tensors import read_tensors
 
 TENSORS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),

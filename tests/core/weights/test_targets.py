@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from wanqwen.core.ops.formats import dequantise, layout
-from wanqwen.core.ops.gguf_blocks import PACKINGS
+from wanqwen.core.ops.gguf_blocks import UNPACK
+from wanqwen.core.storage import PACKINGS
 from wanqwen.core.weights.targets import TARGETS, Layer, Stored
 
 E4M3_MAX = 448.0
@@ -82,7 +83,7 @@ def test_blocks_are_those_of_the_package(kind: str, weight: Tensor, monkeypatch:
     made = packed(f"gguf_{kind.lower()}", weight)["x.weight"]
     wanted = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
     assert torch.equal(made, torch.from_numpy(wanted))
-    found = PACKINGS[kind].unpack(made.view(-1, PACKINGS[kind].num_bytes)).view(weight.shape)
+    found = UNPACK[kind](made.view(-1, PACKINGS[kind].num_bytes)).view(weight.shape)
     assert torch.equal(found, torch.from_numpy(gguf.dequantize(wanted, gguf.GGMLQuantizationType[kind])))
 
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 from wanqwen.core.types import TensorInfo
 from wanqwen.core.weights.gguf import read_gguf
-from wanqwen.core.weights.reader import open_checkpoint, read_header, read_tensors
+from wanqwen.core.weights.reader import open_checkpoint, read_header
+from wanqwen.core.weights.tensors import read_tensors
 from wanqwen.core.weights.write import GGUF, SAFETENSORS, check_place, left_behind, write_file
 
 TENSORS = {

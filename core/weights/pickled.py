@@ -1,0 +1,158 @@
+"""Read what a .pth file says of its tensors, without PyTorch and without running anything that the file says.
+
+Such a file is a zip archive: a pickle of the state dict, in which each tensor is a call of one function of PyTorch with
+the place of its numbers; and the numbers, a file in the archive per storage. The instructions of plain state dicts are
+followed here. For any other file the answer is None, and PyTorch's own strict reader has the word.
+
+Sources: the standard library's pickletools, which describes the instructions, and what `torch.save` writes.
+"""
+
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..storage import DTYPE_BYTES
+from ..types import TensorInfo
+
+PICKLE, STORAGES = "/data.pkl", "/data/"  # in the archive, behind the name of its folder
+MOST_BYTES = 100_000_000  # of the pickle
+STORAGE_DTYPES = {
+    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
+    "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+}  # fmt: skip
+UNCLEAR = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, EOFError, OSError),
+    *(struct.error, zipfile.BadZipFile),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A class or function that a pickle names: module and name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    numbers: int
+
+
+def plain_state(file: Path) -> dict[str, Any] | None:
+    """Return what a .pth file's state dict holds, `TensorInfo` for tensors; None if it is not as plain as that."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            [pickle] = [entry for entry in archive.infolist() if entry.filename.endswith(PICKLE)]
+            if pickle.compress_type != zipfile.ZIP_STORED or pickle.file_size > MOST_BYTES:
+                return None
+            folder = pickle.filename.removesuffix(PICKLE)
+            sizes = {
+                entry.filename.removeprefix(folder + STORAGES): entry.file_size
+                for entry in archive.infolist()
+                if entry.filename.startswith(folder + STORAGES) and entry.compress_type == zipfile.ZIP_STORED
+            }
+            found = _followed(archive.read(pickle), sizes)
+    except UNCLEAR:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _followed(instructions: bytes, sizes: Mapping[str, int]) -> Any:
+    """Return what a pickle makes; `sizes` are the bytes of each storage.
+
+    Raises one of `UNCLEAR` for whatever a plain state dict has no need of.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def taken(first: int) -> list[Any]:
+        found, stack[first:] = stack[first:], []
+        return found
+
+    for opcode, argument, _ in pickletools.genops(instructions):
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode.name]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(taken(-int(opcode.name[-1]))))
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(taken(marks.pop())))
+            case "APPEND" | "APPENDS":
+                items = taken(-1 if opcode.name == "APPEND" else marks.pop())
+                _made(stack[-1], list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = taken(-2 if opcode.name == "SETITEM" else marks.pop())
+                _made(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+            case "BUILD":  # attributes of a state dict, such as its modules' versions in `_metadata`
+                stack.pop()
+                _made(stack[-1], OrderedDict)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_Named(argument))
+            case "BINPERSID":
+                stack.append(_storage(sizes, *stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(CALLS[function.name](*arguments))
+            case "STOP":
+                [found] = stack
+                return found
+            case _:
+                raise ValueError(opcode.name)
+    raise EOFError
+
+
+def _made(found: Any, kind: type) -> Any:
+    if not isinstance(found, kind):
+        raise TypeError
+    return found
+
+
+def _storage(sizes: Mapping[str, int], kind: str, of: _Named, key: str, _place: str, numbers: int) -> _Storage:
+    module, _, name = of.name.partition(" ")
+    dtype = STORAGE_DTYPES[name]
+    if kind != "storage" or module != "torch" or sizes[key] != numbers * DTYPE_BYTES[dtype]:
+        raise ValueError
+    return _Storage(dtype, numbers)
+
+
+def _tensor(
+    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: bool, hooks: OrderedDict
+) -> TensorInfo:
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+        raise TypeError
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if prod(size) and last >= storage.numbers:
+        raise ValueError
+    return TensorInfo(storage.dtype, size)
+
+
+def _parameter(tensor: TensorInfo, grad: bool, hooks: OrderedDict) -> TensorInfo:
+    return tensor
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "collections OrderedDict": OrderedDict,
+    "torch._utils _rebuild_tensor_v2": _tensor,
+    "torch._utils _rebuild_parameter": _parameter,
+}

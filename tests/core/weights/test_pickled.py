@@ -1,0 +1,100 @@
+"""Headers of .pth files, read without PyTorch: what PyTorch's own reader says, or nothing."""
+
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given
+from hypothesis import strategies as st
+from torch import nn
+from wanqwen.core.ops import formats
+from wanqwen.core.types import TensorInfo
+from wanqwen.core.weights.pickled import PICKLE, STORAGE_DTYPES, plain_state
+from wanqwen.core.weights.reader import open_checkpoint
+from wanqwen.core.weights.tensors import infos_of_pickle
+
+BASE = torch.arange(24.0).view(4, 6)
+DTYPES = [formats.DTYPES[name] for name in STORAGE_DTYPES.values()]
+STATES: dict[str, dict[str, Any]] = {
+    "dtypes": {
+        str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in map(formats.DTYPES.get, STORAGE_DTYPES.values())
+    },
+    "a module's": nn.Sequential(nn.Conv3d(2, 3, 1), nn.BatchNorm1d(4), nn.Linear(5, 5, bias=False)).state_dict(),
+    "parameters": {"a": nn.Parameter(BASE.clone()), "b": nn.Parameter(BASE[0].clone(), requires_grad=False)},
+    "views of one storage": {"whole": BASE, "turned": BASE.T, "part": BASE[1:3, ::2], "row": BASE[3], "again": BASE},
+    "odd shapes": {"number": torch.tensor(3.0), "none": torch.zeros(0, 7), "spread": torch.ones(1).expand(5, 9)},
+    "many": {f"blocks.{i}.weight": torch.zeros(i % 3, 2) for i in range(700)},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_plain_states_are_what_pytorch_says(tmp_path: Path, name: str, kind: type) -> None:
+    path = tmp_path / "m.pth"
+    torch.save(kind(STATES[name]), path)
+    found = plain_state(path)
+    assert found == infos_of_pickle(path) == dict(open_checkpoint(path).tensors)
+    assert list(found) == list(STATES[name])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+        {"a": torch.zeros(2, dtype=torch.complex64)},
+        {"a": torch.zeros(3).to_sparse()},
+    ],
+)
+def test_what_is_not_plain_is_left_to_pytorch(tmp_path: Path, state: dict[str, Any]) -> None:
+    torch.save(state, tmp_path / "m.pth")
+    assert plain_state(tmp_path / "m.pth") is None
+
+
+@pytest.mark.parametrize("change", ["compressed", "without numbers", "too few numbers"])
+def test_an_archive_that_does_not_hold_its_numbers_is_not_plain(tmp_path: Path, change: str) -> None:
+    path, other = tmp_path / "m.pth", tmp_path / "other.pth"
+    torch.save({"a": BASE}, path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(other, "w") as copy:
+        for entry in archive.infolist():
+            content, is_numbers = archive.read(entry), "/data/" in entry.filename
+            if is_numbers and change == "without numbers":
+                continue
+            how = zipfile.ZIP_DEFLATED if is_numbers and change == "compressed" else zipfile.ZIP_STORED
+            copy.writestr(entry.filename, content[: -4 if is_numbers and change == "too few numbers" else None], how)
+    assert plain_state(path) is not None
+    assert plain_state(other) is None
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """Write the archive again with another pickle in it."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, change(content) if name.endswith(PICKLE) else content)
+
+
+@given(places=st.lists(st.tuples(st.integers(0, 400), st.binary(min_size=1, max_size=3)), min_size=1, max_size=4))
+def test_of_a_damaged_pickle_nothing_else_is_said_than_pytorch_says(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, bytes]]
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "m.pth"
+    torch.save(OrderedDict(a=BASE, b=BASE.T, c=nn.Parameter(torch.ones(3, 2))), path)
+
+    def damage(content: bytes) -> bytes:
+        changed = bytearray(content)
+        for at, new in places:
+            at %= len(content)
+            changed[at : at + len(new)] = new
+        return bytes(changed[: len(content)])
+
+    rewritten(path, damage)
+    found = plain_state(path)
+    event("nothing said" if found is None else "said")
+    if found and all(isinstance(info, TensorInfo) and isinstance(name, str) for name, info in found.items()):
+        with suppress(ValueError):  # PyTorch may refuse it, as it will when the tensors are to be read
+            assert found == infos_of_pickle(path)
