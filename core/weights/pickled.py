@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..storage import DTYPE_BYTES
+from ..storage import DTYPE_BYTES, is_countable
 from ..types import TensorInfo
 
 PICKLE, STORAGES = "/data.pkl", "/data/"  # in the archive, behind the name of its folder
@@ -142,7 +142,7 @@ def _tensor(
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
         raise TypeError
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if prod(size) and last >= storage.numbers:
+    if not is_countable(size) or (prod(size) and last >= storage.numbers):
         raise ValueError
     return TensorInfo(storage.dtype, size)
 

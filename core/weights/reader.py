@@ -1,4 +1,4 @@
-"""Open checkpoints: what tensors they hold, from their headers alone, and the tensors themselves when asked."""
+"""Open checkpoints: what tensors they hold, from their headers alone and without PyTorch. `tensors` reads them."""
 
 import hashlib
 import json
