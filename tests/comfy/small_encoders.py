@@ -65,6 +65,10 @@ class KeepRows:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING", {})}}
 
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        return float("nan")  # differs from itself: never taken from ComfyUI's cache
+
     def keep(self, conditioning: list, name: str) -> dict[str, Any]:
         [[rows, options]] = conditioning
         mask = options.get("attention_mask")
