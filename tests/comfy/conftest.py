@@ -46,6 +46,7 @@ def server(comfyui: tuple[Path, Path], hub: Hub, tmp_path_factory: pytest.TempPa
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "wanqwen").symlink_to(ROOT)
+    (base / "custom_nodes" / "small_encoders.py").symlink_to(Path(__file__).with_name("small_encoders.py"))
     write_files(base)
     with patch.dict(os.environ, HF_ENDPOINT=hub.endpoint):
         server = Server(*comfyui, base)

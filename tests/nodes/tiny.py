@@ -54,9 +54,9 @@ def write_vae(path: Path) -> Path:
     return _write(path, filled(WanVAE(VAE)).state_dict())
 
 
-def write_text_encoder(path: Path) -> Path:
+def write_text_encoder(path: Path, config: TextEncoderConfig = TEXT) -> Path:
     """Write a text encoder with its tokenizer inside, in Hugging Face names, as ComfyUI's single file is."""
-    state = filled(text_encoder.build(TEXT)).state_dict()
+    state = filled(text_encoder.build(config)).state_dict()
     state = {name: tensor.clone() for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
     return _write(path, state | {"spiece_model": torch.frombuffer(bytearray(_spiece()), dtype=torch.uint8)})
 
@@ -74,11 +74,11 @@ def write_qwen_model(path: Path, variant: str = "t2i") -> Path:
     return _write(path, filled(QwenImageTransformer(config)).state_dict(), {"wanqwen": json.dumps(own)})
 
 
-def write_qwen_text_encoder(path: Path) -> Path:
-    """Write a Qwen2.5-VL with its tokenizer inside."""
+def write_qwen_text_encoder(path: Path, config: VLConfig = VL, has_tokenizer: bool = True) -> Path:
+    """Write a Qwen2.5-VL, with its tokenizer inside or without one."""
     parts = {
-        qwen_text_encoder.LANGUAGE: qwen_text_encoder.build_language(VL),
-        qwen_text_encoder.VISION: qwen_text_encoder.build_vision(VL.vision),
+        qwen_text_encoder.LANGUAGE: qwen_text_encoder.build_language(config),
+        qwen_text_encoder.VISION: qwen_text_encoder.build_vision(config.vision),
     }
     state = {
         prefix + name: tensor
@@ -86,13 +86,14 @@ def write_qwen_text_encoder(path: Path) -> Path:
         for name, tensor in filled(part.to_empty(device="cpu")).state_dict().items()
     }
     told = ("num_heads", "num_kv_heads", "mrope_section", "max_pixels")
-    own = {name: asdict(VL)[name] for name in told} | {
-        "vision_heads": VL.vision.num_heads,
-        "window": VL.vision.window,
-        "full_attention": VL.vision.full_attention,
+    own = {name: asdict(config)[name] for name in told} | {
+        "vision_heads": config.vision.num_heads,
+        "window": config.vision.window,
+        "full_attention": config.vision.full_attention,
     }
-    tokenizer = torch.frombuffer(bytearray(tiny_tokenizer()), dtype=torch.uint8)
-    return _write(path, state | {EMBEDDED_NAME: tokenizer}, {"wanqwen": json.dumps(own)})
+    if has_tokenizer:
+        state[EMBEDDED_NAME] = torch.frombuffer(bytearray(tiny_tokenizer()), dtype=torch.uint8)
+    return _write(path, state, {"wanqwen": json.dumps(own)})
 
 
 def write_qwen_vae(path: Path) -> Path:
