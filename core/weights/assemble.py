@@ -84,7 +84,9 @@ class Weights:
         read_ranges(ranges, go_on)
         for name, stored in converted:
             go_on()
-            out[name].copy_(self._made(self.recipes[name], stored).view(out[name].shape))
+            recipe, target = self.recipes[name], out[name]
+            is_only_cast = recipe.scale is None and self._infos[recipe.tensor].dtype not in formats.PACKINGS
+            target.copy_((stored if is_only_cast else self._made(recipe, stored)).view(target.shape))
 
     def materialise(self, names: Collection[str] | None = None) -> nn.Module:
         """Give the module, or its tensors of these names, real memory on the CPU; return the module.
@@ -177,6 +179,7 @@ def prepare(
     """
     with torch.device("meta"):
         module = build()
+    parts = dict(module.named_modules())
     parameters, shares = dict(module.named_parameters()), shares or {}
     check_formats(checkpoint, names)
     _check_account(parameters, names, checkpoint, ignored, shares)
@@ -196,7 +199,7 @@ def prepare(
         if names[name] in kept:
             continue
         path, _, leaf = name.rpartition(".")
-        owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
+        owner, scale = parts[path], scales.get(path) if leaf == "weight" else None
         info = checkpoint.tensors[names[name]]
         as_stored, in_file = formats.layout(info)
         wanted, shape = torch.float32 if float32(name) else dtype, tuple(parameter.shape)
@@ -209,7 +212,7 @@ def prepare(
                 recipes[f"{path}.{SCALE}"] = Recipe(tensor=scale, scale=None, dtype=torch.float32)
                 scale = None
         held = torch.empty(shape, dtype=wanted, device="meta")
-        owner.register_parameter(leaf, nn.Parameter(held, requires_grad=False))
+        owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
         rows = _rows(parameter, shares.get(name))
         row = in_file[len(in_file) - parameter.dim() + 1 :] if rows else ()
         recipes[name] = Recipe(tensor=names[name], scale=scale, dtype=wanted, rows=rows, row=row)
