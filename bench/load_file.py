@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ..core.memory.pinned import HostBuffer
 from ..core.memory.slab import Loaded
+from ..core.memory.supply import NUM_READERS
 from ..core.weights.assemble import Weights, prepare
 from ..core.weights.reader import open_checkpoint
 from ..families import identify
@@ -136,9 +137,10 @@ def slabs(path: Path) -> list[Tensor]:
     weights = _prepared(path)
     loaded = Loaded(weights, WAN.blocks(weights.module))
     buffers = []
-    for layout in loaded.layouts():
-        buffers.append(HostBuffer(layout.nbytes).bytes)
-        loaded.fill(layout, buffers[-1])
+    with ThreadPoolExecutor(NUM_READERS) as readers:  # as in a `Supply`
+        for layout in loaded.layouts():
+            buffers.append(HostBuffer(layout.nbytes).bytes)
+            loaded.fill(layout, buffers[-1], readers=readers)
     return buffers
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,12 +58,14 @@ class Weights:
         self.module, self.checkpoint, self.recipes = module, checkpoint, dict(recipes)
         self._infos = {**checkpoint.tensors, **checkpoint.planes}
 
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
+    def fill(
+        self, out: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None, readers: Executor | None = None
+    ) -> None:
         """Write tensors of the module into given memory: contiguous CPU tensors of their shapes and dtypes, by name.
 
         What the file holds as it is wanted is read in large pieces straight to its place; `go_on` is asked between
-        them and stops by raising. Raises ValueError for a file that was cut off meanwhile, OSError where it can't be
-        read.
+        them and stops by raising; `readers` are threads that help, see `read_ranges`. Raises ValueError for a file that
+        was cut off meanwhile, OSError where it can't be read.
         """
         ranges: list[Range] = []
         converted: list[tuple[str, Tensor]] = []
@@ -81,7 +84,7 @@ class Weights:
                 start = info.start + (recipe.rows.start * stored[:1].nbytes if recipe.rows else 0)
                 file = self.checkpoint.location[recipe.tensor]
                 ranges.append(Range(file=file, start=start, name=recipe.tensor, out=stored))
-        read_ranges(ranges, go_on)
+        read_ranges(ranges, go_on, readers)
         for name, stored in converted:
             go_on()
             recipe, target = self.recipes[name], out[name]

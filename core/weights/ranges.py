@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -35,22 +35,33 @@ class _Piece:
     names: list[str]
 
 
-def read_ranges(ranges: Iterable[Range], go_on: Callable[[], None] = lambda: None) -> None:
+def read_ranges(
+    ranges: Iterable[Range], go_on: Callable[[], None] = lambda: None, pool: Executor | None = None
+) -> None:
     """Read each range into its tensor; neighbours in a file are read together. `go_on` is asked between two reads.
 
-    No file and no thread stays. Raises ValueError for a file that ends too early, OSError for one that can't be read.
+    Threads of `pool` help; without one they are started here, which takes longer, and none stays. No file stays open.
+    Raises ValueError for a file that ends too early, OSError for one that can't be read.
     """
+    if pool is None:
+        with ThreadPoolExecutor(READERS, "reader") as own:
+            return read_ranges(ranges, go_on, own)
     by_file: dict[Path, list[Range]] = {}
     for one in ranges:
         by_file.setdefault(one.file, []).append(one)
     helpers = min(READERS, os.cpu_count() or 1) - 1 if hasattr(os, "preadv") else 0
     for file, inside in by_file.items():
         turns = _Turns(_pieces(sorted(inside, key=lambda one: one.start)), go_on)
-        with open(file, "rb", buffering=0) as opened, ThreadPoolExecutor(READERS, "reader") as pool:
-            helping = [pool.submit(_read_all, opened, file, turns) for _ in range(helpers)]
-            _read_all(opened, file, turns)
-            while helping:
-                helping.pop().result()
+        with open(file, "rb", buffering=0) as opened:
+            asked = [pool.submit(_read_all, opened, file, turns) for _ in range(helpers)]
+            try:
+                _read_all(opened, file, turns)
+            finally:
+                under_way = [one for one in asked if not one.cancel()]  # nobody waits for one that comes too late
+                asked.clear()
+                wait(under_way)
+            while under_way:
+                under_way.pop().result()
 
 
 class _Turns(Iterator[_Piece]):
