@@ -65,7 +65,7 @@ def _fresh(num_bytes: int) -> Tensor:
 
 
 def _within(whole: Tensor, num_bytes: int, page: int) -> Tensor:
-    """Return so many bytes of memory from its first whole page on; no page that they lie on goes past its end."""
+    """Return so many bytes of memory, which has two pages more, from its first whole page on."""
     start = -whole.data_ptr() % page
     return whole[start : start + num_bytes]
 

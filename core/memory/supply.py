@@ -52,7 +52,7 @@ class Supply:
         self.loaded, self.layouts, self.kinds, self.link, self.device = loaded, layouts, kinds, link, device
         self._asked: dict[int, Future[None]] = {}  # by slot
         self._thread: ThreadPoolExecutor | None = None
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="readers of slabs")
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="slabs-reader")
         self._over = threading.Event()
         self._staging: list[HostBuffer] = []
         self._busy: deque[tuple[HostBuffer, Callable[[], None]]] = deque()  # with what waits until it is free again
@@ -90,10 +90,10 @@ class Supply:
         try:
             if self._thread is not None:
                 self._thread.shutdown(wait=True, cancel_futures=True)
-            self._readers.shutdown()
         finally:
             self._thread, self._asked = None, {}
             try:
+                self._readers.shutdown()
                 self.link.close()
             finally:
                 self._busy.clear()
