@@ -102,7 +102,7 @@ class RandomWeights:
         self.module = module
         self.pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
 
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None], readers: object = None) -> None:
         """Write the pattern over and over."""
         for tensor in out.values():
             go_on()
@@ -128,7 +128,7 @@ class NoWeights:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None], readers: object = None) -> None:
         """Leave the memory as it is."""
 
     def materialise(self) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE  # bytes
+LARGE_PAGE = 2 << 20  # bytes: Linux on x86-64, and on ARM with pages of 4 KiB
 
 
 class HostBuffer:
@@ -19,9 +20,7 @@ class HostBuffer:
     """
 
     def __init__(self, num_bytes: int):
-        whole = _fresh(num_bytes + 2 * PAGE)
-        start = -whole.data_ptr() % PAGE
-        self.bytes = whole[start : start + num_bytes]
+        self.bytes = _fresh(num_bytes)
         self._unpin: weakref.finalize | None = None
 
     @property
@@ -50,19 +49,25 @@ class HostBuffer:
 
 
 def _fresh(num_bytes: int) -> Tensor:
-    """Return memory in the system's large pages where it has them.
+    """Return memory from the beginning of a page on, in the system's large pages to the end where it has them.
 
     Handing out a slab in pages of 4 KiB takes the system several times as long as reading the slab's file.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux has it
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return _within(torch.empty(num_bytes + 2 * PAGE, dtype=torch.uint8), num_bytes, PAGE)
     try:
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, num_bytes + 2 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise RuntimeError(f"can't allocate memory: {num_bytes} bytes of RAM") from error
     with contextlib.suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return _within(torch.frombuffer(memory, dtype=torch.uint8), num_bytes, LARGE_PAGE)
+
+
+def _within(whole: Tensor, num_bytes: int, page: int) -> Tensor:
+    """Return so many bytes of memory, which has two pages more, from its first whole page on."""
+    start = -whole.data_ptr() % page
+    return whole[start : start + num_bytes]
 
 
 def _unregister(cuda: ModuleType, buffer: Tensor, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """A model's weights as slabs: each block's tensors in one contiguous buffer that crosses to a device in one copy."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,7 @@ class Weights(Protocol):
     @property
     def converted_bytes(self) -> int: ...
 
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None: ...
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None], readers: Executor | None) -> None: ...
 
     def materialise(self) -> nn.Module: ...
 
@@ -141,14 +142,22 @@ class Loaded:
             self._without_memory = bare
         return self.module
 
-    def fill(self, layout: Layout, buffer: Tensor, go_on: Callable[[], None] = lambda: None) -> None:
+    def fill(
+        self,
+        layout: Layout,
+        buffer: Tensor,
+        go_on: Callable[[], None] = lambda: None,
+        readers: Executor | None = None,
+    ) -> None:
         """Write a slab into a buffer in RAM; `go_on` is asked now and then, and stops by raising.
+
+        Who fills many gives threads that help, `readers`, so that they need not be started for each.
 
         Raises ValueError or OSError where the weights can't be read.
         """
         missing = {piece.name: piece.of(buffer) for piece in layout.pieces if piece.rest.is_meta}
         if missing:
-            self.weights.fill(missing, go_on)
+            self.weights.fill(missing, go_on, readers)
         for piece in layout.pieces:
             if piece.name not in missing:
                 go_on()

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MIN_RAM = 2 << 30  # bytes that stay for everything else
 PATIENCE_SECONDS = 0.25  # between two looks whether the user stopped the run
+NUM_READERS = 3  # threads at most that help the one that fills slabs; they start when they are needed
 NUM_STAGING = 2  # buffers: one is filled while the other crosses
 
 
@@ -51,6 +52,7 @@ class Supply:
         self.loaded, self.layouts, self.kinds, self.link, self.device = loaded, layouts, kinds, link, device
         self._asked: dict[int, Future[None]] = {}  # by slot
         self._thread: ThreadPoolExecutor | None = None
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="slabs-reader")
         self._over = threading.Event()
         self._staging: list[HostBuffer] = []
         self._busy: deque[tuple[HostBuffer, Callable[[], None]]] = deque()  # with what waits until it is free again
@@ -91,6 +93,7 @@ class Supply:
         finally:
             self._thread, self._asked = None, {}
             try:
+                self._readers.shutdown()
                 self.link.close()
             finally:
                 self._busy.clear()
@@ -122,7 +125,7 @@ class Supply:
             filled = staging.bytes[: layout.nbytes]
             try:
                 if master is None:
-                    self.loaded.fill(layout, filled, self._go_on)
+                    self.loaded.fill(layout, filled, self._go_on, self._readers)
                 else:
                     filled.copy_(master.bytes)
                 self.link.load(slot, buffer, filled)
@@ -134,7 +137,7 @@ class Supply:
         kind = self.kinds.get(block, Source.DISK)
         masters, layout = self.loaded.masters, self.layouts[block]
         if block not in masters and kind is not Source.DISK and (fresh := self._buffer(layout.nbytes)):
-            self.loaded.fill(layout, fresh.bytes, self._go_on)
+            self.loaded.fill(layout, fresh.bytes, self._go_on, self._readers)
             masters[block] = fresh
         master = masters.get(block)
         if master is not None and not master.is_pinned and kind is Source.PINNED and self._may_pin:

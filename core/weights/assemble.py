@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,12 +59,14 @@ class Weights:
         self.module, self.checkpoint, self.recipes = module, checkpoint, dict(recipes)
         self._infos = {**checkpoint.tensors, **checkpoint.planes}
 
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
+    def fill(
+        self, out: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None, readers: Executor | None = None
+    ) -> None:
         """Write tensors of the module into given memory: contiguous CPU tensors of their shapes and dtypes, by name.
 
         What the file holds as it is wanted is read in large pieces straight to its place; `go_on` is asked between
-        them and stops by raising. Raises ValueError for a file that was cut off meanwhile, OSError where it can't be
-        read.
+        them and stops by raising; `readers` are threads that help, see `read_ranges`. Raises ValueError for a file that
+        was cut off meanwhile, OSError where it can't be read.
         """
         ranges: list[Range] = []
         converted: list[tuple[str, Tensor]] = []
@@ -82,10 +85,12 @@ class Weights:
                 start = info.start + (recipe.rows.start * stored[:1].nbytes if recipe.rows else 0)
                 file = self.checkpoint.location[recipe.tensor]
                 ranges.append(Range(file=file, start=start, name=recipe.tensor, out=stored))
-        read_ranges(ranges, go_on)
+        read_ranges(ranges, go_on, readers)
         for name, stored in converted:
             go_on()
-            out[name].copy_(self._made(self.recipes[name], stored).view(out[name].shape))
+            recipe, target = self.recipes[name], out[name]
+            is_only_cast = recipe.scale is None and self._infos[recipe.tensor].dtype not in formats.PACKINGS
+            target.copy_((stored if is_only_cast else self._made(recipe, stored)).view(target.shape))
 
     def materialise(self, names: Collection[str] | None = None) -> nn.Module:
         """Give the module, or its tensors of these names, real memory on the CPU; return the module.
@@ -178,6 +183,7 @@ def prepare(
     """
     with torch.device("meta"):
         module = build()
+    parts = dict(module.named_modules())
     parameters, shares = dict(module.named_parameters()), shares or {}
     check_formats(checkpoint, names)
     _check_account(parameters, names, checkpoint, ignored, shares)
@@ -197,7 +203,7 @@ def prepare(
         if names[name] in kept:
             continue
         path, _, leaf = name.rpartition(".")
-        owner, scale = module.get_submodule(path), scales.get(path) if leaf == "weight" else None
+        owner, scale = parts[path], scales.get(path) if leaf == "weight" else None
         info = checkpoint.tensors[names[name]]
         as_stored, in_file = formats.layout(info)
         wanted, shape = torch.float32 if float32(name) else dtype, tuple(parameter.shape)
@@ -210,7 +216,7 @@ def prepare(
                 recipes[f"{path}.{SCALE}"] = Recipe(tensor=scale, scale=None, dtype=torch.float32)
                 scale = None
         held = torch.empty(shape, dtype=wanted, device="meta")
-        owner.register_parameter(leaf, nn.Parameter(held, requires_grad=False))
+        owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
         rows = _rows(parameter, shares.get(name))
         row = in_file[len(in_file) - parameter.dim() + 1 :] if rows else ()
         recipes[name] = Recipe(tensor=names[name], scale=scale, dtype=wanted, rows=rows, row=row)

@@ -111,6 +111,8 @@ def pick(names: Collection[str], spellings: Iterable[Spelling], prefixes: Iterab
             match = _match(names, replace(spelling, prefix=prefix), rename)
             if match.names and (best is None or len(match.names) > len(best.names)):
                 best = match
+            if not match.unmatched:  # no other can name more
+                return match
     return best
 
 

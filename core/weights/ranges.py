@@ -1,12 +1,12 @@
 """Bytes of a file to where they are wanted, in few large reads and without a copy between."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -35,28 +35,60 @@ class _Piece:
     names: list[str]
 
 
-def read_ranges(ranges: Iterable[Range], go_on: Callable[[], None] = lambda: None) -> None:
+def read_ranges(
+    ranges: Iterable[Range], go_on: Callable[[], None] = lambda: None, pool: Executor | None = None
+) -> None:
     """Read each range into its tensor; neighbours in a file are read together. `go_on` is asked between two reads.
 
-    No file and no thread stays. Raises ValueError for a file that ends too early, OSError for one that can't be read.
+    Threads of `pool` help; without one they are started here, which takes longer, and none stays. No file stays open.
+    Raises ValueError for a file that ends too early, OSError for one that can't be read.
     """
+    if pool is None:
+        with ThreadPoolExecutor(READERS, "reader") as own:
+            return read_ranges(ranges, go_on, own)
     by_file: dict[Path, list[Range]] = {}
     for one in ranges:
         by_file.setdefault(one.file, []).append(one)
-    readers = min(READERS, os.cpu_count() or 1) if hasattr(os, "preadv") else 1
+    helpers = min(READERS, os.cpu_count() or 1) - 1 if hasattr(os, "preadv") else 0
     for file, inside in by_file.items():
-        with open(file, "rb", buffering=0) as opened, ThreadPoolExecutor(readers, "reader") as pool:
-            under_way: deque[Future[None]] = deque()
-            for piece in _pieces(sorted(inside, key=lambda one: one.start)):
-                go_on()
-                if len(under_way) == 2 * readers:
-                    under_way.popleft().result()
-                under_way.append(pool.submit(_read, opened, file, piece))
+        turns = _Turns(_pieces(sorted(inside, key=lambda one: one.start)), go_on)
+        with open(file, "rb", buffering=0) as opened:
+            asked = [pool.submit(_read_all, opened, file, turns) for _ in range(helpers)]
+            try:
+                _read_all(opened, file, turns)
+            finally:
+                under_way = [one for one in asked if not one.cancel()]  # nobody waits for one that comes too late
+                asked.clear()
+                wait(under_way)
             while under_way:
-                under_way.popleft().result()
+                under_way.pop().result()
 
 
-def _pieces(ranges: Sequence[Range]) -> Iterator[_Piece]:
+class _Turns(Iterator[_Piece]):
+    """Pieces that threads take by turns, each as soon as it has read one; `go_on` is asked before every piece."""
+
+    def __init__(self, pieces: Generator[_Piece, None, None], go_on: Callable[[], None]):
+        self._pieces, self._go_on, self._lock = pieces, go_on, Lock()
+
+    def __next__(self) -> _Piece:
+        with self._lock:
+            self._go_on()
+            return next(self._pieces)
+
+    def end(self) -> None:
+        with self._lock:
+            self._pieces.close()
+
+
+def _read_all(opened: FileIO, file: Path, turns: _Turns) -> None:
+    try:
+        for piece in turns:
+            _read(opened, file, piece)
+    finally:
+        turns.end()  # after an error nobody reads on
+
+
+def _pieces(ranges: Sequence[Range]) -> Generator[_Piece, None, None]:
     """Divide ranges, in the order of the file, into pieces without a gap."""
     piece, room, end = _Piece(start=0, views=[], names=[]), 0, -1
     for one in ranges:

@@ -1,7 +1,7 @@
 """The CPU as a device that weights have to come to, with a copy stream as unkind as the rules allow."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -65,10 +65,10 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.extend(asked)
         return read_tensors(checkpoint, asked)
 
-    def read_into(ranges: Iterable[Range], go_on: Callable[[], None] = lambda: None) -> None:
+    def read_into(ranges: Iterable[Range], *more: object) -> None:
         ranges = list(ranges)
         names.extend(one.name for one in ranges)
-        read_ranges(ranges, go_on)
+        read_ranges(ranges, *more)
 
     for module in (assemble, text):
         monkeypatch.setattr(module, "read_tensors", read)

@@ -44,7 +44,7 @@ class InMemory:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None]) -> None:
+    def fill(self, out: Mapping[str, Tensor], go_on: Callable[[], None], readers: object = None) -> None:
         """Write the tensors of these names."""
         state = self.module.state_dict(keep_vars=True)
         for name, target in out.items():

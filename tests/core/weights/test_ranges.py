@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
@@ -61,7 +62,38 @@ def test_threads_share_the_work_and_none_stays(file: Path, monkeypatch: pytest.M
     out = torch.zeros(10_000, dtype=torch.uint8)
     read_ranges([Range(file=file, start=0, name="x", out=out)])
     assert bytes(out.tolist()) == file.read_bytes()
-    assert len(threads) == 3 and not any(thread.is_alive() for thread in threads)
+    helpers = threads - {threading.current_thread()}
+    assert len(helpers) == 2 and not any(thread.is_alive() for thread in helpers)
+
+
+def test_an_error_of_a_helper_stops_all_and_nobody_waits_for_one_that_comes_too_late(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(os, "preadv"):
+        pytest.skip("one thread reads on this system")
+    monkeypatch.setattr(ranges, "PIECE", 10)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    here, failed, original, calls = threading.current_thread(), threading.Event(), ranges._read, []
+
+    def read(*given: object) -> None:
+        calls.append(threading.current_thread())
+        if calls[-1] is not here:
+            failed.set()
+            raise OSError(5, "Input/output error")
+        assert failed.wait(20)
+        original(*given)
+
+    wanted = Range(file=file, start=0, name="x", out=torch.zeros(10_000, dtype=torch.uint8))
+    with ThreadPoolExecutor(1) as pool:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+            patch.setattr(ranges, "_read", read)
+            read_ranges([wanted], pool=pool)
+        assert len(calls) < 1000
+        busy = threading.Event()
+        pool.submit(busy.wait, 20)
+        read_ranges([wanted], pool=pool)
+        assert not busy.is_set() and bytes(wanted.out.tolist()) == file.read_bytes()
+        busy.set()
 
 
 def test_neighbours_are_read_in_one_call(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
