@@ -4,11 +4,13 @@
 
 Writes a file of the size and names of Wan 2.1 T2V-1.3B in bf16 with random numbers, reads it once so that the system
 has it in memory, and then by turns, each in a process of its own: `cat FILE > /dev/null`; our loading as a run on the
-CPU does it (mapped; every page is touched); as a run on a card does it (every block read into its slab, in RAM); and
-as the floor for the latter, what any way takes that ends with the bytes in memory of its own: fresh memory in large
-pages, filled by as many threads as there are processors, and nothing else. With `--against diffusers` also their
-`from_single_file`. Times begin after the imports; seconds of work are those of the processors, which other programs
-change less; RAM is what the process took at its fullest beyond what it had before.
+CPU does it (mapped; every page is touched); as a run on a card that holds the model does it (card: every block through
+one of two buffers from which the card copies it meanwhile, which is left out); as a run does it whose blocks stream
+from RAM (slabs: every block in a slab of its own); and as the floor for the latter, what any way takes that ends with
+the bytes in memory of its own: fresh memory in large pages, filled by as many threads as there are processors, and
+nothing else. With `--against diffusers` also their `from_single_file`. Times begin after the imports; seconds of work
+are those of the processors, which other programs change less; RAM is what the process took at its fullest beyond what
+it had before.
 
 A virtual machine may have given memory that nobody used back to its host, and gets it back slowly, so each process
 first takes RAM of the file's size and a fifth more, in large pages and in small ones, and lets it go again. `--cold`
@@ -33,9 +35,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..core.memory.link import SynchronousLink
 from ..core.memory.pinned import HostBuffer
 from ..core.memory.slab import Loaded
-from ..core.memory.supply import NUM_READERS
+from ..core.memory.supply import Source, Supply
 from ..core.weights.assemble import Weights, prepare
 from ..core.weights.reader import open_checkpoint
 from ..families import identify
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = write_random(Path(folder) / "wan2.1_t2v_1.3B_bf16.safetensors", shapes_of(WAN, WAN_1_3B))
         (path.parent / "config.json").write_text(json.dumps(CONFIG))
-        ways = ["mapped", "slabs", "floor", *([options.against] if options.against else [])]
+        ways = ["mapped", "card", "slabs", "floor", *([options.against] if options.against else [])]
         sys.stdout.write(report(path, compared(path, ways, options.rounds, options.cold)))
 
 
@@ -132,16 +135,39 @@ def mapped(path: Path) -> nn.Module:
     return module
 
 
-def slabs(path: Path) -> list[Tensor]:
-    """Read every block, and all other weights, into a slab in RAM."""
+def card(path: Path) -> Loaded:
+    """Load as a run on a card that holds the model does, but for the copies, which the card makes meanwhile."""
+    return _supplied(path, Source.DISK)
+
+
+def slabs(path: Path) -> Loaded:
+    """Load as a run does whose blocks all stream to a card from RAM, until they are there to be registered."""
+    return _supplied(path, Source.STAGED)
+
+
+def _supplied(path: Path, source: Source) -> Loaded:
     weights = _prepared(path)
     loaded = Loaded(weights, WAN.blocks(weights.module))
-    buffers = []
-    with ThreadPoolExecutor(NUM_READERS) as readers:  # as in a `Supply`
-        for layout in loaded.layouts():
-            buffers.append(HostBuffer(layout.nbytes).bytes)
-            loaded.fill(layout, buffers[-1], readers=readers)
-    return buffers
+    *blocks, others = loaded.layouts()
+    in_ram, on_card = HostBuffer(others.nbytes).bytes, torch.empty(0, dtype=torch.uint8)
+    loaded.fill(others, in_ram)
+    others.bind(in_ram)
+    supply = Supply(loaded, blocks, dict.fromkeys(range(len(blocks)), source), _NoCopies(), torch.device("cpu"))
+    try:
+        for i in range(len(blocks)):
+            supply.load(i, i, on_card)
+        for i in range(len(blocks)):
+            supply.wait(i)
+    finally:
+        supply.close()
+    return loaded
+
+
+class _NoCopies(SynchronousLink):
+    """A way to a card that takes no time."""
+
+    def load(self, slot: int, device: Tensor, host: Tensor) -> None:
+        pass
 
 
 def floor(path: Path) -> mmap.mmap:
@@ -169,6 +195,7 @@ def diffusers(path: Path) -> nn.Module:
 
 WAYS: dict[str, Callable[[Path], object]] = {
     "mapped": mapped,
+    "card": card,
     "slabs": slabs,
     "floor": floor,
     "diffusers": diffusers,

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
 from wanqwen.bench import inspect_files, load_file
 from wanqwen.bench.files import shapes_of, write_random
 from wanqwen.bench.models import WAN
@@ -21,16 +23,26 @@ def test_random_files_are_whole(tmp_path: Path) -> None:
     assert all(tensor.float().std() > 0.01 for _, tensor in read_tensors(found, found.tensors) if tensor.numel() > 99)
 
 
-def test_every_way_of_loading_brings_the_whole_file(tmp_path: Path) -> None:
+def test_every_way_of_loading_brings_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_random(tmp_path / "m.safetensors", shapes_of(WAN, SMALL))
     assert bytes(load_file.floor(path)) == path.read_bytes()
-    module, buffers = load_file.mapped(path), load_file.slabs(path)
-    blocks = WAN.blocks(module)
-    for block, buffer in zip(blocks, buffers, strict=False):
-        parts = [part for part in block.state_dict().values() if part.numel() > 99]
-        held = buffer.view(torch.uint8).numpy().tobytes()
-        assert parts and all(load_file._bytes(part).numpy().tobytes() in held for part in parts)
-    assert len(buffers) == len(blocks) + 1
+    whole = load_file.mapped(path)
+    crossed: list[bytes] = []
+    monkeypatch.setattr(load_file._NoCopies, "load", lambda link, slot, device, host: crossed.append(_content(host)))
+    for way in (load_file.card, load_file.slabs):
+        loaded = way(path)
+        for block, held in zip(WAN.blocks(whole), crossed, strict=True):
+            parts = [part for part in block.state_dict().values() if part.numel() > 99]
+            assert parts and all(_content(part) in held for part in parts)
+        others = {name: part for name, part in loaded.module.state_dict().items() if not part.is_meta}
+        assert others and all(torch.equal(part, whole.state_dict()[name]) for name, part in others.items())
+        kept = [_content(loaded.masters[i].bytes) for i in sorted(loaded.masters)]
+        assert kept == ([] if way is load_file.card else crossed)
+        crossed.clear()
+
+
+def _content(tensor: Tensor) -> bytes:
+    return load_file._bytes(tensor).numpy().tobytes()
 
 
 def test_one_model_in_each_container_is_the_same(tmp_path: Path) -> None:
