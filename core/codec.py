@@ -10,7 +10,6 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
-from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -99,7 +98,7 @@ class VideoCodec:
         """How much RAM the network takes."""
         return 0 if self._network is None else sum(tensor.nbytes for *_, tensor in tensors(self._network))
 
-    def let_go(self, nbytes: float = inf) -> None:
+    def let_go(self, nbytes: float = math.inf) -> None:
         """Drop the network, whole however little is wanted; the next use reads it again. Never during one."""
         assert not self.is_in_use
         self._network = None

@@ -178,7 +178,7 @@ def _kept_entry(patcher: type, entry: type, nbytes: Callable[[], int], let_go: C
             return 0
 
         def partially_unload_ram(self, ram_to_unload: float, subsets: Sequence[str] = ("weights",)) -> int:
-            """Dynamic VRAM's way to ask for RAM; its other subsets are of what belongs to a node that runs now."""
+            """Dynamic VRAM's way to ask for RAM; where it is short of it, `weights` is the first it asks for."""
             return let_go(ram_to_unload) if "weights" in subsets else 0
 
         def unpin_all_weights(self) -> None:
