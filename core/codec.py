@@ -98,8 +98,8 @@ class VideoCodec:
         """How much RAM the network takes."""
         return 0 if self._network is None else sum(tensor.nbytes for *_, tensor in tensors(self._network))
 
-    def let_go(self) -> None:
-        """Drop the network; the next use reads it again. Never during one."""
+    def let_go(self, nbytes: float = math.inf) -> None:
+        """Drop the network, whole however little is wanted; the next use reads it again. Never during one."""
         assert not self.is_in_use
         self._network = None
 

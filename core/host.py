@@ -5,11 +5,12 @@ ComfyUI are loaded, never by importing them: this file is safe to import anywher
 """
 
 import logging
+import math
 import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from .types import LatentFormat
 log = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
+MIN_RAM = 2 << 30  # bytes that stay for everything else
 MAX_PREVIEW_PIXELS = 512  # on the longer side, as ComfyUI's own samplers send
 
 
@@ -134,21 +136,24 @@ def make_room(nbytes: int, where: torch.device) -> None:
         management.free_memory(nbytes, where, keep_loaded=ours)
 
 
-def show_kept(nbytes: Callable[[], int], let_go: Callable[[], None]) -> None:
+def show_kept(nbytes: Callable[[], int], let_go: Callable[[float], int]) -> None:
     """List what is kept in RAM between runs among ComfyUI's loaded models, as long as it is anything.
 
-    ComfyUI calls `let_go` when it unloads models: because a user asked for it, or for room for another one.
+    `let_go` is called with how many bytes to give back, and says how many it gave: all when a user unloads models, else
+    as far as there is not the RAM for what ComfyUI takes off the device, or for what it wants to keep in RAM itself.
     """
     management, patcher = _comfy("model_management"), _comfy("model_patcher")
     if not management or not patcher or not nbytes():
         return
-    entry = _kept_entry(patcher.ModelPatcher, nbytes, let_go)
-    if not any(model is entry for model in management.loaded_models()):
-        entry.list_in(management)
+    of_comfy = getattr(patcher, "CoreModelPatcher", patcher.ModelPatcher)  # with dynamic VRAM it is another one
+    kept = _kept_entry(of_comfy, management.LoadedModel, nbytes, let_go)
+    if not any(model is kept.model for model in management.loaded_models()):
+        kept.model_load()
+        management.current_loaded_models.insert(0, kept)  # its own way to list would first make room on the device
 
 
 @lru_cache(maxsize=1)
-def _kept_entry(patcher: type, nbytes: Callable[[], int], let_go: Callable[[], None]) -> Any:
+def _kept_entry(patcher: type, entry: type, nbytes: Callable[[], int], let_go: Callable[[float], int]) -> Any:
     """Return what stands for our RAM in ComfyUI's list; it holds nothing itself, and there is one of it."""
 
     class WanQwenWeightsInRam(torch.nn.Module):
@@ -156,17 +161,9 @@ def _kept_entry(patcher: type, nbytes: Callable[[], int], let_go: Callable[[], N
 
     class Kept(patcher):
         is_needed_by_wanqwen = True  # to our own runs, which count on it
-        is_coming = False
-
-        def list_in(self, management: Any) -> None:
-            self.is_coming = True  # it is there already, and no room has to be made for it
-            try:
-                management.load_models_gpu([self])
-            finally:
-                self.is_coming = False
 
         def model_size(self) -> int:
-            return 0 if self.is_coming else nbytes()
+            return nbytes()
 
         def loaded_size(self) -> int:
             return 0  # on the device
@@ -180,12 +177,32 @@ def _kept_entry(patcher: type, nbytes: Callable[[], int], let_go: Callable[[], N
         def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
             return 0
 
+        def partially_unload_ram(self, ram_to_unload: float, subsets: Sequence[str] = ("weights",)) -> int:
+            """Dynamic VRAM's way to ask for RAM; where it is short of it, `weights` is the first it asks for."""
+            return let_go(ram_to_unload) if "weights" in subsets else 0
+
+        def unpin_all_weights(self) -> None:
+            pass  # asked for when Python ends; nothing is pinned for ComfyUI
+
         def detach(self, unpatch_all: bool = True) -> Any:
-            if unpatch_all:  # else it is only listed anew
-                let_go()
+            if unpatch_all:
+                let_go(math.inf)
             return self.model
 
-    return Kept(WanQwenWeightsInRam(), load_device=device(), offload_device=torch.device("cpu"))
+    class Listed(entry):
+        def model_unload(self, memory_to_free: float | None = None, unpatch_weights: bool = True) -> bool:
+            """Make way for so many bytes that leave the device, as far as RAM has no room for them."""
+            if memory_to_free is not None:
+                spare = 0 if self.device.type == "cpu" else available_ram() - MIN_RAM
+                let_go(memory_to_free - spare)
+                if nbytes():
+                    return False
+            return super().model_unload(None, unpatch_weights)
+
+    made = Kept(WanQwenWeightsInRam(), load_device=device(), offload_device=torch.device("cpu"))
+    listed = Listed(made)
+    listed.holds = made  # ComfyUI's entry has but a weak reference
+    return listed
 
 
 def prefers_bfloat16(where: torch.device) -> bool:

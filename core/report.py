@@ -20,12 +20,14 @@ WORTH_SAYING = GB // 100  # bytes
 def described(handle: ModelHandle, request: SampleRequest, plan: StepPlan, dtype: torch.dtype, ops: Ops) -> list[str]:
     """Return lines that say which model makes what, and how."""
     identity, latent_format = handle.identity, handle.family.latent_format
+    shape = f"{identity.config.num_layers} blocks of width {identity.config.dim}"
     batch, _, frames, height, width = request.latent.shape
     size = f"{width * latent_format.spatial_factor} x {height * latent_format.spatial_factor}"
     clip = f", {latent_format.pixel_frames(frames)} frames" if frames > 1 else ""
     return [
-        f"{handle.checkpoint.path.name}: {identity.family} {identity.variant}, weights {identity.weight_format}, "
-        f"computed in {str(dtype).removeprefix('torch.')}; attention by {name_of(ops.attention)}",
+        f"{handle.checkpoint.path.name}: {identity.family} {identity.variant}, {shape}; weights "
+        f"{identity.weight_format}, computed in {str(dtype).removeprefix('torch.')}; "
+        f"attention by {name_of(ops.attention)}",
         f"{size}{clip}{f', {batch} of them' if batch > 1 else ''}; {_steps(request, plan)}; seed {request.seed}",
         *map(_lora, working(handle.loras)),
     ]

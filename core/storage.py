@@ -81,9 +81,7 @@ WHOLE_PRODUCTS = "full_precision_matrix_mult"  # key of a record: what is multip
 ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
 
 MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
-MIXED_SHARE = (
-    0.1  # of the elements in a second dtype: above this a file is "mixed" (official VACE: fp32 base, bf16 rest)
-)
+MIXED_SHARE = 0.1  # of the elements in a second dtype: above this it is named too (official VACE: fp32 base, bf16 rest)
 
 
 def is_countable(shape: Sequence[int]) -> bool:
@@ -97,7 +95,7 @@ def companion(name: str) -> str | None:
 
 
 def weight_format(tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the users' name of how a model is stored: fp32, bf16, fp8_e4m3fn, fp8_scaled, gguf Q4_K, mixed..."""
+    """Return the users' name of how a model is stored: bf16, fp8_scaled, gguf Q4_K, "fp32 and bf16" (more fp32)..."""
     if any(info.dtype == DFLOAT11 for info in tensors.values()):
         return STORAGE[DFLOAT11]
     sizes: Counter[str] = Counter()
@@ -110,4 +108,7 @@ def weight_format(tensors: Mapping[str, TensorInfo]) -> str:
         return f"gguf {first}"
     if any(name.endswith(WEIGHT_SCALES) for name in tensors):
         return "fp8_scaled" if first.startswith("F8") else f"{users_name}_scaled"
-    return "mixed" if others and others[0][1] > MIXED_SHARE * sizes.total() else users_name
+    if others and others[0][1] > MIXED_SHARE * sizes.total():
+        second = others[0][0]
+        return f"{users_name} and {STORAGE.get(second, second.lower())}"
+    return users_name

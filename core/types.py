@@ -113,7 +113,7 @@ class Identity:
     family: str
     role: str  # diffusion_model, vae, text_encoder, image_encoder
     variant: str  # t2v-1.3B, i2v-14B, vae, umt5-xxl, ...; (i2v-)custom for sizes nobody published
-    weight_format: str  # fp32, bf16, fp16, fp8_e4m3fn, fp8_scaled, mixed
+    weight_format: str  # fp32, bf16, fp16, fp8_e4m3fn, fp8_scaled, "fp32 and bf16"...
     spelling: str
     config: Any
     names: Mapping[str, str]

@@ -1,4 +1,7 @@
-"""Loaders: from a file in a dropdown to a model, encoder or VAE. They read headers; weights wait for first use."""
+"""Loaders: from a file in a dropdown to a model, encoder or VAE. They read headers; weights wait for first use.
+
+Their `validate_inputs` name the file alone: ComfyUI shows what is wrong at every input that they name.
+"""
 
 import torch
 from comfy_api.latest import io
@@ -13,8 +16,8 @@ from .types import (
     QwenTextEncoder,
     WanModel,
     WanTextEncoder,
-    check_choice,
     check_file,
+    chosen,
     file_stamp,
     find_file,
     found_by,
@@ -29,8 +32,8 @@ VAE_PRECISIONS = {"auto": torch.float32, **DTYPES}
 IMAGE_ENCODER_PRECISIONS = {"auto": None, **DTYPES}
 TOKENIZERS = {"auto": None, "hub": HUB}
 QWEN_PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # float16 overflows
-QWEN_VARIANTS = ("auto", *VARIANTS)
-DEVICES = ("auto", "cpu", "gpu")
+QWEN_VARIANTS = {"auto": None} | {name: name for name in VARIANTS}
+DEVICES = {name: name for name in ("auto", "cpu", "gpu")}
 GIB = 1 << 30
 
 
@@ -66,11 +69,8 @@ class LoadWanModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, precision: str | None = None) -> bool | str:
-        return verdict(
-            check_file("diffusion_models", file),
-            check_choice("precision", precision, MODEL_PRECISIONS),
-        )
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return verdict(check_file("diffusion_models", file))
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, precision: str | None) -> str:
@@ -78,7 +78,9 @@ class LoadWanModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(load_model(find_file("diffusion_models", file), MODEL_PRECISIONS[precision], WAN))
+        return io.NodeOutput(
+            load_model(find_file("diffusion_models", file), chosen("precision", precision, MODEL_PRECISIONS), WAN)
+        )
 
 
 class LoadWanTextEncoder(io.ComfyNode):
@@ -107,10 +109,8 @@ class LoadWanTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, file: str | None = None, device: str | None = None, tokenizer: str | None = None
-    ) -> bool | str:
-        return _check_text_encoder(file, device, tokenizer)
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return verdict(check_file("text_encoders", file))
 
     @classmethod
     def fingerprint_inputs(
@@ -153,8 +153,8 @@ class LoadWanVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, precision: str | None = None) -> bool | str:
-        return verdict(check_file("vae", file), check_choice("precision", precision, VAE_PRECISIONS))
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return verdict(check_file("vae", file))
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, precision: str | None) -> str:
@@ -162,7 +162,7 @@ class LoadWanVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(find_file("vae", file), VAE_PRECISIONS[precision]))
+        return io.NodeOutput(load_vae(find_file("vae", file), chosen("precision", precision, VAE_PRECISIONS)))
 
 
 class LoadWanImageEncoder(io.ComfyNode):
@@ -202,11 +202,8 @@ class LoadWanImageEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, precision: str | None = None) -> bool | str:
-        return verdict(
-            check_file("clip_vision", file),
-            check_choice("precision", precision, IMAGE_ENCODER_PRECISIONS),
-        )
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return verdict(check_file("clip_vision", file))
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, precision: str | None) -> str:
@@ -215,7 +212,7 @@ class LoadWanImageEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
         path = find_file("clip_vision", file)
-        return io.NodeOutput(load_image_encoder(path, IMAGE_ENCODER_PRECISIONS[precision]))
+        return io.NodeOutput(load_image_encoder(path, chosen("precision", precision, IMAGE_ENCODER_PRECISIONS)))
 
 
 class LoadQwenImageModel(io.ComfyNode):
@@ -261,14 +258,8 @@ class LoadQwenImageModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, file: str | None = None, variant: str | None = None, precision: str | None = None
-    ) -> bool | str:
-        return verdict(
-            check_file("diffusion_models", file),
-            check_choice("variant", variant, QWEN_VARIANTS),
-            check_choice("precision", precision, QWEN_PRECISIONS),
-        )
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return verdict(check_file("diffusion_models", file))
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, variant: str | None, precision: str | None) -> str:
@@ -276,10 +267,10 @@ class LoadQwenImageModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, variant: str, precision: str) -> io.NodeOutput:
-        chosen = None if variant == "auto" else variant
+        named = chosen("variant", variant, QWEN_VARIANTS)
         path = find_file("diffusion_models", file)
-        handle = load_model(path, QWEN_PRECISIONS[precision], QWEN_IMAGE, chosen)
-        source = "as chosen" if chosen else f"by {recognised_by(handle.checkpoint, handle.identity)}"
+        handle = load_model(path, chosen("precision", precision, QWEN_PRECISIONS), QWEN_IMAGE, named)
+        source = "as chosen" if named else f"by {recognised_by(handle.checkpoint, handle.identity)}"
         line = f"{VARIANTS[handle.identity.variant].title}, {source}"
         return io.NodeOutput(handle, ui=tell(cls.hidden.unique_id, [line]))
 
@@ -313,10 +304,8 @@ class LoadQwenImageTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, file: str | None = None, device: str | None = None, tokenizer: str | None = None
-    ) -> bool | str:
-        return _check_text_encoder(file, device, tokenizer)
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return verdict(check_file("text_encoders", file))
 
     @classmethod
     def fingerprint_inputs(
@@ -352,20 +341,12 @@ def _text_encoder_inputs(demo: str, *, file: str, on_cpu: str, limit: str, token
     ]
 
 
-def _check_text_encoder(file: str | None, device: str | None, tokenizer: str | None) -> bool | str:
-    return verdict(
-        check_file("text_encoders", file),
-        check_choice("device", device, DEVICES),
-        check_choice("tokenizer", tokenizer, TOKENIZERS),
-    )
-
-
 def _open_text_encoder(family: str, file: str, device: str, max_vram_gb: float, tokenizer: str) -> io.NodeOutput:
     encoder = load_text_encoder(
         find_file("text_encoders", file),
         family=family,
-        device=device,
+        device=chosen("device", device, DEVICES),
         max_vram_bytes=int(max_vram_gb * GIB) or None,
-        tokenizer=TOKENIZERS[tokenizer],
+        tokenizer=chosen("tokenizer", tokenizer, TOKENIZERS),
     )
     return io.NodeOutput(encoder)

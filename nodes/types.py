@@ -2,9 +2,9 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import folder_paths
 from comfy_api.latest import io
@@ -16,6 +16,7 @@ from ..loading import DEMO_FOLDER
 from ..wan.family import LATENT_FORMAT
 
 CATEGORY = "WanQwen"
+T = TypeVar("T")
 
 WanModel = io.Custom("WANQWEN_MODEL")  # carries a core.types.ModelHandle
 WanTextEncoder = io.Custom("WANQWEN_TEXT_ENCODER")  # carries a wan.text_encoder.TextEncoder
@@ -134,6 +135,13 @@ def check_choice(name: str, value: str | None, choices: Iterable[str]) -> str | 
     if value is None or value in choices:
         return None
     return f"{name} is {value!r}: choose one of {', '.join(choices)}."
+
+
+def chosen(name: str, value: str, choices: Mapping[str, T]) -> T:
+    """Return what an entry of a fixed list stands for. Raises ValueError for any other: older ComfyUI lets it pass."""
+    if value not in choices:
+        raise ValueError(check_choice(name, str(value), choices))
+    return choices[value]
 
 
 def clip_of(latent: dict[str, Any]) -> Tensor:

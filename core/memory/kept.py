@@ -1,6 +1,7 @@
 """What is kept in RAM between runs, so that the next one finds it there: counted, and given back when it is wanted."""
 
 from collections.abc import Iterator
+from math import inf
 from typing import Protocol
 from weakref import WeakSet
 
@@ -15,7 +16,8 @@ class Keeper(Protocol):
     @property
     def kept_bytes(self) -> int: ...
 
-    def let_go(self) -> None: ...
+    def let_go(self, nbytes: float = inf) -> None:
+        """Give back at least so many bytes, or all that there is."""
 
 
 _KEEPERS: "WeakSet[Keeper]" = WeakSet()
@@ -31,15 +33,27 @@ def idle_bytes(but: Keeper | None = None) -> int:
     return sum(keeper.kept_bytes for keeper in _idle(but))
 
 
-def release_idle(but: Keeper | None = None) -> None:
-    """Give back the RAM that is kept for runs to come; they read it from their files again."""
-    for keeper in _idle(but):
-        keeper.let_go()
+def release_idle(but: Keeper | None = None, nbytes: float = inf) -> int:
+    """Give back at least so many bytes of what is kept for runs to come, or all of it; they read it again.
+
+    Returns how many bytes that were. What keeps most gives first, so that few have to read again.
+    """
+    before = idle_bytes(but)
+    for keeper in sorted(_idle(but), key=lambda keeper: keeper.kept_bytes, reverse=True):
+        given = before - idle_bytes(but)
+        if given >= nbytes:
+            break
+        keeper.let_go(nbytes - given)
+    return before - idle_bytes(but)
 
 
 def show() -> None:
     """Have ComfyUI list what is kept now, so that it can ask for it back."""
-    host.show_kept(idle_bytes, release_idle)
+    host.show_kept(idle_bytes, _give)
+
+
+def _give(nbytes: float) -> int:
+    return release_idle(nbytes=nbytes)
 
 
 def _idle(but: Keeper | None) -> Iterator[Keeper]:

@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ..host import MIN_RAM
 from ..types import MemoryOptions
-from .supply import MIN_RAM, NUM_STAGING, Source
+from .supply import NUM_STAGING, Source
 from .timeline import Visit, step_seconds
 
 GB = 10**9

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import torch
@@ -118,13 +119,16 @@ class Loaded:
         slabs = sum(master.bytes.numel() for master in self.masters.values())
         return slabs + (self.weights.converted_bytes if self._without_memory else 0)
 
-    def let_go(self) -> None:
-        """Give all RAM back; the next run reads the weights again. Never during a run."""
+    def let_go(self, nbytes: float = inf) -> None:
+        """Give RAM back, at least so many bytes or all; the next run reads these weights again. Never during a run."""
         assert not self.is_in_use
-        self.keep_only(())
-        for table, key, bare in self._without_memory:
-            table[key] = bare
-        self._without_memory = ()
+        while self.masters and nbytes > 0:
+            _, last = self.masters.popitem()
+            nbytes -= last.bytes.numel()
+        if nbytes > 0:
+            for table, key, bare in self._without_memory:
+                table[key] = bare
+            self._without_memory = ()
 
     def layouts(self) -> tuple[Layout, ...]:
         """Return the layout of each block, and that of all other weights last."""

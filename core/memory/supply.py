@@ -20,7 +20,6 @@ from .slab import Layout, Loaded
 
 log = logging.getLogger(__name__)
 
-MIN_RAM = 2 << 30  # bytes that stay for everything else
 PATIENCE_SECONDS = 0.25  # between two looks whether the user stopped the run
 NUM_READERS = 3  # threads at most that help the one that fills slabs; they start when they are needed
 NUM_STAGING = 2  # buffers: one is filled while the other crosses
@@ -167,9 +166,9 @@ class Supply:
 
     def _buffer(self, num_bytes: int) -> HostBuffer | None:
         """Return RAM to keep, if need be what idle models kept; None where there is none to spare."""
-        if host.available_ram() < num_bytes + MIN_RAM:
-            release_idle(self.loaded)
-        if host.available_ram() < num_bytes + MIN_RAM:
+        if (short := num_bytes + host.MIN_RAM - host.available_ram()) > 0:
+            release_idle(self.loaded, short)
+        if host.available_ram() < num_bytes + host.MIN_RAM:
             return None
         try:
             return HostBuffer(num_bytes)

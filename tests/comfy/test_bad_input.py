@@ -39,12 +39,20 @@ def test_a_latent_of_nan_is_refused(server, tiny, broken):
     assert_runs(server, tiny)
 
 
+@pytest.mark.parametrize("node", [MODEL, TEXT_ENCODER, VAE])
+def test_a_missing_file_is_said_once_and_at_the_input_that_names_it(server, tiny, node):
+    tiny[node]["inputs"]["file"] = "gone.safetensors"
+    status, answer = server.post("/prompt", {"prompt": tiny})
+    assert status == 400 and set(answer["node_errors"]) == {node}
+    [error] = answer["node_errors"][node]["errors"]
+    assert error["extra_info"]["input_name"] == "file"
+    assert error["details"].startswith("file - gone.safetensors was not found: put the file into")
+
+
 @pytest.mark.parametrize(
     ("node", "name", "value", "message"),
     [
-        (MODEL, "precision", "int3", "precision is 'int3': choose one of auto, bf16, fp16, fp32"),
         (SAMPLER, "solver", "heun", "solver is 'heun': choose one of unipc"),
-        (TEXT_ENCODER, "file", "gone.safetensors", "gone.safetensors was not found: put the file into"),
         (DECODE, "tiling", "on", "tiling is 'on': choose one of auto, tiled"),
     ],
 )
@@ -53,6 +61,19 @@ def test_a_value_that_is_not_in_its_list_is_refused_before_anything_runs(server,
     status, answer = server.post("/prompt", {"prompt": tiny})
     assert status == 400 and set(answer["node_errors"]) == {node}
     assert all(message in error["details"] for error in answer["node_errors"][node]["errors"])
+
+
+def test_a_loader_s_value_that_is_not_in_its_list_is_refused_once(server, tiny):
+    """By newer ComfyUI before anything runs, by the node itself where ComfyUI does not look."""
+    tiny[MODEL]["inputs"]["precision"] = "int3"
+    status, answer = server.post("/prompt", {"prompt": tiny})
+    if status == 400:
+        [error] = answer["node_errors"][MODEL]["errors"]
+        assert error["type"] == "value_not_in_list" and error["details"].startswith("precision: 'int3' not in ['auto',")
+    else:
+        job = server.run(tiny)
+        assert job.end == "execution_error"
+        assert "precision is 'int3': choose one of auto, bf16, fp16, fp32" in job.error
 
 
 def test_a_missing_input_is_named(server, tiny):

@@ -41,7 +41,9 @@ def test_the_settings_are_said_as_they_were_run(changes: dict, said: str, tmp_pa
     request = replace(request, **changes)
     plan = plan_steps(request, handle.family.schedule(handle.identity.config, tuple(request.latent.shape)))
     what, how = report.described(handle, request, plan, torch.bfloat16, EXACT)
-    assert what.startswith("some.safetensors: wan21 custom, weights fp32, computed in bfloat16; attention by ")
+    assert what.startswith(
+        "some.safetensors: wan21 custom, 2 blocks of width 48; weights fp32, computed in bfloat16; attention by "
+    )
     assert how == said
 
 

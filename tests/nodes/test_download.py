@@ -145,9 +145,9 @@ def test_it_always_looks_again_and_checks_its_choices(node):
 
 
 def test_a_loader_says_that_a_missing_file_can_be_fetched(nodes):
-    problem = nodes.LoadWanVAE.validate_inputs("wan/wan_2.1_vae.safetensors", "auto")
+    problem = nodes.LoadWanVAE.validate_inputs("wan/wan_2.1_vae.safetensors")
     assert "The node Download (WanQwen) can fetch it: it belongs to 'Wan 2.1 T2V 1.3B'." in problem
-    assert "Download" not in nodes.LoadWanVAE.validate_inputs("gone.safetensors", "auto")
+    assert "Download" not in nodes.LoadWanVAE.validate_inputs("gone.safetensors")
 
 
 def test_the_meter_is_comfyui_s_progress_bar(monkeypatch):

@@ -52,26 +52,31 @@ def test_a_missing_file_says_where_it_belongs(types, models):
     assert problem.startswith("gone.safetensors was not found") and str(models / "vae") in problem
 
 
-def test_validation_covers_every_fixed_list(nodes):
-    assert nodes.LoadWanModel.validate_inputs("tiny.safetensors", "bf16") is True
-    assert nodes.LoadWanModel.validate_inputs(None, None) is True
-    assert "choose one of auto, bf16, fp16, fp32" in nodes.LoadWanModel.validate_inputs("tiny.safetensors", "fp8")
-    assert "was not found" in nodes.LoadWanVAE.validate_inputs("gone.safetensors", "auto")
-    assert "choose one of auto, bf16" in nodes.LoadWanImageEncoder.validate_inputs("tiny.safetensors", "fp8")
-    assert "was not found" in nodes.LoadWanImageEncoder.validate_inputs("gone.safetensors", "auto")
-    assert nodes.LoadWanImageEncoder.validate_inputs("tiny.safetensors", "auto") is True
-    assert "choose one of auto, cpu, gpu" in nodes.LoadWanTextEncoder.validate_inputs("tiny.safetensors", "tpu", "auto")
+def test_loaders_look_at_the_file_beforehand_and_at_fixed_lists_when_they_run(nodes):
+    assert nodes.LoadWanModel.validate_inputs("tiny.safetensors") is nodes.LoadWanModel.validate_inputs(None) is True
+    assert nodes.LoadWanImageEncoder.validate_inputs("tiny.safetensors") is True
+    loaders = [found for name, found in vars(nodes).items() if name.startswith("Load") and found is not nodes.load]
+    assert len(loaders) == 6
+    for loader in loaders:
+        assert "gone.safetensors was not found" in loader.validate_inputs("gone.safetensors")
+    for loader, choices, message in (
+        (nodes.LoadWanModel, ("fp8",), "precision is 'fp8': choose one of auto, bf16, fp16, fp32"),
+        (nodes.LoadWanVAE, ("fp8",), "choose one of auto, bf16, fp16, fp32"),
+        (nodes.LoadWanImageEncoder, ("fp8",), "choose one of auto, bf16"),
+        (nodes.LoadWanTextEncoder, ("tpu", 0.0, "auto"), "choose one of auto, cpu, gpu"),
+        (nodes.LoadQwenImageModel, ("auto", "fp16"), "choose one of auto, bf16, fp32"),
+        (nodes.LoadQwenImageModel, ("base", "auto"), "choose one of auto, t2i, edit"),
+        (nodes.LoadQwenImageTextEncoder, ("cpu", 0.0, "own"), "choose one of auto, hub"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loader.execute("tiny.safetensors", *choices)
+
+
+def test_other_nodes_look_at_their_fixed_lists_beforehand(nodes):
     assert "choose one of unipc" in nodes.Sampler.validate_inputs("heun", "cpu")
     assert "choose one of none, lightx2v-4" in nodes.Sampler.validate_inputs("euler", "cpu", "turbo")
     assert "choose one of auto, tiled" in nodes.VAEDecode.validate_inputs("on")
     assert "choose one of clip, pictures" in nodes.VAEEncode.validate_inputs("video")
-    assert "choose one of auto, bf16, fp32" in nodes.LoadQwenImageModel.validate_inputs(
-        "tiny.safetensors", "auto", "fp16"
-    )
-    assert "choose one of auto, t2i, edit" in nodes.LoadQwenImageModel.validate_inputs(
-        "tiny.safetensors", "base", "auto"
-    )
-    assert "choose one of auto, hub" in nodes.LoadQwenImageTextEncoder.validate_inputs("tiny.safetensors", "cpu", "own")
     assert "choose one of published, pixel_aligned" in nodes.QwenImageEditEncode.validate_inputs("large")
     assert "choose one of 1:1 (1328x1328)" in nodes.EmptyQwenImageLatent.validate_inputs("2:1")
 

@@ -58,7 +58,9 @@ def test_the_report_is_what_the_node_shows(
         "sampling 2/2, ? s gone, ? s left",
     ], "while it runs, not in the end"
     what, how, used, spent, *rest = report.splitlines()
-    assert what.startswith("tiny.safetensors: wan21 custom, weights fp32, computed in float32; attention by PyTorch")
+    assert what.startswith(
+        "tiny.safetensors: wan21 custom, 2 blocks of width 48; weights fp32, computed in float32; attention by PyTorch"
+    )
     assert how == "32 x 32; 2 steps of euler, guidance 3; seed 3"
     assert used == f"LoRA {file} at 0.5, from 50% to 100% of the steps: 78 of 78 tensors used"
     assert re.fullmatch(r"\d+\.\d s: opening the model .* s, the first step .* s, the others .* s each", spent)

@@ -141,7 +141,9 @@ def test_lightning_is_the_settings_it_names(nodes, model, prompts):
     assert torch.equal(value(output)["samples"], typed)
     said, model_line, settings, *_ = output.ui["text"]
     assert "4 steps of euler, shift 3, guidance 1; seed 1" in settings
-    assert model_line.startswith("qwen_t2i.safetensors: qwen-image t2i, weights fp32, computed in float32")
+    assert model_line.startswith(
+        "qwen_t2i.safetensors: qwen-image t2i, 2 blocks of width 48; weights fp32, computed in float32"
+    )
     assert said.startswith("lightning-4: 4 steps of euler, shift 3, guidance 1;")
 
 

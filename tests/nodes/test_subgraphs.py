@@ -63,3 +63,20 @@ def test_its_node_shows_what_goes_in_and_comes_out(path: Path):
         assert (link["target_id"], link["target_slot"], link["type"]) == (TO_OUTSIDE, i, slot["type"])
     widgets = [slot for slot in node["inputs"] if "widget" in slot]
     assert len(node["widgets_values"]) == len(widgets) >= 4
+
+
+@each_blueprint
+def test_the_menu_says_what_it_is_for(path: Path):
+    _, definition = read(path)
+    assert definition["category"] == "WanQwen" and definition["description"].startswith(("Makes ", "Changes "))
+    assert ("4 steps" in definition["description"]) == ("4 steps" in path.stem)
+
+
+@each_blueprint
+def test_the_sampler_has_room_for_its_report(path: Path):
+    """As much as in a workflow, within its group."""
+    _, definition = read(path)
+    [sampler] = [node for node in definition["nodes"] if node["type"] == "WanQwenSampler"]
+    [group] = [group["bounding"] for group in definition["groups"] if group["title"].endswith("Sample")]
+    (_, top), (_, height) = sampler["pos"], sampler["size"]
+    assert height >= 590 and top + height < group[1] + group[3]

@@ -60,10 +60,10 @@ PICTURES = {
     "wan21_diffusers_flf2v_14B": ("flf2v-14B", "fp32", "diffusers"),
 }
 VACE = {
-    "wan21_official_vace_1.3B": ("vace-1.3B", "mixed", "official"),
-    "wan21_official_vace_14B": ("vace-14B", "mixed", "official"),
-    "wan21_diffusers_vace_1.3B": ("vace-1.3B", "mixed", "diffusers"),
-    "wan21_diffusers_vace_14B": ("vace-14B", "mixed", "diffusers"),
+    "wan21_official_vace_1.3B": ("vace-1.3B", "fp32 and bf16", "official"),
+    "wan21_official_vace_14B": ("vace-14B", "fp32 and bf16", "official"),
+    "wan21_diffusers_vace_1.3B": ("vace-1.3B", "fp32 and bf16", "diffusers"),
+    "wan21_diffusers_vace_14B": ("vace-14B", "fp32 and bf16", "diffusers"),
     "wan21_comfy_vace_1.3B_fp16_INFERRED": ("vace-1.3B", "fp16", "official"),
     "wan21_comfy_vace_14B_fp16_INFERRED": ("vace-14B", "fp16", "official"),
 }

@@ -80,9 +80,6 @@ def test_weights_that_were_converted_for_a_cpu_are_given_back_too() -> None:
         resident.computes_in_ram = lambda device: False
 
 
-runtime.machine_of = lambda device: replace(planning.machine_of(device), needs_pinning=True)
-
-
 def test_a_vae_is_given_back_and_comes_again() -> None:
     management.unload_all_models()
     vae = load_vae(DEMO_FOLDER / "wan_vae.safetensors")
@@ -94,15 +91,40 @@ def test_a_vae_is_given_back_and_comes_again() -> None:
     assert torch.equal(vae.decode(latent), before)
 
 
-def test_another_model_that_needs_room_gets_ours() -> None:
+def test_another_model_that_needs_room_gets_as_much_of_ours_as_it_needs() -> None:
     """ComfyUI's own loading, on a device that says it is full."""
     management.unload_all_models()
     handle = demo("wan_dit")
-    sample(handle)
-    assert kept.idle_bytes() > 0
+    before = sample(handle)
+    masters = runtime.loaded_of(handle, torch.float32).masters
+    first, last = (slab.bytes.numel() for slab in masters.values())
     with full_device():
         management.free_memory(stock_model().model_size(), CPU)
+    assert kept.idle_bytes() == first and len(ours()) == 1 and len(masters) == 1
+    assert torch.equal(sample(handle), before) and kept.idle_bytes() == first + last
+    with full_device():
+        management.free_memory(first + last, CPU)
     assert kept.idle_bytes() == 0 and not ours()
+
+
+def test_what_leaves_a_card_takes_ours_only_where_ram_has_no_room_for_it() -> None:
+    management.unload_all_models()
+    handle = demo("wan_dit")
+    sample(handle)
+    held, spare = kept.idle_bytes(), host.available_ram
+    [entry] = [listed for listed in management.current_loaded_models if listed.model in ours()]
+    entry.device = torch.device("meta")  # any that is not RAM
+    try:
+        with full_device():
+            management.free_memory(1 << 20, entry.device)
+            assert kept.idle_bytes() == held
+            host.available_ram = lambda: host.MIN_RAM
+            management.free_memory(1 << 20, entry.device)
+            assert 0 < kept.idle_bytes() < held
+            management.free_memory(1 << 40, entry.device)
+            assert kept.idle_bytes() == 0 and not ours()
+    finally:
+        host.available_ram, entry.device = spare, CPU
 
 
 def test_our_own_runs_do_not_throw_out_what_the_next_one_counts_on() -> None:

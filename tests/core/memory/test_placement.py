@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from wanqwen.core.host import MIN_RAM
 from wanqwen.core.memory.placement import (
     GB,
     HEADROOM,
@@ -17,7 +18,7 @@ from wanqwen.core.memory.placement import (
     wanted_bytes,
 )
 from wanqwen.core.memory.report import describe
-from wanqwen.core.memory.supply import MIN_RAM, NUM_STAGING, Source
+from wanqwen.core.memory.supply import NUM_STAGING, Source
 from wanqwen.core.types import MemoryOptions
 
 BLOCK = GB // 2

@@ -16,7 +16,7 @@ from wanqwen.core.memory import supply as supply_module
 from wanqwen.core.memory.block_swap import BlockSwap
 from wanqwen.core.memory.pinned import PAGE, HostBuffer
 from wanqwen.core.memory.slab import ALIGNMENT, Loaded
-from wanqwen.core.memory.supply import MIN_RAM, NUM_STAGING, Source, Supply
+from wanqwen.core.memory.supply import NUM_STAGING, Source, Supply
 
 from .conftest import Runtime
 from .late_link import LateLink
@@ -95,7 +95,7 @@ def test_where_ram_is_short_slabs_are_read_from_the_file_each_time(
 ) -> None:
     loaded, wanted = from_file(path), forward(in_memory(path).blocks, inputs(1)[0], [])
     size = max(layout.nbytes for layout in loaded.layouts()[:-1])
-    monkeypatch.setattr(host, "available_ram", lambda: MIN_RAM + (3 - len(loaded.masters)) * size)
+    monkeypatch.setattr(host, "available_ram", lambda: host.MIN_RAM + (3 - len(loaded.masters)) * size)
     swap = swap_of(loaded, Source.STAGED)
     for _ in range(2):
         assert torch.equal(forward(loaded.blocks, inputs(1)[0], [swap]), wanted)
