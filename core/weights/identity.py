@@ -10,6 +10,7 @@ from ..types import Checkpoint, Identity
 from .keymap import Account, Match
 
 METADATA_KEY = "wanqwen"  # JSON in a safetensors header: what the shapes don't tell of our own checkpoints
+MAX_DIGITS = 3  # of a layer's index
 
 
 def identity(
@@ -33,9 +34,12 @@ def identity(
 
 
 def count(names: Iterable[str], stack: str) -> int:
-    """Return one more than the highest layer index that follows `stack`, 0 if there is none."""
+    """Return one more than the highest layer index that follows `stack`, 0 if there is none.
+
+    Longer numbers than those of `MAX_DIGITS` are none, so that a damaged file can't ask for layers without end.
+    """
     indices = (name[len(stack) :].split(".")[0] for name in names if name.startswith(stack))
-    return max((int(index) + 1 for index in indices if index.isdecimal()), default=0)
+    return max((int(index) + 1 for index in indices if index.isdecimal() and len(index) <= MAX_DIGITS), default=0)
 
 
 def shapes(checkpoint: Checkpoint, names: Mapping[str, str], what: str) -> Callable[[str], tuple[int, ...]]:

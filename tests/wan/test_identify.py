@@ -248,6 +248,14 @@ def test_vae_for_other_pixels_is_an_error():
         identify(fake(tensors))
 
 
+@pytest.mark.parametrize("index", ["1000", "999999999", "9" * 5000])
+def test_a_layer_of_an_endless_number_is_none(index):
+    found = checkpoint("wan21_official_t2v_1.3B")
+    name = f"blocks.{index}.modulation"
+    identity = identify(fake({**found.tensors, name: TensorInfo("F32", (1, 6, 1536))}))
+    assert identity.config.num_layers == 30 and identity.unexpected == (name,) and not identity.missing
+
+
 def test_wan22_image_model_is_not_taken_for_t2v_14B():
     """It has the tensors of T2V-14B, but for 36 input channels."""
     found = checkpoint("wan21_official_t2v_14B")
