@@ -13,7 +13,7 @@ from .wan.identify import identify as identify_wan
 
 FAMILIES: tuple[FamilyFiles, ...] = (WAN, QWEN_IMAGE)
 IDENTIFIERS = (identify_wan, identify_qwen_image)
-SHOWN = 6  # names in an error
+SHOWN, LONGEST = 6, 120  # names in an error, and letters of each
 
 # What people put in the wrong socket: a part of a name that tells -> what it is, and what to do.
 PACKED = (
@@ -136,4 +136,4 @@ def with_variant(identity: Identity, name: str) -> Identity:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+    return ", ".join(name[:LONGEST] for name in names[:SHOWN]) + ", ..." * (len(names) > SHOWN)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 MIN_RAM = 2 << 30  # bytes that stay for everything else
+READ_HELPERS = 3  # threads beside the one that reads a file, which alone keeps neither a fast disk nor RAM busy
 MAX_PREVIEW_PIXELS = 512  # on the longer side, as ComfyUI's own samplers send
 
 
@@ -128,6 +129,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
+def shares_ram(where: torch.device) -> bool:
+    """Say whether a device's memory is RAM."""
+    return where.type in ("cpu", "mps")
+
+
 def make_room(nbytes: int, where: torch.device) -> None:
     """Ask ComfyUI to unload other models until `nbytes` are free on the device."""
     if management := _comfy("model_management"):
@@ -193,7 +199,7 @@ def _kept_entry(patcher: type, entry: type, nbytes: Callable[[], int], let_go: C
         def model_unload(self, memory_to_free: float | None = None, unpatch_weights: bool = True) -> bool:
             """Make way for so many bytes that leave the device, as far as RAM has no room for them."""
             if memory_to_free is not None:
-                spare = 0 if self.device.type == "cpu" else available_ram() - MIN_RAM
+                spare = 0 if shares_ram(self.device) else available_ram() - MIN_RAM
                 let_go(memory_to_free - spare)
                 if nbytes():
                     return False

@@ -41,8 +41,7 @@ EXACT = VAEMode(name="exact", is_exact=True)
 
 def modes_on(device: torch.device) -> tuple[VAEMode, ...]:
     """Return the modes that save memory on a device, in order: what is offloaded stays where it is if that is RAM."""
-    has_own_memory = device.type not in ("cpu", "mps")
-    return tuple(mode for mode in MODES if has_own_memory or not mode.is_offloaded)
+    return tuple(mode for mode in MODES if not (mode.is_offloaded and host.shares_ram(device)))
 
 
 class Past:

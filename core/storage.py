@@ -12,7 +12,7 @@ from math import prod
 from .types import TensorInfo
 
 # The dtypes that PyTorch has too, by their names in headers -> its name.
-DTYPES = {
+TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16",
     "BF16": "bfloat16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
@@ -66,9 +66,8 @@ DFLOAT11 = "DF11"
 SMALL = ("F8_E4M3", "F8_E5M2", "I8", *PACKINGS)  # what a `Linear` keeps and makes ready per call
 
 # Tensors that stand beside a layer's weight in quantised files. The first two scales multiply the weight; the input
-# scales are for rounding what is multiplied with it, see
-# `ops.products`; the record names the layer's format. The others
-# belong to formats that are not read, and are known so that these can be refused by name.
+# scales are for rounding what is multiplied with it, see `core.ops.products`; the record names the layer's format. The
+# others belong to formats that are not read, and are known so that these can be refused by name.
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 INPUT_SCALES = (".scale_input", ".input_scale")
 RECORD = ".comfy_quant"
@@ -80,13 +79,18 @@ READABLE_RECORDS = ("float8_e4m3fn", "float8_e5m2", INT8_RECORD)
 WHOLE_PRODUCTS = "full_precision_matrix_mult"  # key of a record: what is multiplied with the weight is not rounded
 ROTATED = "convrot"  # key of an int8 record: the weight's inputs were rotated before it was rounded
 
-MAX_ELEMENTS = 1 << 59  # of a tensor: PyTorch counts bytes in 63 bits
+MAX_ELEMENTS, MAX_SIDES = 1 << 59, 64  # of a tensor: PyTorch counts bytes in 63 bits
 MIXED_SHARE = 0.1  # of the elements in a second dtype: above this it is named too (official VACE: fp32 base, bf16 rest)
 
 
 def is_countable(shape: Sequence[int]) -> bool:
     """Say whether a tensor of a shape can be, so that also one without numbers may not have sides without end."""
-    return prod(max(1, side) for side in shape) < MAX_ELEMENTS
+    elements = 1
+    for side in shape:
+        elements *= max(1, side)
+        if elements >= MAX_ELEMENTS:
+            return False
+    return len(shape) <= MAX_SIDES
 
 
 def companion(name: str) -> str | None:

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..core.types import Checkpoint, Identity
 from ..core.weights import keymap
@@ -14,6 +14,7 @@ from ..core.weights.identity import (
     converted,
     count,
     identity,
+    made,
     own_values,
     positive,
     read_json,
@@ -38,8 +39,6 @@ from .keymap import (
 )
 from .vl_config import HEAD_WIDTH as VL_HEAD_WIDTH
 from .vl_config import VISION_HEAD_WIDTH, VisionConfig, VLConfig
-
-Config = TypeVar("Config")
 
 CONFIG_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"  # of a diffusers repository, beside the folders of its models
@@ -163,8 +162,8 @@ def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
 
 def _transformer_config(checkpoint: Checkpoint, match: keymap.Match, variant: Variant) -> QwenImageConfig:
     shape = shapes(checkpoint, match.names, "Qwen-Image diffusion model")
-    dim, token_dim = shape("img_in.weight")
-    head_width = shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    dim, token_dim = shape("img_in.weight", 2)
+    head_width = shape("transformer_blocks.0.attn.norm_q.weight", 1)[0]
     told = own_values(checkpoint, TRANSFORMER_KINDS) | converted(
         {"axes": _folder_config(checkpoint).get("axes_dims_rope")}, TRANSFORMER_KINDS, str(_beside(checkpoint))
     )
@@ -182,13 +181,13 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match, variant: Va
         "num_layers": count(match.names, "transformer_blocks."),
         "num_heads": dim // head_width,
         "dim": dim,
-        "ffn_dim": shape("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
-        "text_dim": shape("txt_in.weight")[1],
-        "freq_dim": shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        "ffn_dim": shape("transformer_blocks.0.img_mlp.net.0.proj.weight", 2)[0],
+        "text_dim": shape("txt_in.weight", 2)[1],
+        "freq_dim": shape("time_text_embed.timestep_embedder.linear_1.weight", 2)[1],
         "latent_channels": token_dim // PATCH**2,
         "axes": told.get("axes", AXES),
     }
-    return _made(checkpoint, QwenImageConfig, sizes | {"zero_cond_t": variant.zero_cond_t, "layered": variant.layered})
+    return made(checkpoint, QwenImageConfig, sizes | {"zero_cond_t": variant.zero_cond_t, "layered": variant.layered})
 
 
 def _is_layered(checkpoint: Checkpoint) -> bool:
@@ -275,12 +274,12 @@ def _encoder_variant(config: VLConfig) -> str:
 
 def _vl_config(checkpoint: Checkpoint, match: keymap.Match, told: dict[str, Any]) -> VLConfig:
     shape = shapes(checkpoint, match.names, "Qwen2.5-VL")
-    vocab_size, hidden = shape("model.embed_tokens.weight")
+    vocab_size, hidden = shape("model.embed_tokens.weight", 2)
     heads = told.get("num_heads") or _heads(checkpoint, hidden, VL_HEAD_WIDTH, "num_heads")
     if hidden % heads:
         raise ValueError(f"{checkpoint.path}: says that it has {heads} heads, but its width of {hidden} is no multiple")
     head_width = hidden // heads
-    kv_heads = shape("model.layers.0.self_attn.k_proj.weight")[0] // head_width
+    kv_heads = shape("model.layers.0.self_attn.k_proj.weight", 2)[0] // head_width
     if told.get("num_kv_heads", kv_heads) != kv_heads:
         raise ValueError(
             f"{checkpoint.path}: says that it has {told['num_kv_heads']} heads of keys, but its tensors make "
@@ -291,41 +290,33 @@ def _vl_config(checkpoint: Checkpoint, match: keymap.Match, told: dict[str, Any]
     has_vision = any(name.startswith(VISION) for name in match.names)
     sizes = {
         "hidden": hidden,
-        "intermediate": shape("model.layers.0.mlp.gate_proj.weight")[0],
+        "intermediate": shape("model.layers.0.mlp.gate_proj.weight", 2)[0],
         "num_layers": count(match.names, f"{LAYERS}."),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "vocab_size": vocab_size,
         "vision": _vision_config(checkpoint, match, told) if has_vision else None,
     }
-    return _made(checkpoint, VLConfig, sizes | {field: told[field] for field in VL_FIELDS if field in told})
+    return made(checkpoint, VLConfig, sizes | {field: told[field] for field in VL_FIELDS if field in told})
 
 
 def _vision_config(checkpoint: Checkpoint, match: keymap.Match, told: dict[str, Any]) -> VisionConfig:
     shape = shapes(checkpoint, match.names, "Qwen2.5-VL")
-    hidden, _, temporal_patch, patch_size, _ = shape("visual.patch_embed.proj.weight")
+    hidden, _, temporal_patch, patch_size, _ = shape("visual.patch_embed.proj.weight", 5)
     depth = count(match.names, f"{VISION_BLOCKS}.")
     if "full_attention" not in told and depth != VisionConfig().depth:
         raise _untold(checkpoint, f"which of {depth} vision layers attend to the whole picture", "full_attention")
     sizes = {
         "depth": depth,
         "hidden": hidden,
-        "intermediate": shape("visual.blocks.0.mlp.gate_proj.weight")[0],
+        "intermediate": shape("visual.blocks.0.mlp.gate_proj.weight", 2)[0],
         "num_heads": told.get("vision_heads") or _heads(checkpoint, hidden, VISION_HEAD_WIDTH, "vision_heads"),
-        "out_hidden": shape("visual.merger.mlp.2.weight")[0],
+        "out_hidden": shape("visual.merger.mlp.2.weight", 2)[0],
         "patch_size": patch_size,
         "temporal_patch": temporal_patch,
-        "merge": math.isqrt(shape("visual.merger.mlp.0.weight")[1] // hidden),
+        "merge": math.isqrt(shape("visual.merger.mlp.0.weight", 2)[1] // hidden),
     }
-    return _made(checkpoint, VisionConfig, sizes | {field: told[field] for field in VISION_FIELDS if field in told})
-
-
-def _made(checkpoint: Checkpoint, config: Callable[..., Config], sizes: dict[str, Any]) -> Config:
-    """Return the record of these sizes; its complaint names the file."""
-    try:
-        return config(**sizes)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+    return made(checkpoint, VisionConfig, sizes | {field: told[field] for field in VISION_FIELDS if field in told})
 
 
 def _heads(checkpoint: Checkpoint, width: int, head_width: int, key: str) -> int:

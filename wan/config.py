@@ -6,6 +6,7 @@ from math import isqrt
 HEAD_WIDTH = 128  # of every published Wan 2.1; a checkpoint does not record its number of heads
 TEXT_LEN = 512  # umT5 rows the transformer was trained with, zero-padded and attended without a mask
 LATENT_CHANNELS = 16
+SHOWN = 100  # blocks in an error
 SIZE_STEP = 16  # a latent position is 8 pixels wide and the transformer takes patches of 2 x 2 positions
 IMAGE_ROWS = 257  # of the image encoder for each picture: a class token and 16 x 16 patches
 
@@ -56,8 +57,8 @@ class WanConfig:
         layers = self.vace_layers
         if bool(layers) != bool(self.vace_dim) or list(layers) != sorted(set(layers) & set(range(self.num_layers))):
             raise ValueError(
-                f"Wan VACE takes controls of {self.vace_dim} channels into the blocks {layers}, where channels and "
-                f"some of the {self.num_layers} blocks, in order, are expected"
+                f"Wan VACE takes controls of {self.vace_dim} channels into the blocks {layers[:SHOWN]}, where "
+                f"channels and some of the {self.num_layers} blocks, in order, are expected"
             )
 
     @property

@@ -1,6 +1,7 @@
 """Which Wan 2.1 model a checkpoint is, from its names and shapes alone."""
 
 from collections.abc import Mapping
+from math import prod
 
 from ..core.types import Checkpoint, Identity
 from ..core.weights import keymap
@@ -9,6 +10,7 @@ from ..core.weights.identity import (
     converted,
     count,
     identity,
+    made,
     own_values,
     positive,
     read_json,
@@ -116,11 +118,11 @@ def _diffusion_model(checkpoint: Checkpoint) -> Identity | None:
 
 def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfig:
     shape = shapes(checkpoint, match.names, "Wan diffusion model")
-    dim, in_dim, *patch = shape("patch_embedding.weight")
+    dim, in_dim, *patch = shape("patch_embedding.weight", 5)
     ours = own_values(checkpoint, METADATA_FIELDS)
     image = {
-        "image_dim": shape(IMAGE_WIDTH)[0] if IMAGE_WIDTH in match.names else 0,
-        "image_positions": shape(IMAGE_POSITIONS)[-2] if IMAGE_POSITIONS in match.names else 0,
+        "image_dim": shape(IMAGE_WIDTH, 1)[0] if IMAGE_WIDTH in match.names else 0,
+        "image_positions": shape(IMAGE_POSITIONS, 3)[-2] if IMAGE_POSITIONS in match.names else 0,
     }
     if "num_heads" not in ours and dim % HEAD_WIDTH:
         raise ValueError(
@@ -128,22 +130,21 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
             f'not say how many it has; the safetensors metadata needs {METADATA_KEY} = {{"num_heads": N}}'
         )
     num_layers = count(match.names, "blocks.")
-    control = {
-        "vace_layers": _spread(num_layers, count(match.names, "vace_blocks.")),
-        "vace_dim": shape(CONTROL_EMBEDDING)[1] if CONTROL_EMBEDDING in match.names else 0,
+    sizes = {
+        "dim": dim,
+        "in_dim": in_dim,
+        "patch_size": tuple(patch),
+        "ffn_dim": shape("blocks.0.ffn.0.bias", 1)[0],
+        "num_layers": num_layers,
+        "freq_dim": shape("time_embedding.0.weight", 2)[1],
+        "text_dim": shape("text_embedding.0.weight", 2)[1],
+        "out_dim": shape("head.head.bias", 1)[0] // prod(patch),
+        "num_heads": dim // HEAD_WIDTH,
     }
-    return WanConfig(
-        dim=dim,
-        in_dim=in_dim,
-        patch_size=tuple(patch),
-        ffn_dim=shape("blocks.0.ffn.0.bias")[0],
-        num_layers=num_layers,
-        freq_dim=shape("time_embedding.0.weight")[1],
-        text_dim=shape("text_embedding.0.weight")[1],
-        out_dim=shape("head.head.bias")[0] // (patch[0] * patch[1] * patch[2]),
-        **{"num_heads": dim // HEAD_WIDTH, **control, **ours},
-        **image,
-    )
+    if CONTROL_EMBEDDING in match.names and not image["image_dim"]:  # nobody published both in one
+        sizes["vace_layers"] = _spread(num_layers, count(match.names, "vace_blocks."))
+        sizes["vace_dim"] = shape(CONTROL_EMBEDDING, 5)[1]
+    return made(checkpoint, WanConfig, sizes | ours | image)
 
 
 def _spread(num_layers: int, num_chosen: int) -> tuple[int, ...]:
@@ -183,7 +184,7 @@ def _vae(checkpoint: Checkpoint) -> Identity | None:
 def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
     """Read the encoder's list of layers: residual blocks, and at the end of each level but the last a resampling."""
     shape = shapes(checkpoint, names, "Wan VAE")
-    dim, channels = shape("encoder.conv1.weight")[:2]
+    dim, channels = shape("encoder.conv1.weight", 5)[:2]
     widths, blocks, temporal = [0], [0], []
     for i in range(count(names, "encoder.downsamples.")):
         layer = f"encoder.downsamples.{i}"
@@ -193,7 +194,7 @@ def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
             widths.append(0)
             blocks.append(0)
         else:
-            widths[-1] = shape(f"{layer}.residual.6.bias")[0]
+            widths[-1] = shape(f"{layer}.residual.6.bias", 1)[0]
             blocks[-1] += 1
     if len(set(blocks)) > 1 or any(width % dim or not width for width in widths):
         raise ValueError(
@@ -207,7 +208,7 @@ def _vae_config(checkpoint: Checkpoint, names: Mapping[str, str]) -> VAEConfig:
         )
     return VAEConfig(
         dim=dim,
-        z_dim=shape("conv2.weight")[0],
+        z_dim=shape("conv2.weight", 5)[0],
         dim_mult=tuple(width // dim for width in widths),
         num_res_blocks=blocks[0],
         temporal_downsample=tuple(temporal),
@@ -225,13 +226,13 @@ def _text_encoder(checkpoint: Checkpoint) -> Identity | None:
     if not layers or f"blocks.{layers - 1}.pos_embedding.embedding.weight" not in match.names:
         return None
     shape = shapes(checkpoint, match.names, "UMT5 encoder")
-    vocab_size, dim = shape("token_embedding.weight")
-    num_buckets, num_heads = shape("blocks.0.pos_embedding.embedding.weight")
+    vocab_size, dim = shape("token_embedding.weight", 2)
+    num_buckets, num_heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
     config = TextEncoderConfig(
         vocab_size=vocab_size,
         dim=dim,
-        dim_attn=shape("blocks.0.attn.q.weight")[0],
-        dim_ffn=shape("blocks.0.ffn.fc1.weight")[0],
+        dim_attn=shape("blocks.0.attn.q.weight", 2)[0],
+        dim_ffn=shape("blocks.0.ffn.fc1.weight", 2)[0],
         num_heads=num_heads,
         num_layers=layers,
         num_buckets=num_buckets,
@@ -250,7 +251,7 @@ def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
     if patch not in match.names or class_token not in match.names:
         return None
     shape = shapes(checkpoint, match.names, "CLIP image encoder")
-    dim = shape(patch)[0]
+    dim = shape(patch, 4)[0]
     name, heads = IMAGE_ENCODER_VARIANTS.get(dim, ("custom", None))
     told = _folder_values(checkpoint) | own_values(checkpoint, IMAGE_ENCODER_FIELDS)
     if heads is None and not told:
@@ -259,17 +260,15 @@ def _image_encoder(checkpoint: Checkpoint) -> Identity | None:
             f'has; its metadata needs {METADATA_KEY} = {{"num_heads": N}}, or put the {CONFIG_FILE} of the model '
             "beside it"
         )
-    try:
-        config = ImageEncoderConfig(
-            dim=dim,
-            dim_ffn=shape(hidden)[0],
-            num_layers=count(match.names, f"{stack}."),
-            patch_size=shape(patch)[-1],
-            num_positions=shape(positions)[-2],
-            **{"num_heads": heads, **told},
-        )
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+    sizes = {
+        "dim": dim,
+        "dim_ffn": shape(hidden, 1)[0],
+        "num_layers": count(match.names, f"{stack}."),
+        "patch_size": shape(patch, 4)[-1],
+        "num_positions": shape(positions, 2, 3)[-2],
+        "num_heads": heads,
+    }
+    config = made(checkpoint, ImageEncoderConfig, sizes | told)
     expected = keymap.expand({path: (path, leaves) for path, leaves in rows.items()}, {stack: config.num_layers})
     found = keymap.account(match, expected, IMAGE_ENCODER_IGNORED)
     is_like_it = name == "clip-vit-h" and config != ImageEncoderConfig()

@@ -1,7 +1,7 @@
 """What is kept in RAM between runs, so that the next one finds it there: counted, and given back when it is wanted."""
 
-from collections.abc import Iterator
 from math import inf
+from threading import RLock
 from typing import Protocol
 from weakref import WeakSet
 
@@ -21,11 +21,13 @@ class Keeper(Protocol):
 
 
 _KEEPERS: "WeakSet[Keeper]" = WeakSet()
+_LOCK = RLock()  # ComfyUI may ask from a thread of another device
 
 
 def remember(keeper: Keeper) -> None:
     """Count a keeper in from now on, for as long as somebody else holds it."""
-    _KEEPERS.add(keeper)
+    with _LOCK:
+        _KEEPERS.add(keeper)
 
 
 def idle_bytes(but: Keeper | None = None) -> int:
@@ -38,13 +40,14 @@ def release_idle(but: Keeper | None = None, nbytes: float = inf) -> int:
 
     Returns how many bytes that were. What keeps most gives first, so that few have to read again.
     """
-    before = idle_bytes(but)
-    for keeper in sorted(_idle(but), key=lambda keeper: keeper.kept_bytes, reverse=True):
-        given = before - idle_bytes(but)
-        if given >= nbytes:
-            break
-        keeper.let_go(nbytes - given)
-    return before - idle_bytes(but)
+    with _LOCK:
+        before = idle_bytes(but)
+        for keeper in sorted(_idle(but), key=lambda keeper: keeper.kept_bytes, reverse=True):
+            given = before - idle_bytes(but)
+            if given >= nbytes:
+                break
+            keeper.let_go(nbytes - given)
+        return before - idle_bytes(but)
 
 
 def show() -> None:
@@ -56,5 +59,6 @@ def _give(nbytes: float) -> int:
     return release_idle(nbytes=nbytes)
 
 
-def _idle(but: Keeper | None) -> Iterator[Keeper]:
-    return (keeper for keeper in tuple(_KEEPERS) if keeper is not but and not keeper.is_in_use)
+def _idle(but: Keeper | None) -> list[Keeper]:
+    with _LOCK:
+        return [keeper for keeper in _KEEPERS if keeper is not but and not keeper.is_in_use]

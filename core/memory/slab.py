@@ -140,8 +140,8 @@ class Loaded:
         """Return the module with all its tensors in RAM, memory-mapped where they are stored as they are wanted."""
         bare = tuple(slot for slot in tensors(self.module) if slot[2].is_meta)
         if bare:
-            if self.weights.converted_bytes > host.available_ram():
-                kept.release_idle(self)
+            if (short := self.weights.converted_bytes - host.available_ram()) > 0:
+                kept.release_idle(self, short)
             self.weights.materialise()
             self._without_memory = bare
         return self.module

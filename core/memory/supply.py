@@ -21,7 +21,6 @@ from .slab import Layout, Loaded
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.25  # between two looks whether the user stopped the run
-NUM_READERS = 3  # threads at most that help the one that fills slabs; they start when they are needed
 NUM_STAGING = 2  # buffers: one is filled while the other crosses
 
 
@@ -51,7 +50,7 @@ class Supply:
         self.loaded, self.layouts, self.kinds, self.link, self.device = loaded, layouts, kinds, link, device
         self._asked: dict[int, Future[None]] = {}  # by slot
         self._thread: ThreadPoolExecutor | None = None
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="slabs-reader")
+        self._readers = ThreadPoolExecutor(host.READ_HELPERS, thread_name_prefix="slabs-reader")
         self._over = threading.Event()
         self._staging: list[HostBuffer] = []
         self._busy: deque[tuple[HostBuffer, Callable[[], None]]] = deque()  # with what waits until it is free again

@@ -12,7 +12,7 @@ from ..types import TensorInfo
 from .gguf_blocks import in_parts, unpack_blocks
 from .proof import PROBE, verdict
 
-DTYPES = {name: getattr(torch, own) for name, own in storage.DTYPES.items()}
+DTYPES = {name: getattr(torch, own) for name, own in storage.TORCH_NAMES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

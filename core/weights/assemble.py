@@ -89,7 +89,7 @@ class Weights:
         for name, stored in converted:
             go_on()
             recipe, target = self.recipes[name], out[name]
-            is_only_cast = recipe.scale is None and self._infos[recipe.tensor].dtype not in formats.PACKINGS
+            is_only_cast = recipe.scale is None and self._infos[recipe.tensor].dtype not in storage.PACKINGS
             target.copy_((stored if is_only_cast else self._made(recipe, stored)).view(target.shape))
 
     def materialise(self, names: Collection[str] | None = None) -> nn.Module:

@@ -223,7 +223,7 @@ def _splits(checkpoint: Checkpoint, prefix: str, info: TensorInfo | None) -> Ite
 def _json(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
     try:
         found = json.loads(checkpoint.metadata.get(key, "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{checkpoint.path}: metadata {key} is not JSON: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{checkpoint.path}: metadata {key} is no JSON object: {AGAIN}")

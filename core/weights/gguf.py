@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..storage import DTYPE_BYTES, DTYPES, PACKINGS, is_countable
+from ..storage import DTYPE_BYTES, PACKINGS, TORCH_NAMES, is_countable
 from ..types import TensorInfo
 
 MAGIC = b"GGUF"
@@ -140,7 +140,7 @@ class _Header:
             if packing:
                 length = prod(info.shape[:-1]) * packing.row_bytes(info.shape[-1])
             else:
-                length = prod(info.shape) * (DTYPE_BYTES[info.dtype] if info.dtype in DTYPES else 0)
+                length = prod(info.shape) * (DTYPE_BYTES[info.dtype] if info.dtype in TORCH_NAMES else 0)
             if info.start < end and length:
                 raise _damaged(self.file, f"tensor {name!r} begins at byte {info.start}, inside of {before!r}")
             if info.start + length > self.size:

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..storage import weight_format
+from ..storage import MAX_SIDES, weight_format
 from ..types import Checkpoint, Identity
 from .keymap import Account, Match
 
 METADATA_KEY = "wanqwen"  # JSON in a safetensors header: what the shapes don't tell of our own checkpoints
 MAX_DIGITS = 3  # of a layer's index
+Config = TypeVar("Config")
 
 
 def identity(
@@ -42,15 +43,32 @@ def count(names: Iterable[str], stack: str) -> int:
     return max((int(index) + 1 for index in indices if index.isdecimal() and len(index) <= MAX_DIGITS), default=0)
 
 
-def shapes(checkpoint: Checkpoint, names: Mapping[str, str], what: str) -> Callable[[str], tuple[int, ...]]:
-    """Return a look-up of shapes by official name; for a name that the file lacks it raises a ValueError saying so."""
+def shapes(checkpoint: Checkpoint, names: Mapping[str, str], what: str) -> Callable[..., tuple[int, ...]]:
+    """Return a look-up of shapes: by official name, and by how many sides it has, or may have.
 
-    def shape(official: str) -> tuple[int, ...]:
+    For a name that the file lacks, or of another shape than that, it raises a ValueError saying so.
+    """
+
+    def shape(official: str, *sides: int) -> tuple[int, ...]:
         if official not in names:
             raise ValueError(f"{checkpoint.path}: looks like a {what}, but lacks {official}: is the file complete?")
-        return checkpoint.tensors[names[official]].shape
+        found = checkpoint.tensors[names[official]].shape
+        if len(found) not in sides or 0 in found:
+            raise ValueError(
+                f"{checkpoint.path}: looks like a {what}, but its {official} is {list(found[:MAX_SIDES])}, where "
+                f"{' or '.join(map(str, sides))} sides from 1 on are expected: is the file damaged?"
+            )
+        return found
 
     return shape
+
+
+def made(checkpoint: Checkpoint, config: Callable[..., Config], sizes: Mapping[str, Any]) -> Config:
+    """Return the record of these sizes; its complaint names the file."""
+    try:
+        return config(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
 
 
 def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -61,7 +79,7 @@ def own_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     text = checkpoint.metadata.get(METADATA_KEY, "{}")
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{checkpoint.path}: metadata {METADATA_KEY} is not JSON but {text[:80]!r}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{checkpoint.path}: metadata {METADATA_KEY} is not JSON of an object but {text[:80]!r}")
@@ -80,7 +98,7 @@ def converted(values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], Any
         if values.get(key) is not None:
             try:
                 made[key] = kind(values[key])
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{where}: {key} can't be {str(values[key])[:80]!r} ({error})") from error
     return made
 
@@ -108,7 +126,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): download it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds {type(found).__name__} where a JSON object is expected: download it again")

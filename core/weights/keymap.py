@@ -30,14 +30,15 @@ class Renamer:
         for path, target in table.items():
             parts = path.split(".")
             self._rows.setdefault(_shape(parts), []).append((parts, target))
+        self._longest = max(map(len, self._rows), default=0)
         for rows in self._rows.values():  # a row that names its layer goes before one that takes any
             rows.sort(key=lambda row: row[0].count("{}"))
 
     def __call__(self, name: str) -> str | None:
         """Return the new name, or None if no row of the table fits. The longest path that fits decides."""
         parts = name.split(".")
-        shape = _shape(parts)
-        for end in range(len(parts), 0, -1):
+        shape = _shape(parts[: self._longest])
+        for end in range(len(shape), 0, -1):
             for row, target in self._rows.get(shape[:end], ()):
                 if all(want in ("{}", part) for want, part in zip(row, parts, strict=False)):
                     layers = [part for want, part in zip(row, parts, strict=False) if want == "{}"]

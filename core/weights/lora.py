@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
-from ..storage import DTYPES
+from ..storage import TORCH_NAMES
 from ..types import Checkpoint, Spelling
 from .identity import read_json
 from .keymap import Renamer, inverse
@@ -82,7 +82,7 @@ class LoraFile:
         """The different ranks of its factors, in order."""
         roles = ("down", "w1_b", "kw1_b", "kw2_b")
         names = (tensors[role] for tensors in self.parts.values() for role in roles if role in tensors)
-        return sorted({self.checkpoint.tensors[name].shape[0] for name in names})
+        return sorted({shape[0] for name in names if (shape := self.checkpoint.tensors[name].shape)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +237,7 @@ def _misfit(checkpoint: Checkpoint, tensors: Mapping[str, str], wanted: Shape) -
     """Return why tensors can't change a parameter of a shape, None if they can."""
     shapes = {role: checkpoint.tensors[name].shape for role, name in tensors.items()}
     for name in tensors.values():
-        if checkpoint.tensors[name].dtype not in DTYPES:
+        if checkpoint.tensors[name].dtype not in TORCH_NAMES:
             return f"stored as {checkpoint.tensors[name].dtype}, which can't be read"
     roles = shapes.keys() - BESIDE
     rows, width = wanted[0], prod(wanted[1:])

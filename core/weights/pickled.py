@@ -17,11 +17,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..storage import DTYPE_BYTES, is_countable
+from ..storage import DTYPE_BYTES, MAX_ELEMENTS, MAX_SIDES, is_countable
 from ..types import TensorInfo
 
 PICKLE, STORAGES = "/data.pkl", "/data/"  # in the archive, behind the name of its folder
-MOST_BYTES = 100_000_000  # of the pickle
+MOST_BYTES = 4 << 20  # of the pickle; that of the largest model has a quarter of a megabyte
 STORAGE_DTYPES = {
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
     "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32",
@@ -31,6 +31,10 @@ UNCLEAR = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, EOFError, OSError),
     *(struct.error, zipfile.BadZipFile),
 )
+
+
+class _Hostile(Exception):
+    """Keys that are deep in themselves bring any unpickler down, PyTorch's too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,10 @@ class _Storage:
 
 
 def plain_state(file: Path) -> dict[str, Any] | None:
-    """Return what a .pth file's state dict holds, `TensorInfo` for tensors; None if it is not as plain as that."""
+    """Return what a .pth file's state dict holds, `TensorInfo` for tensors; None if it is not as plain as that.
+
+    Raises ValueError for one that may be made to bring its reader down.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             [pickle] = [entry for entry in archive.infolist() if entry.filename.endswith(PICKLE)]
@@ -60,6 +67,11 @@ def plain_state(file: Path) -> dict[str, Any] | None:
                 if entry.filename.startswith(folder + STORAGES) and entry.compress_type == zipfile.ZIP_STORED
             }
             found = _followed(archive.read(pickle), sizes)
+    except _Hostile as error:
+        raise ValueError(
+            f"{file} has tables whose keys are no names, which no model needs: it was not read. Get the model as "
+            ".safetensors"
+        ) from error
     except UNCLEAR:
         return None
     return found if isinstance(found, dict) else None
@@ -99,6 +111,8 @@ def _followed(instructions: bytes, sizes: Mapping[str, int]) -> Any:
                 _made(stack[-1], list).extend(items)
             case "SETITEM" | "SETITEMS":
                 items = taken(-2 if opcode.name == "SETITEM" else marks.pop())
+                if any(type(key) not in (str, int) for key in items[::2]):
+                    raise _Hostile
                 _made(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
             case "BUILD":  # attributes of a state dict, such as its modules' versions in `_metadata`
                 stack.pop()
@@ -131,7 +145,9 @@ def _made(found: Any, kind: type) -> Any:
 def _storage(sizes: Mapping[str, int], kind: str, of: _Named, key: str, _place: str, numbers: int) -> _Storage:
     module, _, name = of.name.partition(" ")
     dtype = STORAGE_DTYPES[name]
-    if kind != "storage" or module != "torch" or sizes[key] != numbers * DTYPE_BYTES[dtype]:
+    if kind != "storage" or module != "torch" or type(numbers) is not int:
+        raise TypeError
+    if sizes[key] != numbers * DTYPE_BYTES[dtype]:
         raise ValueError
     return _Storage(dtype, numbers)
 
@@ -139,7 +155,9 @@ def _storage(sizes: Mapping[str, int], kind: str, of: _Named, key: str, _place: 
 def _tensor(
     storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: bool, hooks: OrderedDict
 ) -> TensorInfo:
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > MAX_SIDES:
+        raise TypeError
+    if any(type(n) is not int or not 0 <= n < MAX_ELEMENTS for n in (offset, *size, *stride)):
         raise TypeError
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if not is_countable(size) or (prod(size) and last >= storage.numbers):
@@ -152,7 +170,7 @@ def _parameter(tensor: TensorInfo, grad: bool, hooks: OrderedDict) -> TensorInfo
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    "collections OrderedDict": OrderedDict,
+    "collections OrderedDict": lambda: OrderedDict(),  # empty: its items follow
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": _parameter,
 }

@@ -11,9 +11,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from .. import host
+
 PIECE = 8 << 20  # bytes read at once: large enough for full speed, small enough to share out and to stop between two
 MAX_PARTS = 512  # of one scattered read; Linux and macOS take 1024
-READERS = 4  # threads at most: one keeps neither a fast disk nor RAM busy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +45,12 @@ def read_ranges(
     Raises ValueError for a file that ends too early, OSError for one that can't be read.
     """
     if pool is None:
-        with ThreadPoolExecutor(READERS, "reader") as own:
+        with ThreadPoolExecutor(host.READ_HELPERS, "reader") as own:
             return read_ranges(ranges, go_on, own)
     by_file: dict[Path, list[Range]] = {}
     for one in ranges:
         by_file.setdefault(one.file, []).append(one)
-    helpers = min(READERS, os.cpu_count() or 1) - 1 if hasattr(os, "preadv") else 0
+    helpers = min(host.READ_HELPERS, (os.cpu_count() or 1) - 1) if hasattr(os, "preadv") else 0
     for file, inside in by_file.items():
         turns = _Turns(_pieces(sorted(inside, key=lambda one: one.start)), go_on)
         with open(file, "rb", buffering=0) as opened:
@@ -68,16 +69,21 @@ class _Turns(Iterator[_Piece]):
     """Pieces that threads take by turns, each as soon as it has read one; `go_on` is asked before every piece."""
 
     def __init__(self, pieces: Generator[_Piece, None, None], go_on: Callable[[], None]):
-        self._pieces, self._go_on, self._lock = pieces, go_on, Lock()
+        self._pieces, self._go_on, self._lock, self._is_over = pieces, go_on, Lock(), False
 
     def __next__(self) -> _Piece:
         with self._lock:
-            self._go_on()
-            return next(self._pieces)
+            if self._is_over:
+                raise StopIteration
+            try:
+                self._go_on()
+                return next(self._pieces)
+            except BaseException:  # the end too: after an error in one thread nobody asks or reads on
+                self._is_over = True
+                raise
 
     def end(self) -> None:
-        with self._lock:
-            self._pieces.close()
+        self._is_over = True
 
 
 def _read_all(opened: FileIO, file: Path, turns: _Turns) -> None:

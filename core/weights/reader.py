@@ -20,10 +20,11 @@ SAFETENSORS, GGUF = ".safetensors", ".gguf"
 NESTED_UNDER = ("state_dict", "model")  # where training scripts put the weights
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.gguf)")
+ZIP = b"PK\x03\x04"
 NOT_WEIGHTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
     (b"<", "a web page, probably an error or a log-in page"),
-    (b"PK\x03\x04", "a zip archive, as .pth files are"),
+    (ZIP, "a zip archive, as .pth files are"),
     (b"GGUF", "a GGUF file under another name"),
 )
 AGAIN = "download it again"
@@ -41,7 +42,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path = _in_folder(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: check the path")
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         return _gather(path, {path: (_pickled(path), {})})
     if path.name.endswith(INDEX):
         files = _indexed(path)
@@ -77,12 +78,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Format: 8 bytes of header length, little-endian; a JSON header; the tensors' bytes without gaps. Raises ValueError
     where the file is not that.
     """
+    _check_magic(file, "safetensors")
     size = file.stat().st_size
     with open(file, "rb") as opened:
         start = opened.read(24)
-        for magic, what in NOT_WEIGHTS:
-            if start.startswith(magic):
-                raise ValueError(f"{file} is {what}: expected safetensors; {AGAIN}")
         length = int.from_bytes(start[:8], "little")
         if size < 10 or length > MAX_HEADER_BYTES:
             raise ValueError(f"{file} ({size} bytes) is empty or not a safetensors file: {AGAIN}")
@@ -106,6 +105,15 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise ValueError(f"{file}: its safetensors header can't be read ({error!r:.120}): {AGAIN}") from error
     _check_spans(file, sorted(spans), tensors, size - 8 - length)
     return tensors, metadata
+
+
+def _check_magic(file: Path, expected: str, but: bytes = b"") -> None:
+    """Raise ValueError for a file that begins as something else does, unless with what is `but` expected."""
+    with open(file, "rb") as opened:
+        start = opened.read(24)
+    for magic, what in NOT_WEIGHTS:
+        if start.startswith(magic) and magic != but:
+            raise ValueError(f"{file} is {what}: expected {expected}; {AGAIN}")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,6 +143,7 @@ def _check_spans(file: Path, spans: list[tuple[int, int, str]], tensors: Mapping
 
 def _pickled(file: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a .pth file. What is not plain in it is for PyTorch to judge, which takes long to come."""
+    _check_magic(file, "a PyTorch checkpoint", but=ZIP)
     state = plain_state(file)
     inner = next((state[key] for key in NESTED_UNDER if isinstance(state.get(key), dict)), state) if state else {}
     if inner and all(isinstance(name, str) and isinstance(info, TensorInfo) for name, info in inner.items()):

@@ -27,7 +27,7 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple
         if name not in packed:
             by_file.setdefault(checkpoint.location[name], []).append(name)
     for file, inside in by_file.items():
-        if file.suffix in PICKLES:
+        if file.suffix.lower() in PICKLES:
             state = load_pickle(file)
             yield from ((name, state[name]) for name in inside)
         else:

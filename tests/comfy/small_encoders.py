@@ -22,8 +22,10 @@ load_full_size = comfy.sd.load_clip
 
 def load_clip(ckpt_paths: list[str], *args: Any, model_options: dict[str, Any], **kwargs: Any) -> Any:
     """Load a text encoder, with the sizes that its file tells if it tells any."""
-    with safe_open(ckpt_paths[0], "pt") as file:
-        sizes = json.loads((file.metadata() or {}).get("sizes", "null"))
+    sizes = None
+    if ckpt_paths[0].endswith(".safetensors"):
+        with safe_open(ckpt_paths[0], "pt") as file:
+            sizes = json.loads((file.metadata() or {}).get("sizes", "null"))
     if sizes is None:
         return load_full_size(ckpt_paths, *args, model_options=model_options, **kwargs)
     detected = comfy.sd.TEModel[sizes["detected"]]  # it would be by the full size

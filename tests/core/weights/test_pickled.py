@@ -1,5 +1,7 @@
 """Headers of .pth files, read without PyTorch: what PyTorch's own reader says, or nothing."""
 
+import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
@@ -20,9 +22,7 @@ from wanqwen.core.weights.tensors import infos_of_pickle
 BASE = torch.arange(24.0).view(4, 6)
 DTYPES = [formats.DTYPES[name] for name in STORAGE_DTYPES.values()]
 STATES: dict[str, dict[str, Any]] = {
-    "dtypes": {
-        str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in map(formats.DTYPES.get, STORAGE_DTYPES.values())
-    },
+    "dtypes": {str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in DTYPES},
     "a module's": nn.Sequential(nn.Conv3d(2, 3, 1), nn.BatchNorm1d(4), nn.Linear(5, 5, bias=False)).state_dict(),
     "parameters": {"a": nn.Parameter(BASE.clone()), "b": nn.Parameter(BASE[0].clone(), requires_grad=False)},
     "views of one storage": {"whole": BASE, "turned": BASE.T, "part": BASE[1:3, ::2], "row": BASE[3], "again": BASE},
@@ -41,17 +41,12 @@ def test_plain_states_are_what_pytorch_says(tmp_path: Path, name: str, kind: typ
     assert list(found) == list(STATES[name])
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)},
-        {"a": torch.zeros(2, dtype=torch.complex64)},
-        {"a": torch.zeros(3).to_sparse()},
-    ],
-)
-def test_what_is_not_plain_is_left_to_pytorch(tmp_path: Path, state: dict[str, Any]) -> None:
-    torch.save(state, tmp_path / "m.pth")
-    assert plain_state(tmp_path / "m.pth") is None
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_what_is_not_plain_is_left_to_pytorch(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "m.pth"
+    torch.save({"a": torch.zeros(2, dtype=dtype)}, path)
+    assert plain_state(path) is None
+    assert dict(open_checkpoint(path).tensors) == infos_of_pickle(path)
 
 
 @pytest.mark.parametrize("change", ["compressed", "without numbers", "too few numbers"])
@@ -98,3 +93,56 @@ def test_of_a_damaged_pickle_nothing_else_is_said_than_pytorch_says(
     if found and all(isinstance(info, TensorInfo) and isinstance(name, str) for name, info in found.items()):
         with suppress(ValueError):  # PyTorch may refuse it, as it will when the tensors are to be read
             assert found == infos_of_pickle(path)
+
+
+def one_tensor(path: Path, change: Any) -> Path:
+    """Write an archive of one tensor [4, 6] whose pickle has been changed."""
+    torch.save({"a": BASE}, path)
+    rewritten(path, change)
+    return path
+
+
+def memo(obj: bytes, at: int) -> bytes:
+    return obj + b"q" + bytes([at])
+
+
+SHAPE = b"K\x04K\x06"  # of the tensor, as two numbers of a byte
+# Each would take minutes or all memory, or end Python, if it were followed as far as it goes.
+HOSTILE = {
+    "a shape of very many sides": lambda pickle: pickle.replace(
+        SHAPE + b"\x86", b"(" + memo(b"\x8a\xff" + b"\x7f" * 255, 200) + b"h\xc8" * 100_000 + b"t"
+    ),
+    "a deep key": lambda pickle: pickle[:2] + b"}K\x01" + b"\x85" * 200_000 + b"K\x01s0" + pickle[2:],
+    "a table doubled by copying": lambda pickle: (
+        pickle[:2]
+        + b"ccollections\nOrderedDict\nq\xc8}"
+        + b"".join(b"K" + bytes([i]) + b"K\x01s" for i in range(200))
+        + b"q\xc9h\xc8h\xc9\x85R" * 50_000
+        + pickle[2:]
+    ),
+    "instructions without end": lambda pickle: pickle[:2] + b"}0" * 5_000_000 + pickle[2:],
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_pickles_are_not_followed(tmp_path: Path, kind: str) -> None:
+    path = one_tensor(tmp_path / "m.pth", HOSTILE[kind])
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        found = plain_state(path)
+    except ValueError as error:
+        found = None
+        assert kind == "a deep key" and "m.pth" in str(error)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is None and peak < 100 << 20 and time.process_time() - started < 20
+    if kind == "a shape of very many sides":
+        with pytest.raises(ValueError, match=r"m\.pth"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("shape", [b"]q\xc8(" + SHAPE + b"e", b"}q\xc8(K\x04NK\x06Nu"], ids=["list", "table"])
+def test_a_shape_that_could_still_change_is_none(tmp_path: Path, shape: bytes) -> None:
+    path = one_tensor(tmp_path / "m.pth", lambda pickle: pickle.replace(SHAPE + b"\x86", shape, 1))
+    assert shape[:1] in b"]}" and plain_state(path) is None
