@@ -75,15 +75,15 @@ class _Turns(Iterator[_Piece]):
         with self._lock:
             if self._is_over:
                 raise StopIteration
-            try:
-                self._go_on()
-                return next(self._pieces)
-            except BaseException:  # the end too: after an error in one thread nobody asks or reads on
-                self._is_over = True
-                raise
+            self._is_over = True  # unless this goes well: after an error in one thread nobody asks or reads on
+            self._go_on()
+            piece = next(self._pieces)
+            self._is_over = False
+            return piece
 
     def end(self) -> None:
-        self._is_over = True
+        with self._lock:
+            self._is_over = True
 
 
 def _read_all(opened: FileIO, file: Path, turns: _Turns) -> None:
