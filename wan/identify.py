@@ -122,7 +122,7 @@ def _transformer_config(checkpoint: Checkpoint, match: keymap.Match) -> WanConfi
     ours = own_values(checkpoint, METADATA_FIELDS)
     image = {
         "image_dim": shape(IMAGE_WIDTH, 1)[0] if IMAGE_WIDTH in match.names else 0,
-        "image_positions": shape(IMAGE_POSITIONS, 3)[-2] if IMAGE_POSITIONS in match.names else 0,
+        "image_positions": shape(IMAGE_POSITIONS, 2, 3)[-2] if IMAGE_POSITIONS in match.names else 0,
     }
     if "num_heads" not in ours and dim % HEAD_WIDTH:
         raise ValueError(
