@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(request, content)
         sha256 = hub.announced_sha256 or hashlib.sha256(content).hexdigest()
         headers = {
-            "Location": f"http://127.0.0.1:{hub.cdn.server_port}/{repo}/resolve/{commit}/{path}",
+            "Location": f"http://localhost:{hub.cdn.server_port}/{repo}/resolve/{commit}/{path}",
             "Content-Length": "0",
             "ETag": '"none of its content"',
         }
