@@ -267,6 +267,10 @@ class Design:
     blocks: str
     table: str | None = None
 
+    def __post_init__(self) -> None:
+        # Whatever builds modules brings this in, and PyTorch 2.7 can't import it where modules are built on META.
+        import torch._dynamo  # noqa: F401
+
     def open(
         self,
         checkpoint: Checkpoint,

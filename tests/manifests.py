@@ -64,5 +64,7 @@ def shapes(found: Checkpoint, identity: Identity) -> Shapes:
 
 def on_meta(build: Callable[[], torch.nn.Module]) -> Shapes:
     """Return names and shapes of a module's state, which takes no memory."""
+    import torch._dynamo
+
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
