@@ -54,7 +54,10 @@ class Linear(nn.Module):
         """Return the product that this layer's rows are taken in; none with changes that its weight must take first."""
         if self.changes and not are_small_beside(self.changes, self.weight.shape):
             return None
-        return next((product for product in products if product.takes(self.weight, num_rows)), None)
+        for product in products:  # PyTorch 2.7 can't compile `next` with a default
+            if product.takes(self.weight, num_rows):
+                return product
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.at(x.dtype, x.numel() // max(1, x.shape[-1]))(x)
