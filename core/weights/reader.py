@@ -81,13 +81,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     _check_magic(file, "safetensors")
     size = file.stat().st_size
     with open(file, "rb") as opened:
-        start = opened.read(24)
-        length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(opened.read(8), "little")
         if size < 10 or length > MAX_HEADER_BYTES:
             raise ValueError(f"{file} ({size} bytes) is empty or not a safetensors file: {AGAIN}")
         if 8 + length > size:
             raise ValueError(f"{file} is cut off: its header alone needs {8 + length} bytes, it has {size}: {AGAIN}")
-        opened.seek(8)
         text = opened.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)

@@ -145,4 +145,4 @@ def test_hostile_pickles_are_not_followed(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("shape", [b"]q\xc8(" + SHAPE + b"e", b"}q\xc8(K\x04NK\x06Nu"], ids=["list", "table"])
 def test_a_shape_that_could_still_change_is_none(tmp_path: Path, shape: bytes) -> None:
     path = one_tensor(tmp_path / "m.pth", lambda pickle: pickle.replace(SHAPE + b"\x86", shape, 1))
-    assert shape[:1] in b"]}" and plain_state(path) is None
+    assert plain_state(path) is None
