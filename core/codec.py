@@ -210,7 +210,8 @@ class VideoCodec:
         tile: TileSize | None,
         mode: VAEMode | None,
     ) -> None:
-        with torch.inference_mode(), resident(self.first_stage_model, self.device) as network:
+        whole = host.whole_float32(self.device)
+        with whole, torch.inference_mode(), resident(self.first_stage_model, self.device) as network:
             ways = self._ways(lambda height, width, mode: needed(network, height, width, mode), size, tile, mode)
             way = next(ways)
             while True:

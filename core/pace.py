@@ -12,7 +12,7 @@ class Stopwatch:
     """A `BlockHook` that measures how long blocks compute, without what they wait for, until it is read."""
 
     def __init__(self, device: torch.device):
-        self.is_cuda, self._spans, self._start, self._is_over = device.type == "cuda", [], None, False
+        self.device, self._spans, self._start, self._is_over = device, [], None, False
 
     def before(self, i: int) -> None:
         """Begin with block i, whose weights are there."""
@@ -32,15 +32,15 @@ class Stopwatch:
         spans, self._spans, self._is_over = self._spans, [], True
         if not spans:
             return None
-        if self.is_cuda:
+        if self.device.type == "cuda":
             return sum(start.elapsed_time(end) for start, end in spans) / 1000 / len(spans)
         return sum(end - start for start, end in spans) / len(spans)
 
     def _now(self) -> "torch.cuda.Event | float":
-        if not self.is_cuda:
+        if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
 

@@ -89,7 +89,7 @@ class Offloaded:
     def __init__(self, tensor: Tensor, room: Tensor | None = None) -> None:
         self.shape, self._room = tensor.shape, None
         if not tensor.is_meta:
-            self._room = room if room is not None and room.shape == tensor.shape else _room_for(tensor)
+            self._room = room if room is not None and _lies_like(room, tensor) else _room_for(tensor)
             self._room.copy_(tensor, non_blocking=self._room.is_pinned())
 
     def write(self, into: Tensor) -> Tensor | None:
@@ -97,6 +97,11 @@ class Offloaded:
         if self._room is not None:
             into.copy_(self._room, non_blocking=self._room.is_pinned())
         return self._room
+
+
+def _lies_like(room: Tensor, tensor: Tensor) -> bool:
+    """Say whether one copy of all bytes fills the room; others go through memory in between, and make the CPU wait."""
+    return room.shape == tensor.shape and room.stride() == tensor.stride()
 
 
 def _room_for(tensor: Tensor) -> Tensor:

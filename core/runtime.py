@@ -15,6 +15,7 @@ from .memory.placement import Plan, headroom_of, wanted_bytes
 from .memory.report import describe
 from .memory.resident import Residency, placed
 from .memory.slab import Loaded
+from .memory.supply import Source
 from .memory.unpack import Unpack
 from .ops.attention_choice import Attended, Faster, as_operator, choose_attention
 from .ops.choice import EXACT, Ops, choose
@@ -313,7 +314,9 @@ class _Watch:
     def __init__(self, there: Opened, scene: Scene, first_passes: int, tell: Callable[[str], None], is_compiled: bool):
         self.num_compiled = num_compiled() if is_compiled else None
         self.there, self.scene, self.first_passes, self.tell = there, scene, first_passes, tell
-        self.pace = Pace(there.residency.plan.step_seconds)
+        plan = there.residency.plan
+        # How fast a disk is nobody knows beforehand, so that its plans don't tell what is too slow.
+        self.pace = Pace(None if Source.DISK in plan.sources.values() else plan.step_seconds)
 
     def step(self) -> None:
         """End a step."""
@@ -328,6 +331,8 @@ class _Watch:
             visit /= self.first_passes if residency.plan.interleaved else 1
             residency.loaded.visit_seconds[self.scene.key] = visit
             log.info("A block computes for %.1f ms; the first step took %.1f s with loading", visit * 1000, seconds)
+        if not host.driver_spills():
+            return
         if self.pace.is_swapped(seconds, host.driver_free(residency.device)) and residency.give_way():
             self.pace = Pace(None)
             self.tell(

@@ -3,16 +3,20 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .eight_bits import quantise_rows
 
 Attend = Callable[..., Tensor]  # takes what `attention` takes, and returns the like
 
 BACKEND = "PyTorch (scaled_dot_product_attention)"  # as users are told
+
+WITHOUT_FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Heads are divided into so many groups at most, of so many rows of all their heads at least: these keep a large card
 # busy.
@@ -87,4 +91,15 @@ def fused_attention(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, mask: Tensor
         result = torch.empty_like(q_BNLD)
         del row_sums
         return result
-    return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=mask)
+    with _in_order(q_BNLD):
+        return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=mask)
+
+
+def _in_order(q_BNLD: Tensor) -> AbstractContextManager[object]:
+    """Let cuDNN's kernels be asked first where PyTorch was built without those of FlashAttention, as it is for Windows.
+
+    Left alone it would take its memory-efficient ones there, which are slower.
+    """
+    if not q_BNLD.is_cuda or torch.compiler.is_compiling() or torch.backends.cuda.is_flash_attention_available():
+        return nullcontext()
+    return sdpa_kernel(WITHOUT_FLASH, set_priority=True)

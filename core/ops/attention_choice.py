@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ... import kernels
+from .. import host
 from ..types import AUTO_ATTENTION, SDPA_ATTENTION
 from .attention import BACKEND, Attend, attention
+from .proof import NO_MEMORY
 from .trials import attention_arguments
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,12 @@ def choose_attention(
         return attention, [f"Attention is PyTorch's own: none in this run is one that {backend.does} serves."]
     worst = 0.0
     for one in served or [Attended(queries=USUAL[0], keys=USUAL[1])]:
-        finding = try_attention(faster, backend.allowed, one, width, dtype, device)
+        try:
+            finding = try_attention(faster, backend.allowed, one, width, dtype, device)
+        except RuntimeError as trouble:
+            if not host.is_out_of_memory(trouble):
+                raise
+            finding = Finding(refusal=f"could not be tried: {NO_MEMORY}")
         if finding.refusal is not None:
             log.warning("Attention in %s %s: PyTorch's own takes its place.", backend.does, finding.refusal)
             return attention, [f"Attention is PyTorch's own in place of {backend.does}, which {finding.refusal}."]
@@ -118,7 +125,10 @@ def choose_attention(
 def try_attention(
     faster: Faster, allowed: float, one: Attended, width: int, dtype: torch.dtype, device: torch.device
 ) -> Finding:
-    """Try an attention beside PyTorch's own on some heads of the lengths of a run: once in the life of the process."""
+    """Try an attention beside PyTorch's own on some heads of the lengths of a run: once in the life of the process.
+
+    Raises what PyTorch or a package does where memory runs out, which says nothing of the attention.
+    """
     arguments = attention_arguments(one.queries, one.keys, HEADS_TRIED, width, dtype, device, is_biased=one.is_biased)
     with torch.inference_mode():
         wanted = attention(*arguments)
@@ -127,9 +137,9 @@ def try_attention(
             if found.shape != wanted.shape or found.dtype != wanted.dtype:
                 return Finding(refusal=f"gave {tuple(found.shape)} in {found.dtype} for {tuple(wanted.shape)}")
             error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
-        except torch.OutOfMemoryError:  # says nothing of the attention
-            raise
         except _trouble() as problem:
+            if isinstance(problem, RuntimeError) and host.is_out_of_memory(problem):
+                raise
             return Finding(refusal=f"failed with {type(problem).__name__}: {_first_line(problem)}")
     if not error <= allowed:  # NaN is not
         lengths = f"{one.queries} queries and {one.keys} keys"

@@ -173,6 +173,40 @@ def test_a_container_s_limit_counts_and_its_caches_do_not(monkeypatch: pytest.Mo
     assert host.total_ram() == 1000 and host.available_ram() == 500
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_a_full_card_is_known_by_whatever_is_said_of_it(said: str) -> None:
+    assert host.is_out_of_memory(RuntimeError(said))
+
+
+def test_other_errors_are_no_full_card() -> None:
+    assert host.is_out_of_memory(torch.OutOfMemoryError())
+    assert not host.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_float32_is_whole_only_while_it_is_asked_for() -> None:
+    def says() -> tuple:
+        conv = getattr(torch.backends.cudnn, "conv", None)
+        return torch.backends.cudnn.allow_tf32, getattr(conv, "fp32_precision", None)
+
+    before, inside = says(), []
+    with pytest.raises(ValueError, match="on the way"), host.whole_float32(torch.device("cuda")):
+        conv = getattr(torch.backends.cudnn, "conv", None)
+        inside.append(conv.fp32_precision == "ieee" if hasattr(conv, "fp32_precision") else not says()[0])
+        raise ValueError("on the way")
+    assert inside == [True] and says() == before and before[0]
+    with host.whole_float32(CPU):
+        assert says() == before
+
+
 def test_drivers_spill_on_windows_and_in_its_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host.sys, "platform", "linux")
     for release, expected in (("6.1.0-18-amd64", False), ("5.15.153.1-microsoft-standard-WSL2", True)):

@@ -47,14 +47,16 @@ def test_events_are_read_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
             assert enable_timing
             made.append(self)
 
-        def record(self) -> None:
-            pass
+        def record(self, stream: torch.device) -> None:
+            assert stream == device
 
         def elapsed_time(self, end: "Event") -> float:
             return 1000.0 * (made.index(end) - made.index(self))
 
+    device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    watch = Stopwatch(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: where)
+    watch = Stopwatch(device)
     watch.before(0)
     watch.after(0)
     assert watch.read() == 1.0 and len(made) == 2

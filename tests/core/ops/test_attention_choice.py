@@ -114,9 +114,14 @@ def _raises(*arguments):
     raise RuntimeError("no compiler\nat all")
 
 
+def _is_full(*arguments):
+    raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+
 @pytest.mark.parametrize(
     ("broken", "complaint"),
     [
+        (_is_full, "could not be tried: the card had no memory left"),
         (_raises, "failed with RuntimeError: no compiler"),
         (
             lambda q, k, v, bias=None: torch.full_like(q, torch.nan),
@@ -128,7 +133,7 @@ def _raises(*arguments):
         (lambda q, k, v, bias=None: attention(q, k, v, bias).float(), "gave (1, 70, 2, 64) in torch.float32"),
         (lambda q, k, v, bias=None: attention_int8(q, k, v), "differs by"),
     ],
-    ids=["raises", "NaN", "black", "wrong heads", "shape", "dtype", "bias forgotten"],
+    ids=["full", "raises", "NaN", "black", "wrong heads", "shape", "dtype", "bias forgotten"],
 )
 def test_what_does_not_work_is_not_taken_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Callable, complaint: str

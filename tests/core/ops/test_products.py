@@ -218,6 +218,9 @@ def test_where_scales_by_row_are_not_built_one_for_all_is_taken(monkeypatch: pyt
     taken, said = choose_products(FastPaths(products="8bit"), stored(torch.float8_e4m3fn), False, CPU)
     assert taken == (FLOAT8,)
     assert said[0].startswith("No products in fp8 by rows: failed") and said[1].startswith("Products in fp8, of")
+    monkeypatch.setattr(product_choice, "_unwanted", lambda *arguments: None)  # as on a card
+    taken, said = choose_products(FastPaths(products="auto"), stored(torch.float8_e4m3fn), False, CPU)
+    assert taken == () and "16-bit" in said[-1] and "save little" in said[-1]
 
 
 def test_layers_of_odd_sides_alone_are_left() -> None:
