@@ -203,6 +203,7 @@ def _machine(question: Question, card: Card) -> Machine:
         total_ram=int(question.ram * GIB),
         link=card.link,
         is_windows=question.is_windows,
+        libraries=card.libraries,
     )
 
 

@@ -74,7 +74,13 @@ def _simulate(name: str, case: Case, sizes: list[float]) -> None:
         card = CARDS[label]
         job = replace(job_of(loaded, scene, card), working_interleaved=interleaved)
         for size in sizes:
-            machine = Machine(vram=int(size * GIB) - SYSTEM_VRAM, ram=100 * GB, total_ram=128 * GB, link=card.link)
+            machine = Machine(
+                vram=int(size * GIB) - SYSTEM_VRAM,
+                ram=100 * GB,
+                total_ram=128 * GB,
+                link=card.link,
+                libraries=card.libraries,
+            )
             for together in (None, False):
                 plan = make_plan(job, machine, MemoryOptions(interleave=together))
                 sys.stdout.write(_row(f"{label}, {size:g} GB", job, machine, plan) + "\n")

@@ -13,7 +13,7 @@ from . import host
 from .blocks import BlockHook, Run
 from .memory.kept import idle_bytes
 from .memory.link import measured_speed
-from .memory.placement import Job, Machine, Plan, make_plan
+from .memory.placement import CUBLAS, CUBLAS_HOPPER, Job, Machine, Plan, make_plan
 from .memory.slab import Loaded, Traced
 from .memory.trace import LiveBytes
 from .memory.unpack import Unpack
@@ -29,24 +29,28 @@ SHALLOW = 2  # main blocks of a model's traced twin: the last one may do less th
 # Latents in float32 that sampling holds while the model runs: noise, what it began with and was given, x, a velocity,
 # a mask.
 STATE_LATENTS = 6
-SMALL_THINGS = 4 << 20  # bytes: timesteps, and what allocators round up
+SMALL_THINGS = 8 << 20  # bytes: timesteps, and what PyTorch's allocator for CUDA rounds up: up to 6 MB of a run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """What a graphics card does in a second: operations of matrix products and of attention, bytes of the link."""
+    """What a graphics card does in a second: operations of matrix products and of attention, bytes of the link.
+
+    `libraries` are the bytes of its memory that libraries keep.
+    """
 
     gemm: float
     attention: float
     link: float
+    libraries: int = CUBLAS
 
 
 # By a part of the card's name; sustained rates in bf16, not those of the data sheet.
 CARDS = {
     "RTX 3090": Card(gemm=62e12, attention=55e12, link=24.5e9),
     "RTX 4090": Card(gemm=150e12, attention=140e12, link=24.5e9),
-    "H100": Card(gemm=700e12, attention=570e12, link=52e9),
-    "H200": Card(gemm=740e12, attention=600e12, link=52e9),
+    "H100": Card(gemm=700e12, attention=570e12, link=52e9, libraries=CUBLAS_HOPPER),
+    "H200": Card(gemm=740e12, attention=600e12, link=52e9, libraries=CUBLAS_HOPPER),
 }
 
 
@@ -156,8 +160,13 @@ def machine_of(device: torch.device) -> Machine:
         total_ram=host.total_ram(),
         is_windows=host.driver_spills(),
         needs_pinning=is_cuda,
+        libraries=_libraries(device) if is_cuda else 0,
     )
     return found if speed is None else replace(found, link=speed)
+
+
+def _libraries(device: torch.device) -> int:
+    return CUBLAS if torch.cuda.get_device_capability(device) < (9, 0) else CUBLAS_HOPPER
 
 
 def working_bytes(loaded: Loaded, scene: Scene, *, interleaved: bool) -> int:

@@ -15,6 +15,7 @@ NUM_SLOTS_DISK = 3  # a disk is less even than RAM
 # Bytes of VRAM left free: for what other programs take meanwhile, and for what the allocator can't use. The drivers of
 # Windows serve a desktop too, and spill into RAM before anything fails.
 HEADROOM, HEADROOM_WINDOWS = 512 << 20, 1 << 30
+CUBLAS, CUBLAS_HOPPER = 8_519_680, 32 << 20  # bytes of VRAM that PyTorch gives cuBLAS for good; from Hopper on
 RAM_RESERVE = 8 * GB  # that a Linux system with pinned weights should have left
 PINNED_SHARE_WINDOWS = 0.5  # of all RAM; Windows refuses to pin more
 
@@ -42,7 +43,8 @@ class Job:
 class Machine:
     """What there is: bytes of VRAM and RAM that are free, and bytes a second of the way to the device and of the disk.
 
-    `needs_pinning` is true of CUDA devices: only pinned memory crosses beside the compute.
+    `needs_pinning` is true of CUDA devices: only pinned memory crosses beside the compute. `libraries` are the bytes of
+    VRAM that libraries take there at their first use, and keep.
     """
 
     vram: int
@@ -52,6 +54,7 @@ class Machine:
     disk: float = 2.5e9  # of a common NVMe drive; what the system has cached comes several times as fast
     is_windows: bool = False
     needs_pinning: bool = True
+    libraries: int = 0
 
     @property
     def headroom(self) -> int:
@@ -142,7 +145,8 @@ def _check(job: Job, options: MemoryOptions) -> None:
 def _complete(
     job: Job, machine: Machine, options: MemoryOptions, interleaved: bool, num_slots: int, at_least: int
 ) -> Plan:
-    working = job.working if job.working_interleaved is None or not interleaved else job.working_interleaved
+    alone = job.working + machine.libraries
+    working = job.working_interleaved + machine.libraries if interleaved else alone
     headroom = machine.headroom if options.headroom is None else options.headroom
     vram = machine.vram if options.vram is None else min(machine.vram, options.vram)
     free = vram - headroom
@@ -158,7 +162,7 @@ def _complete(
     num_streaming = max(num_streaming, at_least)
     streaming = spread(total, num_streaming)
     if not num_streaming:
-        interleaved, working = False, job.working
+        interleaved, working = False, alone
     # A slot for each would save nothing.
     num_slots = min(num_slots, max(1, num_streaming - 1)) if num_streaming else 0
     staying = sum(size for i, size in enumerate(job.blocks) if i not in streaming)

@@ -1,14 +1,16 @@
-"""What is planned is what is taken: whole runs on the meta device, at the widths and sizes that people use."""
+"""What is planned is what is taken: whole runs at the widths and sizes that people use, on the meta device or CUDA."""
 
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from wanqwen.bench.models import (
     DFLOAT11,
     FORMATS,
+    META,
     QWEN_IMAGE,
     WAN,
     WAN_1_3B,
@@ -20,7 +22,7 @@ from wanqwen.bench.models import (
 )
 from wanqwen.bench.plan_peaks import measured_peak
 from wanqwen.core import planning
-from wanqwen.core.memory.placement import Machine
+from wanqwen.core.memory.placement import CUBLAS, Machine
 from wanqwen.core.ops.choice import Ops
 from wanqwen.core.ops.products import FLOAT8, FLOAT8_ROWS, INT8, Product
 from wanqwen.core.planning import CARDS, Scene, card_named, plan_for, visit_seconds
@@ -33,6 +35,7 @@ from ..manifests import checkpoint
 
 LIGHTX2V, LIGHTNING = "lora_wan_lightx2v_i2v_14B_480p_rank64_bf16", "lora_qwen_lightning_bf16"
 GIB = 1 << 30
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else META
 
 
 def random_case(rng: random.Random) -> Case:
@@ -75,7 +78,7 @@ def test_the_peak_of_models_of_pictures_is_predicted_as_well(size: tuple[int, in
 def test_the_peak_of_compressed_models_has_a_decoded_block_in_it() -> None:
     config = QwenImageConfig(num_layers=3)
     case = Case(family=QWEN_IMAGE, config=config, size=(1328, 1328, 1), rows=(300, 20), stored=DFLOAT11)
-    check_peak(case, random.Random(3), interleave=True)
+    check_peak(case, random.Random(3), interleave=True, device=META)  # there are no streams to decode
     packed, plain = (planning.job_of(load(one), one.scene(), None) for one in (case, replace(case, stored="bf16")))
     assert 0.66 < packed.blocks[0] / plain.blocks[0] < 0.71
     assert packed.working >= plain.working + 0.95 * plain.blocks[0]
@@ -117,7 +120,8 @@ def test_what_a_lora_takes_is_planned(
     used = fit(read_names(found, files.spellings), files.parameters(case.config), files.parts)
     lora = Lora(checkpoint=found, parts=used.parts, start=0.5)
     loras = (replace(lora, start=0.0), replace(lora, strength=0.5))
-    check_peak(case, random.Random(2), change=lambda scene: replace(scene, loras=loras), steps=2)
+    change = partial(replace, loras=loras)
+    check_peak(case, random.Random(2), change=change, steps=2, device=META)  # there is no file to read
     loaded, scene = load(case), case.scene()
     plain, changed = (planning.job_of(loaded, replace(scene, loras=loras), None) for loras in ((), (lora,)))
     factors = sum(
@@ -144,6 +148,7 @@ def check_peak(
     interleave: bool | None = None,
     change: Callable[[Scene], Scene] = lambda scene: scene,
     steps: int = 3,
+    device: torch.device = DEVICE,
 ) -> None:
     """Plan a case on a card that holds a part of it, at random, and run it."""
     solver = rng.choice(list(SOLVERS))
@@ -152,12 +157,13 @@ def check_peak(
     most = whole + planning.working_bytes(loaded, scene, interleaved=True) + GIB
     blocks = [layout.nbytes for layout in loaded.layouts()[:-1]]
     least = most - sum(blocks) + 2 * max(blocks)
-    machine = Machine(vram=rng.randint(least, most), ram=64 * GIB, total_ram=64 * GIB)
+    libraries = CUBLAS if device.type == "cuda" else 0
+    machine = Machine(vram=rng.randint(least, most), ram=64 * GIB, total_ram=64 * GIB, libraries=libraries)
     interleave = rng.choice([None, True, False]) if interleave is None else interleave
     options = MemoryOptions(source="disk", interleave=interleave)
     plan, _ = plan_for(loaded, scene, rng.choice(list(CARDS.values())), machine, options)
     assert not plan.notices
-    found = measured_peak(loaded, scene, plan, solver, steps)
+    found = measured_peak(loaded, scene, plan, solver, steps, device)
     assert found <= plan.peak <= 1.05 * found, (case, plan, found)
 
 
