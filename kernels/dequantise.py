@@ -1,8 +1,8 @@
 """Weights in 8 bits to floating point numbers, to the last bit of `core.ops.eight_bits.dequantise_rows`.
 
-One program takes a part of a row; every byte is read once, and every number written once. Float8 becomes a float of 16
-bits first, for which no card is too old: one of e5m2 is the upper byte of such a float, and one of e4m3 has its bits,
-but for an exponent whose zero is 8 lower. Numbers below the normal ones come out right by the same.
+One program takes a part of a row; every byte is read once, and every number written once. Float8 becomes float16 first,
+which needs no card that knows it: e5m2 is the upper byte of one, and e4m3 has its bits but for the exponent's highest,
+and a bias that is 8 smaller. All of that is exact, below the normal numbers too.
 """
 # O rows, I numbers of a row
 
@@ -38,7 +38,7 @@ def dequantise_rows(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) ->
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_row", "parts"])
 def _kernel(
     in_ptr, in_row, in_column,
     scale_ptr, scale_row,
@@ -50,7 +50,7 @@ def _kernel(
     inside = column < length
     code = tl.load(in_ptr + row * in_row + column * in_column, mask=inside, other=0).to(tl.int16)
     if CODE == "e4m3":
-        # The sign goes to both upper bits, of which the lower one is the exponent's.
+        # The sign comes to both upper bits; the lower one is the exponent's, and is taken away.
         x = ((code << 7) & -0x4001).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         x = tl.where((code & 127) == 127, float("nan"), x)
     elif CODE == "e5m2":
