@@ -95,13 +95,14 @@ def compiled(launch: Launch, capability: int) -> Any:
 
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(launch.function.params, launch.arguments, strict=True)):
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        is_special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (is_special and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
             signature[parameter.name], is_aligned = "*" + TYPE_NAMES[value.dtype], True
         elif isinstance(value, int):
-            signature[parameter.name], is_aligned = "i32", value % ALIGNED == 0
+            signature[parameter.name], is_aligned = "i32", is_special and value % ALIGNED == 0
         else:
             signature[parameter.name], is_aligned = "fp32", False
         if is_aligned:

@@ -20,6 +20,7 @@ WIDEST_ROW = 16384  # numbers that one program holds in registers
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")  # of GGUF
+BYTE_FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)  # of weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,9 @@ KERNELS: Mapping[str, Kernel] = {
     "gelu_float8": Kernel(file="quantise", does="GELU, then float8 with a scale for each row", capability=FP8_CARD),
     "unpack_blocks": Kernel(
         file="gguf", does=f"GGUF's {', '.join(BLOCK_FORMATS)}, bit for bit", dtypes=(torch.uint8,), widest=None
+    ),
+    "dequantise_rows": Kernel(
+        file="dequantise", does="fp8 and int8 weights, bit for bit", dtypes=(*BYTE_FORMATS, torch.float32), widest=None
     ),
     "attention_int8": Kernel(
         file="attention", does="attention with q and k in int8", dtypes=(torch.bfloat16, torch.float16), widest=128

@@ -18,7 +18,7 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         if dtype == tl.bfloat16:
             bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
-            x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+            x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         elif dtype == tl.float8e4nv:
             bits += 0x7FFFF + ((bits >> 20) & 1)
             tiny = (x + 24576.0) - 24576.0  # 1.5 * 2**14: multiples of 2**-9, which numbers below 2**-6 are

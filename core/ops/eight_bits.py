@@ -1,12 +1,27 @@
-"""Rows in 8 bits, each with a scale of its own, for matrix products in 8 bits."""
-# B batch, L rows, E width
+"""Rows in 8 bits with scales: those of weights become numbers, and others are rounded for products in 8 bits."""
+# B batch, L rows, E width, O rows of a weight
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gguf_blocks import in_parts
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = 1e-12  # of rows of zeros
+
+
+def dequantise_rows(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a weight [O, ...] times its scale in `dtype`; as it is, where there is none and that is its dtype.
+
+    `scale` is one number, or one per row ([O] or [O, 1]); the product is taken in float32 so that a 16-bit result is
+    rounded once, and of a part of the rows at a time, so that it is small beside the result.
+    """
+    if scale is None:
+        return weight.to(dtype)
+    ones = [1] * (weight.dim() - 1)
+    scales = scale.float().reshape(-1, *ones).expand(weight.shape[0], *ones)
+    return in_parts(lambda rows: weight[rows].float() * scales[rows], tuple(weight.shape), dtype, weight.device)
 
 
 def quantise_rows(x_BLE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ..types import AUTO_PRODUCTS, EXACT_PRODUCTS, FastPaths, TensorInfo
 from .eight_bits import quantise_rows
 from .formats import DTYPES
 from .products import FLOAT8, FLOAT8_ROWS, INT8, Product
-from .proof import NO_MEMORY, PROBE, verdict
+from .proof import NO_MEMORY, PROBE, spelling
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ Shape = tuple[int, ...]
 # In the order in which they are tried, with the oldest card (compute capability) that has units for them. Scales by row
 # are missing in PyTorch's builds for Windows, and in some for Ada, which only a trial tells.
 OLDEST_CARDS = {FLOAT8_ROWS: (8, 9), FLOAT8: (8, 9), INT8: (8, 0)}
-KERNELS = {torch.int8: ("rows_int8", "gelu_int8"), torch.float8_e4m3fn: ("rows_float8", "gelu_float8")}
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # users' names of what weights are stored in
 SHAPES_TRIED = 4  # of a model's layers, the largest
 OUTPUTS_COMPARED = 128
@@ -178,10 +177,8 @@ def _distance(x: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def _with_kernels(product: Product, device: torch.device) -> Product:
     """Return the product with the kernels that round rows and those of a GELU, on CUDA where they work."""
-    if device.type != "cuda":
-        return product
-    rows, gelu = (verdict(name, PROBE, torch.bfloat16, device).kernel for name in KERNELS[product.dtype])
-    return replace(product, rows=rows or product.rows, gelu=gelu or product.gelu)
+    rows, gelu = (spelling(operation, torch.bfloat16, device) for operation in (product.rows, product.gelu))
+    return replace(product, rows=rows, gelu=gelu)
 
 
 def _broken(product: Product, reason: str) -> Finding:

@@ -28,6 +28,16 @@ class Verdict:
     error: float | None = None
 
 
+def spelling(operation: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+    """Return an operation in plain PyTorch as it is, or on CUDA as the kernel of its name, where that works.
+
+    For what needs no shape of a model. Compilers get what they can look into.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return operation
+    return verdict(operation.__name__, PROBE, dtype, device).kernel or operation
+
+
 def verdict(name: str, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Verdict:
     """Try a kernel beside its eager twin, on a few rows of a model's shape: once in the life of the process.
 

@@ -4,12 +4,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels import BLOCK_FORMATS
+from ...kernels import BLOCK_FORMATS, BYTE_FORMATS
 from ..dfloat11 import PLANES
 from ..storage import PACKINGS
 from . import dfloat11, eight_bits, gguf_blocks, norm, rope, rows
@@ -170,6 +171,20 @@ def _blocks(tokens: Tokens, dtype: torch.dtype, device: torch.device, stored: st
     return blocks.view(tokens.rows, -1).to(device), stored, dtype
 
 
+def _codes(
+    tokens: Tokens, dtype: torch.dtype, device: torch.device, stored: torch.dtype, scales: tuple[int, ...] | None
+) -> Arguments:
+    """All codes of a format that are finite numbers, and scales of this shape, in which -1 stands for the rows."""
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(0, 256, (tokens.rows, tokens.width), dtype=torch.uint8, generator=generator)
+    codes[~codes.view(stored).float().isfinite()] = 0
+    weight = codes.view(stored).to(device)
+    if scales is None:
+        return weight, None, dtype
+    shape = [tokens.rows if side < 0 else side for side in scales]
+    return weight, (torch.rand(shape, generator=generator) * 0.01).to(device), dtype
+
+
 def _frames(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Arguments:
     """Frames with the VAE's channels, channels last in memory, and the end of a convolution's window to write to."""
     shape = tokens.batch, 3 * tokens.head_width, 2, tokens.rows, 3
@@ -219,6 +234,10 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
     "unpack_blocks": tuple(
         Trial(eager=gguf_blocks.unpack_blocks, arguments=partial(_blocks, stored=stored), allowed=0.0)
         for stored in BLOCK_FORMATS
+    ),
+    "dequantise_rows": tuple(
+        Trial(eager=eight_bits.dequantise_rows, arguments=partial(_codes, stored=stored, scales=scales), allowed=0.0)
+        for stored, scales in product(BYTE_FORMATS, ((-1, 1), (), None))
     ),
     # What multiplies v is rounded to 16 bits before all keys are known, and so in other places.
     "attention_int8": tuple(

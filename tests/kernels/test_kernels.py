@@ -1,5 +1,6 @@
 """Every kernel beside float64, on shapes that divide nothing: interpreted on the CPU, compiled where there is CUDA."""
 
+import math
 import sys
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from wanqwen import kernels
+from wanqwen.core.memory.trace import LiveBytes
 from wanqwen.core.ops import eight_bits
 from wanqwen.core.ops.trials import TRIALS, Tokens, Trial
 from wanqwen.core.storage import PACKINGS
@@ -34,7 +36,7 @@ ROUNDED = {
     "rows_int8": torch.int8, "rows_float8": torch.float8_e4m3fn,
     "gelu_int8": torch.int8, "gelu_float8": torch.float8_e4m3fn,
 }  # fmt: skip
-BLOCKS = "unpack_blocks"
+BITS = ("unpack_blocks", "dequantise_rows")
 ATTENTION = "attention_int8"  # see test_attention.py
 each_trial = _trials(*TRIALS)
 each_dtype = pytest.mark.parametrize("dtype", kernels.FLOATS, ids=str)
@@ -70,7 +72,7 @@ def run(name: str, trial: Trial, arguments: tuple, launches: list[Counted]) -> t
     return results
 
 
-@_trials(*(name for name in TRIALS if name not in (*ROUNDED, BLOCKS, ATTENTION)))
+@_trials(*(name for name in TRIALS if name not in (*ROUNDED, *BITS, ATTENTION)))
 @each_dtype
 @pytest.mark.parametrize("tokens", SHAPES.values(), ids=SHAPES)
 def test_a_kernel_rounds_what_is_true_once(
@@ -119,20 +121,82 @@ def float8_half_step(x: Tensor) -> Tensor:
     return torch.exp2(x.abs().clamp_min(2.0**-6).log2().floor() - 4)
 
 
-@_trials(BLOCKS)
+@_trials(*BITS)
 @each_dtype
-def test_blocks_have_the_bits_of_plain_pytorch(
+def test_what_is_only_unpacked_has_the_bits_of_plain_pytorch(
     name: str, trial: Trial, dtype: torch.dtype, launches: list[Counted]
 ) -> None:
     tokens = Tokens(rows=37, heads=3, head_width=128)
     arguments = trial.arguments(tokens, dtype, DEVICE)
     (wanted,) = trial.run(trial.eager, arguments)
     (found,) = run(name, trial, arguments, launches)
-    assert found.dtype == dtype and torch.equal(found, wanted)
+    same_bits(found, wanted)
+
+
+def same_bits(found: Tensor, wanted: Tensor) -> None:
+    """Hold that two tensors are the same, zeros' signs included; what is not a number is none in both."""
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    assert torch.equal(found.isnan(), wanted.isnan())
+    as_integers = {2: torch.int16, 4: torch.int32}[wanted.itemsize]
+    assert torch.equal(*(x.nan_to_num(0, math.inf, -math.inf).view(as_integers) for x in (found, wanted)))
+
+
+# Of all sizes: some make numbers below the normal ones, some infinite, some none.
+SCALES = torch.tensor([1.0, 0.37, -2.5, 7e4, 3e38, 1e-7, 3e-39, 0.0, math.inf, math.nan], device=DEVICE)
+# Rows that are longer than what one program takes, and begin with different codes.
+CODES = torch.arange(len(SCALES) * 1029, device=DEVICE).to(torch.uint8).view(len(SCALES), -1)
+LAID_OUT = {
+    "odd start": F.pad(CODES.flatten(), (1, 0))[1:].view(CODES.shape),
+    "columns": F.pad(CODES, (3, 5))[:, 3:-5],
+    "every other": CODES.repeat_interleave(2, 1)[:, ::2],
+    "transposed": CODES.t().contiguous().t(),
+    "deep": CODES.view(len(CODES), 3, -1),
+    "one number a row": CODES[:, 0],
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of numbers that are infinite or none
+@pytest.mark.parametrize("name", ["dequantise_rows"])
+@pytest.mark.parametrize("stored", kernels.BYTE_FORMATS, ids=str)
+@each_dtype
+def test_every_code_has_the_bits_of_plain_pytorch(
+    name: str, stored: torch.dtype, dtype: torch.dtype, launches: list[Counted]
+) -> None:
+    weight, kernel = CODES.view(stored), kernels.KERNELS[name].load(name)
+    scales = *SCALES, SCALES, SCALES[:, None], SCALES[:1], SCALES[:, None].bfloat16(), None
+    for scale in scales:
+        same_bits(kernel(weight, scale, dtype), eight_bits.dequantise_rows(weight, scale, dtype))
+    assert [one.launches for one in launches] == [len(scales)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("stored", kernels.BYTE_FORMATS, ids=str)
+@pytest.mark.parametrize("codes", LAID_OUT.values(), ids=LAID_OUT)
+def test_codes_may_lie_anywhere(stored: torch.dtype, codes: Tensor) -> None:
+    weight, kernel = codes.view(stored), kernels.KERNELS["dequantise_rows"].load("dequantise_rows")
+    for scale in (SCALES, SCALES[1], None):
+        wanted = eight_bits.dequantise_rows(weight, scale, torch.bfloat16)
+        same_bits(kernel(weight, scale, torch.bfloat16), wanted)
+    with pytest.raises(RuntimeError, match="expand"):
+        kernel(weight, SCALES[:3], torch.bfloat16)
+    assert kernel(weight[:0], SCALES[:0], torch.bfloat16).shape == (0, *weight.shape[1:])
+
+
+def test_a_weight_in_8_bits_takes_no_memory_but_its_numbers() -> None:
+    """On the meta device, where launchers allocate what they do elsewhere; plain PyTorch has parts in float32 too."""
+    meta, kernel = torch.device("meta"), kernels.KERNELS["dequantise_rows"].load("dequantise_rows")
+    weight, scale = (torch.empty(4096, 2048, dtype=stored, device=meta) for stored in (torch.int8, torch.float32))
+    for laid_out in (weight, weight[:, 1:1025], weight.t()):
+        peaks = []
+        for call in (kernel, eight_bits.dequantise_rows):
+            with LiveBytes(meta) as counted:
+                call(laid_out, scale[: len(laid_out), :1], torch.bfloat16)
+            peaks.append(counted.peak)
+        assert peaks[0] == 2 * laid_out.numel() < peaks[1]
 
 
 def test_the_formats_of_blocks_are_those_that_can_be_asked_for() -> None:
-    launcher = kernels.KERNELS[BLOCKS].load(BLOCKS)
+    launcher = kernels.KERNELS["unpack_blocks"].load("unpack_blocks")
     formats = sys.modules[launcher.__module__].FORMATS
     assert tuple(formats) == kernels.BLOCK_FORMATS
     for stored, (parts, length, num_bytes) in formats.items():

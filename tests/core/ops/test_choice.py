@@ -5,9 +5,12 @@ import logging
 import pytest
 import torch
 from wanqwen import kernels
-from wanqwen.core.ops import proof
+from wanqwen.core.ops import formats, proof
 from wanqwen.core.ops.choice import EXACT, FUSED, Ops, choose, norm_silu_on, proven
+from wanqwen.core.ops.eight_bits import dequantise_rows
+from wanqwen.core.ops.gguf_blocks import unpack_blocks
 from wanqwen.core.ops.norm import norm_silu_into
+from wanqwen.core.ops.products import FLOAT8, INT8
 from wanqwen.core.ops.trials import TRIALS
 from wanqwen.core.types import FastPaths
 
@@ -128,6 +131,48 @@ def test_a_kernel_that_can_not_even_be_imported_is_not_taken(monkeypatch: pytest
     monkeypatch.setattr(kernels, "find", broken)
     ops, said = proven(HEADS, torch.float32, CPU)
     assert ops == EXACT and said == ["Plain PyTorch in place of any kernel: failed with ImportError: a DLL is missing."]
+
+
+SPELLED = (unpack_blocks, dequantise_rows, INT8.rows, INT8.gelu, FLOAT8.rows, FLOAT8.gelu)
+
+
+@pytest.mark.parametrize("operation", SPELLED, ids=lambda operation: operation.__name__)
+def test_a_kernel_of_an_operation_s_name_takes_its_place_on_cards(monkeypatch: pytest.MonkeyPatch, operation) -> None:
+    name, cuda = operation.__name__, torch.device("cuda")
+    assert all(trial.eager is operation for trial in TRIALS[name])
+    found = {name: proof.Verdict(kernel=len, reason="works")}
+    monkeypatch.setattr(proof, "verdict", lambda asked, *_: found[asked])
+    assert proof.spelling(operation, torch.bfloat16, cuda) is len
+    assert proof.spelling(operation, torch.bfloat16, CPU) is operation
+    with monkeypatch.context() as compiler:
+        compiler.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert proof.spelling(operation, torch.bfloat16, cuda) is operation
+    found[name] = proof.Verdict(kernel=None, reason="fails")
+    assert proof.spelling(operation, torch.bfloat16, cuda) is operation
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "wanted"),
+    [
+        (torch.float8_e4m3fn, None, dequantise_rows),
+        (torch.float8_e5m2, "F8_E5M2", dequantise_rows),
+        (torch.int8, "I8", dequantise_rows),
+        (torch.uint8, "Q4_K", unpack_blocks),
+        (torch.uint8, "Q4_0", None),
+        (torch.float16, "F16", None),
+    ],
+)
+def test_a_kernel_is_asked_for_where_there_is_one_for_the_format(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: str | None, wanted
+) -> None:
+    def kernel(weight, how, dtype):
+        return "made by a kernel"
+
+    asked = []
+    monkeypatch.setattr(formats, "spelling", lambda operation, *_: asked.append(operation) or kernel)
+    made = formats.dequantise(torch.zeros(2, 144, dtype=torch.uint8).view(dtype), None, torch.float32, stored)
+    assert asked == ([] if wanted is None else [wanted])
+    assert (made == "made by a kernel") if wanted else made.dtype == torch.float32
 
 
 def test_unknown_choices_are_refused() -> None:
