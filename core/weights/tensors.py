@@ -16,7 +16,7 @@ from ..ops import dfloat11, formats
 from ..storage import DFLOAT11
 from ..types import Checkpoint, TensorInfo
 from .gguf import READ_ONLY
-from .reader import AGAIN, NESTED_UNDER, PICKLES
+from .reader import AGAIN, NESTED_UNDER
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -27,18 +27,17 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple
     their views; Windows lets nobody replace or delete it before.
     """
     by_file: dict[Path, list[str]] = {}
-    names = list(names)
+    names, infos = list(names), {**checkpoint.tensors, **checkpoint.planes}
     packed = {name for name in names if (info := checkpoint.tensors.get(name)) and info.dtype == DFLOAT11}
     for name in names:
         if name not in packed:
             by_file.setdefault(checkpoint.location[name], []).append(name)
     for file, inside in by_file.items():
-        if file.suffix.lower() in PICKLES:
+        if any(infos[name].start is None for name in inside):
             state = load_pickle(file)
             yield from ((name, state[name]) for name in inside)
         else:
             mapped = _mapped_bytes(file)
-            infos = {**checkpoint.tensors, **checkpoint.planes}
             yield from ((name, _mapped(file, name, infos[name], mapped)) for name in inside)
     for prefix, weights in checkpoint.groups.items():
         if not packed.isdisjoint(weights):
@@ -97,7 +96,10 @@ def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
-    """Return the state dict of a .pth file, memory-mapped. Anything in it that is not plain data is refused unrun."""
+    """Return the state dict of a .pth file, as PyTorch maps it: the file counts as memory in use (see `READ_ONLY`).
+
+    Anything in it that is not plain data is refused unrun.
+    """
     try:
         state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
