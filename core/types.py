@@ -62,7 +62,7 @@ class LatentFormat:
 class TensorInfo:
     """One tensor of a checkpoint as its header states it; `dtype` is the safetensors name (F32, BF16, F8_E4M3...).
 
-    `start` is where in its file its bytes begin, None where they don't lie there as they are (.pth).
+    `start` is where in its file its bytes begin, None where they don't lie there as they are (in some .pth).
     """
 
     dtype: str

@@ -109,3 +109,9 @@ def test_a_missing_file_that_is_published_says_how_to_get_it(tmp_path: Path) -> 
         load_vae(tmp_path / "wan_2.1_vae.safetensors")
     with pytest.raises(ValueError, match=r"mine.safetensors does not exist: check the path$"):
         load_vae(tmp_path / "mine.safetensors")
+
+
+def test_the_weights_that_a_vae_hands_out_may_be_written_to(folder: Path) -> None:
+    """The pages of a file may not: the system would end the process."""
+    state = load_vae(folder / "vae.safetensors").get_sd()
+    assert all(not tensor.zero_().any() for tensor in state.values()) and state

@@ -131,10 +131,13 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def channels_last(self) -> "WanVAE":
-        """Store every convolution channels last, the order that CPUs and tensor cores want; no number changes."""
+        """Store every convolution channels last, the order that CPUs and tensor cores want; no number changes.
+
+        No parameter is left in its file, so that what is done to those that `VideoCodec.get_sd` hands out is no harm.
+        """
         for parameter in self.parameters():
-            if parameter.dim() in CHANNELS_LAST:
-                parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
+            order = CHANNELS_LAST.get(parameter.dim(), torch.contiguous_format)
+            parameter.data = parameter.data.clone(memory_format=order)
         return self
 
     @property

@@ -2,7 +2,8 @@
 
 Such a file is a zip archive: a pickle of the state dict, in which each tensor is a call of one function of PyTorch with
 the place of its numbers; and the numbers, a file in the archive per storage. The instructions of plain state dicts are
-followed here. For any other file the answer is None, and PyTorch's own strict reader has the word.
+followed here, and where the numbers of a tensor lie one after the other, it is said where in the file. For any other
+file the answer is None, and PyTorch's own strict reader has the word.
 
 Sources: the standard library's pickletools, which describes the instructions, and what `torch.save` writes.
 """
@@ -15,12 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..storage import DTYPE_BYTES, MAX_ELEMENTS, MAX_SIDES, is_countable
 from ..types import TensorInfo
 
-PICKLE, STORAGES = "/data.pkl", "/data/"  # in the archive, behind the name of its folder
+PICKLE, STORAGES, BYTE_ORDER = "/data.pkl", "/data/", "/byteorder"  # in the archive, behind the name of its folder
+LITTLE = b"little"
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry, which its name and more follow: lengths of both are last
 MOST_BYTES = 4 << 20  # of the pickle; that of the largest model has a quarter of a megabyte
 STORAGE_DTYPES = {
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
@@ -45,9 +48,18 @@ class _Named:
 
 
 @dataclass(frozen=True, slots=True)
+class _Entry:
+    """The numbers of a storage in the archive: how many bytes they are, and where in the file these begin."""
+
+    num_bytes: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Storage:
     dtype: str
     numbers: int
+    start: int
 
 
 def plain_state(file: Path) -> dict[str, Any] | None:
@@ -56,17 +68,19 @@ def plain_state(file: Path) -> dict[str, Any] | None:
     Raises ValueError for one that may be made to bring its reader down.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open(file, "rb") as opened, zipfile.ZipFile(opened) as archive:
             [pickle] = [entry for entry in archive.infolist() if entry.filename.endswith(PICKLE)]
             if pickle.compress_type != zipfile.ZIP_STORED or pickle.file_size > MOST_BYTES:
                 return None
             folder = pickle.filename.removesuffix(PICKLE)
-            sizes = {
-                entry.filename.removeprefix(folder + STORAGES): entry.file_size
+            if folder + BYTE_ORDER in archive.namelist() and archive.read(folder + BYTE_ORDER) != LITTLE:
+                return None
+            entries = {
+                entry.filename.removeprefix(folder + STORAGES): _Entry(entry.file_size, _start(opened, entry))
                 for entry in archive.infolist()
                 if entry.filename.startswith(folder + STORAGES) and entry.compress_type == zipfile.ZIP_STORED
             }
-            found = _followed(archive.read(pickle), sizes)
+            found = _followed(archive.read(pickle), entries)
     except _Hostile as error:
         raise ValueError(
             f"{file} has tables whose keys are no names, which no model needs: it was not read. Get the model as "
@@ -77,8 +91,17 @@ def plain_state(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _followed(instructions: bytes, sizes: Mapping[str, int]) -> Any:
-    """Return what a pickle makes; `sizes` are the bytes of each storage.
+def _start(opened: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Return where the bytes of an entry begin in its archive."""
+    opened.seek(entry.header_offset)
+    magic, name, more = LOCAL_HEADER.unpack(opened.read(LOCAL_HEADER.size))
+    if magic != zipfile.stringFileHeader or entry.compress_size != entry.file_size:
+        raise ValueError
+    return entry.header_offset + LOCAL_HEADER.size + name + more
+
+
+def _followed(instructions: bytes, entries: Mapping[str, _Entry]) -> Any:
+    """Return what a pickle makes; `entries` are the storages.
 
     Raises one of `UNCLEAR` for whatever a plain state dict has no need of.
     """
@@ -124,7 +147,7 @@ def _followed(instructions: bytes, sizes: Mapping[str, int]) -> Any:
             case "GLOBAL":
                 stack.append(_Named(argument))
             case "BINPERSID":
-                stack.append(_storage(sizes, *stack.pop()))
+                stack.append(_storage(entries, *stack.pop()))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(CALLS[function.name](*arguments))
@@ -142,14 +165,14 @@ def _made(found: Any, kind: type) -> Any:
     return found
 
 
-def _storage(sizes: Mapping[str, int], kind: str, of: _Named, key: str, _place: str, numbers: int) -> _Storage:
+def _storage(entries: Mapping[str, _Entry], kind: str, of: _Named, key: str, _place: str, numbers: int) -> _Storage:
     module, _, name = of.name.partition(" ")
     dtype = STORAGE_DTYPES[name]
     if kind != "storage" or module != "torch" or type(numbers) is not int:
         raise TypeError
-    if sizes[key] != numbers * DTYPE_BYTES[dtype]:
+    if entries[key].num_bytes != numbers * DTYPE_BYTES[dtype]:
         raise ValueError
-    return _Storage(dtype, numbers)
+    return _Storage(dtype, numbers, entries[key].start)
 
 
 def _tensor(
@@ -162,7 +185,10 @@ def _tensor(
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if not is_countable(size) or (prod(size) and last >= storage.numbers):
         raise ValueError
-    return TensorInfo(storage.dtype, size)
+    one_after_the_other = [prod(size[i + 1 :]) for i in range(len(size))]
+    is_in_order = all(n == 1 or step == to for n, step, to in zip(size, stride, one_after_the_other, strict=True))
+    start = storage.start + offset * DTYPE_BYTES[storage.dtype] if is_in_order else None
+    return TensorInfo(storage.dtype, size, start)
 
 
 def _parameter(tensor: TensorInfo, grad: bool, hooks: OrderedDict) -> TensorInfo:

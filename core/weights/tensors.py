@@ -1,10 +1,13 @@
 """Read the tensors of checkpoints that have been opened."""
 
+import mmap
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,27 +15,29 @@ from ..dfloat11 import PLANES
 from ..ops import dfloat11, formats
 from ..storage import DFLOAT11
 from ..types import Checkpoint, TensorInfo
-from .reader import AGAIN, NESTED_UNDER, PICKLES
+from .gguf import READ_ONLY
+from .reader import AGAIN, NESTED_UNDER
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) on the CPU, file by file, memory-mapped: bytes are read when the tensor is first used.
 
-    Weights of DFloat11 groups are decoded, the group at a time, and come last.
+    Weights of DFloat11 groups are decoded, the group at a time, and come last. The others may not be written to, which
+    PyTorch does not know: the system ends the process. A file is open until the last of its tensors is gone, and of
+    their views; Windows lets nobody replace or delete it before.
     """
     by_file: dict[Path, list[str]] = {}
-    names = list(names)
+    names, infos = list(names), {**checkpoint.tensors, **checkpoint.planes}
     packed = {name for name in names if (info := checkpoint.tensors.get(name)) and info.dtype == DFLOAT11}
     for name in names:
         if name not in packed:
             by_file.setdefault(checkpoint.location[name], []).append(name)
     for file, inside in by_file.items():
-        if file.suffix.lower() in PICKLES:
+        if any(infos[name].start is None for name in inside):
             state = load_pickle(file)
             yield from ((name, state[name]) for name in inside)
         else:
-            mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-            infos = {**checkpoint.tensors, **checkpoint.planes}
+            mapped = _mapped_bytes(file)
             yield from ((name, _mapped(file, name, infos[name], mapped)) for name in inside)
     for prefix, weights in checkpoint.groups.items():
         if not packed.isdisjoint(weights):
@@ -53,6 +58,31 @@ def _decoded(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
+def _mapped_bytes(file: Path) -> Tensor:
+    with open(file, "rb") as opened:
+        if not os.fstat(opened.fileno()).st_size:
+            return torch.empty(0, dtype=torch.uint8)  # of nothing there is no map
+        try:
+            content = mmap.mmap(opened.fileno(), 0, **READ_ONLY)
+        except OSError as error:
+            raise ValueError(
+                f"{file} can't be mapped into memory ({error.strerror}): copy it to a disk of this machine"
+            ) from error
+    return torch.from_numpy(np.asarray(_Content(content)))
+
+
+class _Content:
+    """Mapped bytes as numpy takes them; what is made of them holds this object, and with it the map.
+
+    They are said to be writable, as PyTorch has no other tensors: it would warn, once, and make the same of them.
+    """
+
+    def __init__(self, content: mmap.mmap):
+        start, _ = np.frombuffer(content, np.uint8).__array_interface__["data"]
+        self.content = content
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (len(content),), "data": (start, False)}
+
+
 def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
     """Return a tensor of a file that is mapped as bytes. Blocks of GGUF stay bytes, [..., bytes of a row]."""
     dtype, shape = formats.layout(info)
@@ -66,7 +96,10 @@ def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
-    """Return the state dict of a .pth file, memory-mapped. Anything in it that is not plain data is refused unrun."""
+    """Return the state dict of a .pth file, as PyTorch maps it: the file counts as memory in use (see `READ_ONLY`).
+
+    Anything in it that is not plain data is refused unrun.
+    """
     try:
         state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:

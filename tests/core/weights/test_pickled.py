@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 from wanqwen.core.ops import formats
 from wanqwen.core.types import TensorInfo
-from wanqwen.core.weights.pickled import PICKLE, STORAGE_DTYPES, plain_state
+from wanqwen.core.weights.pickled import BYTE_ORDER, PICKLE, STORAGE_DTYPES, plain_state
 from wanqwen.core.weights.reader import open_checkpoint
-from wanqwen.core.weights.tensors import infos_of_pickle
+from wanqwen.core.weights.tensors import infos_of_pickle, read_tensors
 
 BASE = torch.arange(24.0).view(4, 6)
 DTYPES = [formats.DTYPES[name] for name in STORAGE_DTYPES.values()]
@@ -41,6 +41,19 @@ def test_plain_states_are_what_pytorch_says(tmp_path: Path, name: str, kind: typ
     assert list(found) == list(STATES[name])
 
 
+@pytest.mark.parametrize("name", STATES)
+def test_what_lies_in_order_is_read_from_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    torch.save(STATES[name], tmp_path / "m.pth")
+    checkpoint, saved = open_checkpoint(tmp_path / "m.pth"), torch.load(tmp_path / "m.pth")
+    in_order = [key for key, tensor in saved.items() if tensor.is_contiguous()]
+    assert [key for key, info in checkpoint.tensors.items() if info.start is not None] == in_order
+    every = dict(read_tensors(checkpoint, saved))  # what does not lie so included, as PyTorch reads it
+    monkeypatch.delattr(torch, "load")
+    for found in (every, dict(read_tensors(checkpoint, in_order))):
+        assert all(t.dtype == saved[key].dtype and torch.equal(t, saved[key]) for key, t in found.items())
+    assert every.keys() == saved.keys()
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_what_is_not_plain_is_left_to_pytorch(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "m.pth"
@@ -49,8 +62,8 @@ def test_what_is_not_plain_is_left_to_pytorch(tmp_path: Path, dtype: torch.dtype
     assert dict(open_checkpoint(path).tensors) == infos_of_pickle(path)
 
 
-@pytest.mark.parametrize("change", ["compressed", "without numbers", "too few numbers"])
-def test_an_archive_that_does_not_hold_its_numbers_is_not_plain(tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["compressed", "without numbers", "too few numbers", "big-endian"])
+def test_an_archive_that_does_not_hold_its_numbers_as_they_are_is_not_plain(tmp_path: Path, change: str) -> None:
     path, other = tmp_path / "m.pth", tmp_path / "other.pth"
     torch.save({"a": BASE}, path)
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(other, "w") as copy:
@@ -58,6 +71,8 @@ def test_an_archive_that_does_not_hold_its_numbers_is_not_plain(tmp_path: Path, 
             content, is_numbers = archive.read(entry), "/data/" in entry.filename
             if is_numbers and change == "without numbers":
                 continue
+            if change == "big-endian" and entry.filename.endswith(BYTE_ORDER):
+                content = b"big"
             how = zipfile.ZIP_DEFLATED if is_numbers and change == "compressed" else zipfile.ZIP_STORED
             copy.writestr(entry.filename, content[: -4 if is_numbers and change == "too few numbers" else None], how)
     assert plain_state(path) is not None
