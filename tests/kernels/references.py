@@ -48,4 +48,4 @@ def dfloat11_decode(*planes_and_out: Tensor) -> Reference:
 def norm_silu_into(x: Tensor, weight: Tensor, out: Tensor) -> Reference:
     x = x.double()
     normed = x / x.square().sum(1, keepdim=True).sqrt() * len(weight) ** 0.5 * weight.double()
-    return (normed * normed.sigmoid(),)
+    return ((normed * normed.sigmoid()).movedim(1, -1),)

@@ -11,7 +11,8 @@ from torch import Tensor
 from wanqwen import kernels
 from wanqwen.core.memory.trace import LiveBytes
 from wanqwen.core.ops import eight_bits
-from wanqwen.core.ops.trials import TRIALS, Tokens, Trial
+from wanqwen.core.ops.proof import PROBE
+from wanqwen.core.ops.trials import TRIALS, Tokens, Trial, deviation
 from wanqwen.core.storage import PACKINGS
 from wanqwen.tests.kernels import references
 
@@ -202,6 +203,17 @@ def test_the_formats_of_blocks_are_those_that_can_be_asked_for() -> None:
     for stored, (parts, length, num_bytes) in formats.items():
         packing = PACKINGS[stored]
         assert (packing.numbers, packing.num_bytes) == (parts * length, num_bytes)
+
+
+@_trials(*(name for name in TRIALS if name not in BITS))
+def test_a_kernel_passes_its_trial_at_the_size_that_runs_take(name: str, trial: Trial) -> None:
+    """Plain PyTorch rounds on its way too, so that being exact is not enough."""
+    arguments = trial.arguments(PROBE, torch.bfloat16, DEVICE)
+    kernel, reason = kernels.find(name, *trial.tensors(arguments))
+    assert kernel is not None, reason
+    wanted = trial.run(trial.eager, arguments)
+    results = trial.run(kernel, trial.arguments(PROBE, torch.bfloat16, DEVICE))
+    assert all(deviation(*pair) <= trial.allowed for pair in zip(results, wanted, strict=True))
 
 
 @each_trial
