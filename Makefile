@@ -2,10 +2,13 @@
 # make test   lint, format check and tests
 # make test-oldest   the tests of the encoders and of downloads with the oldest packages that the pack takes
 # make test-requirements   whether pip finds our requirements and ComfyUI's together; needs a package index, takes minutes
+# make test-card   PyTorch's build for CUDA on a card made of RAM; brings gigabytes of CUDA, needs cc, takes half an hour
 # All set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
 VENV := .venv
+CUDA_VENV := .venv-cuda
+CUDA_TORCH ?= torch
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 
@@ -14,7 +17,7 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/^transformers>=/transformers==/p' requi
 OLDEST_HUB := $(shell sed -n 's/^huggingface_hub>=/huggingface_hub==/p' requirements.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-oldest test-requirements setup clean
+.PHONY: demo test test-oldest test-requirements test-card setup clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m wanqwen demo
@@ -35,10 +38,18 @@ test-oldest: $(READY)
 test-requirements: $(READY)
 	$(VENV)/bin/pytest -q tests/test_requirements.py --resolve
 
+# In an environment of its own, with the newest PyTorch; CUDA_TORCH='torch==2.14.1' takes another that is built for CUDA 13.
+test-card: $(READY)
+	@test -d $(CUDA_VENV) || $(PYTHON) -m venv $(CUDA_VENV)
+	@grep -vE '^(torch|triton|ruff)=' requirements-dev.txt >$(CUDA_VENV)/requirements.txt
+	@$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check -qq install $(CUDA_TORCH) nvidia-cuda-crt \
+	  -r $(CUDA_VENV)/requirements.txt
+	CUDA_PYTHON=$(abspath $(CUDA_VENV))/bin/python $(VENV)/bin/pytest -q tests/card
+
 setup: $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_VENV)
 
 $(READY): requirements-dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \

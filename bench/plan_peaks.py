@@ -49,7 +49,7 @@ def main() -> None:
                 vram=int(vram * GIB) - SYSTEM_VRAM, ram=64 * GB, total_ram=64 * GB, libraries=card.libraries
             )
             plan, job = plan_for(loaded, scene, card, machine, MemoryOptions(source="disk"))
-            with _card_of(options.device, vram):
+            with card_of(options.device, vram):
                 found = measured_peak(loaded, scene, plan, solver, options.steps, options.device)
             sys.stdout.write(
                 f"| {name}, {vram:g} GB | {len(plan.streaming)} of {len(job.blocks)} | "
@@ -98,7 +98,7 @@ def _watched(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def _card_of(device: torch.device, vram: float) -> Iterator[None]:
+def card_of(device: torch.device, vram: float) -> Iterator[None]:
     """Let PyTorch take no more of a CUDA device than a card of so many GiB has for it."""
     if device.type != "cuda":
         yield

@@ -20,6 +20,7 @@ from ..core.ops.linear import Linear, feed_forward
 from ..core.ops.norm import RMSNorm, modulate, modulated_by
 from ..core.ops.products import Product, round_once
 from ..core.ops.rows import row_chunks
+from ..core.ops.sent import sent
 from .config import PATCH, TOKEN_PIXELS, QwenImageConfig
 from .positions import Rope, image_frames, joint_rope, text_start
 
@@ -236,7 +237,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep_B: Tensor, device: torch.device) -> Tensor:
         if self.zero_cond_t:
             timestep_B = F.pad(timestep_B, (0, 1))
-        time_BE = self.timestep_embedder(timestep_embedding(timestep_B, self.freq_dim).to(device))
+        time_BE = self.timestep_embedder(sent(timestep_embedding(timestep_B, self.freq_dim), device))
         return time_BE if self.addition_t_embedding is None else time_BE + self.addition_t_embedding.weight[0].float()
 
 

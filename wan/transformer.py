@@ -17,6 +17,7 @@ from ..core.ops.linear import Linear
 from ..core.ops.norm import LayerNorm, modulate
 from ..core.ops.rope import grid_rope
 from ..core.ops.rows import row_chunks
+from ..core.ops.sent import sent
 from ..core.types import Control
 from .blocks import Block, CrossAttention, Keys, Rope, Shared
 from .config import WanConfig
@@ -134,7 +135,7 @@ class WanTransformer(nn.Module):
         """Return the velocity with each prompt, as `forward` does; all of them pass a block before the next one."""
         grid = self.patch_embedding.grid(x_BCTHW)
         num_tokens = math.prod(grid)
-        time = timestep_embedding(timestep_B, self.config.freq_dim).to(x_BCTHW.device)
+        time = sent(timestep_embedding(timestep_B, self.config.freq_dim), x_BCTHW.device)
         time_B1E = self.time_embedding(time)[:, None]
         shared = Shared(
             time_B6E=rearrange(self.time_projection(time_B1E), "b 1 (m e) -> b m e", m=6),

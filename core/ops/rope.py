@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .norm import RmsConstants, rms_norm
+from .sent import sent
 
 THETA = 10000.0
 
@@ -30,7 +31,7 @@ def grid_rope(axes: list[tuple[Tensor, int]], device: torch.device) -> tuple[Ten
         angles = axis_angles(positions, width)
         shape = [1] * len(sizes) + [angles.shape[1]]
         shape[i] = sizes[i]
-        pair = torch.stack((angles.cos(), angles.sin())).float().to(device)
+        pair = sent(torch.stack((angles.cos(), angles.sin())).float(), device)
         tables.append(pair.view(2, *shape).expand(2, *sizes, -1))
     cos, sin = torch.cat(tables, dim=-1).flatten(1, -2)
     return cos, sin

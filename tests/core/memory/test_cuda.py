@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from wanqwen.core import host, planning, runtime
 from wanqwen.core.memory.block_swap import BlockSwap
 from wanqwen.core.memory.link import CudaLink
 from wanqwen.core.memory.supply import Source, Supply
+from wanqwen.core.ops import attention
+from wanqwen.core.sampling.solvers import SOLVERS
 from wanqwen.core.types import Conditioning, MemoryOptions, SampleRequest
 from wanqwen.loading import DEMO_FOLDER, load_model
 from wanqwen.tests.core.memory.toy import DEPTH, forward, from_file, inputs
@@ -56,19 +59,38 @@ def test_streamed_runs_have_the_bits_of_resident_ones(name: str, source: str) ->
         assert torch.equal(runtime.generate(replace(handle, memory=options), request), wanted)
 
 
-def test_the_predicted_peak_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_allocator_backend() != "native", reason="others count in other ways"
+)
+def test_a_run_takes_no_more_than_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How near the plan is `test_planning` shows, on models of the published widths."""
     handle = load_model(DEMO_FOLDER / "wan_dit.safetensors")
     width = handle.identity.config.text_dim
     prompts = [Conditioning(text=torch.randn(1, n, width)) for n in (7, 4)]
     request = SampleRequest(
-        latent=torch.zeros(1, 16, 21, 60, 104), positive=prompts[0], negative=prompts[1], steps=2, guidance=(3.0,)
+        latent=torch.zeros(1, 16, 3, 30, 52), positive=prompts[0], negative=prompts[1], steps=2, guidance=(3.0,)
     )
-    runtime.generate(handle, request)  # what CUDA's libraries take once
+    runtime.generate(handle, request)  # in which the link is measured
     plans, original = [], planning.make_plan
     monkeypatch.setattr(planning, "make_plan", lambda *a: plans.append(original(*a)) or plans[-1])
-    host.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    runtime.generate(handle, request)
-    found = torch.cuda.max_memory_allocated() - before
-    assert found <= plans[-1].peak <= 1.05 * found
+    for solver in SOLVERS:
+        host.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runtime.generate(handle, replace(request, solver=solver))
+        assert torch.cuda.max_memory_allocated() - before <= plans[-1].peak, solver
+
+
+def test_without_flash_attention_cudnn_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    asked: list[int] = []
+
+    def attend(q: torch.Tensor, *others: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.extend(torch._C._get_sdp_priority_order()[:2])
+        return q
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", attend)
+    q = torch.randn(1, 40, 2, 64, device=CUDA, dtype=torch.bfloat16)
+    attention.attention(q, q, q)
+    assert asked == [int(SDPBackend.CUDNN_ATTENTION), int(SDPBackend.EFFICIENT_ATTENTION)]
+    assert torch._C._get_sdp_priority_order()[:2] != asked
