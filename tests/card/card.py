@@ -24,7 +24,8 @@ EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.d
 COPIES = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.copy_.default}
 # Of these the answer is a number, or a shape that depends on numbers: who asks waits for it.
 ASKED = {aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default,
-         aten.nonzero.default, aten.masked_select.default}  # fmt: skip
+         aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor,
+         aten.repeat_interleave.self_Tensor, aten.unique_consecutive.default, aten._unique2.default}  # fmt: skip
 # cuDNN is not there: only the memory of the result is taken.
 UNLAUNCHED = {"convolution", "_convolution", "conv1d", "conv2d", "conv3d", "cudnn_convolution"}
 ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -101,7 +102,7 @@ class CardInRam(TorchDispatchMode):
             return moved
         if func in COPIES and not on_card:
             return func(*args, **kwargs)
-        inputs = tree_map(lambda leaf: Memory.of(leaf) if _on_card(leaf) else leaf, (args, kwargs))
+        inputs = tree_map(_as_the_cpu_has_it, (args, kwargs))
         out = _unlaunched(func, args, kwargs) if name in UNLAUNCHED else func(*args, **kwargs)
         self._give(func, name, inputs, {tensor.untyped_storage().data_ptr() for tensor in given}, out)
         return out
@@ -116,8 +117,6 @@ class CardInRam(TorchDispatchMode):
 
         def call() -> None:
             args, kwargs = tree_map(lambda leaf: leaf.tensor() if isinstance(leaf, Memory) else leaf, inputs)
-            if "device" in kwargs:
-                kwargs["device"] = torch.device("cpu")
             made = _attention(name, args, kwargs) if name in ATTENTION else func(*args, **kwargs)
             for memory, result in zip(fresh, tree_flatten(made)[0], strict=False):
                 if memory is not None and isinstance(result, Tensor):
@@ -145,7 +144,7 @@ class CardInRam(TorchDispatchMode):
             return True  # all is as it should be
         args, kwargs = tree_map(lambda leaf: Memory.of(leaf).tensor() if _on_card(leaf) else leaf, (args, kwargs))
         answer = func(*args, **kwargs)
-        return answer.cuda() if isinstance(answer, Tensor) else answer
+        return tree_map(lambda leaf: leaf.cuda() if isinstance(leaf, Tensor) else leaf, answer)
 
     def _move(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Copy between card and CPU; what has another dtype or order is made alike first. None for other copies."""
@@ -197,6 +196,13 @@ def card_in_ram(*, copies: int = 0, calls: int = 0) -> Iterator[CardInRam]:
         finally:
             card.card.card_delays(0, 0)
             torch.cuda.synchronize()
+
+
+def _as_the_cpu_has_it(leaf: Any) -> Any:
+    """Return what stands for an argument when the card computes: memory for a tensor, the CPU for the card."""
+    if _on_card(leaf):
+        return Memory.of(leaf)
+    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
 
 def _on_card(leaf: Any) -> bool:

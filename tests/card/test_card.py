@@ -76,7 +76,7 @@ def test_two_hundred_faults_in_cuda_leave_nothing_behind(run: Run) -> None:
 
 def test_models_of_full_size_take_what_was_planned(run: Run) -> None:
     hollow = {"CARD_HOLLOW": "1", "CARD_BYTES": str(80 << 30)}
-    run("tests/core/test_planning.py", "tests/card/inside/peaks.py", **hollow, **RTX_4090)
+    run("-s", "tests/core/test_planning.py", "tests/card/inside/peaks.py", **hollow, **RTX_4090)
 
 
 def test_models_encoders_and_vae_compute_on_cuda(run: Run) -> None:
