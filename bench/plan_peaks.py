@@ -20,7 +20,7 @@ from ..core.memory.resident import placed
 from ..core.memory.slab import Loaded
 from ..core.memory.trace import LiveBytes
 from ..core.memory.unpack import Unpack
-from ..core.planning import CARDS, Scene, plan_for
+from ..core.planning import CARDS, Scene, libraries_on, plan_for
 from ..core.sampling import sample as sampling
 from ..core.sampling.guidance import Guided, combination
 from ..core.sampling.schedule import plan_steps
@@ -46,7 +46,10 @@ def main() -> None:
         loaded, scene = load(CASES[name]), CASES[name].scene(SOLVERS[solver].kept_latents)
         for vram in options.vram:
             machine = Machine(
-                vram=int(vram * GIB) - SYSTEM_VRAM, ram=64 * GB, total_ram=64 * GB, libraries=card.libraries
+                vram=int(vram * GIB) - SYSTEM_VRAM,
+                ram=64 * GB,
+                total_ram=64 * GB,
+                libraries=libraries_on(options.device) or card.libraries,
             )
             plan, job = plan_for(loaded, scene, card, machine, MemoryOptions(source="disk"))
             with card_of(options.device, vram):
@@ -113,7 +116,7 @@ def card_of(device: torch.device, vram: float) -> Iterator[None]:
 
 @contextmanager
 def _blind() -> Iterator[None]:
-    """Tell sampling that all numbers are finite: those of the meta device, or of weights that are none, are not."""
+    """Tell sampling that all numbers are finite: nobody knows those of the meta device, or of weights left empty."""
     original = torch.isfinite
     torch.isfinite = lambda x: torch.tensor(True)
     try:

@@ -143,11 +143,12 @@ def whole_float32(where: torch.device) -> Iterator[None]:
     if where.type != "cuda":
         yield
         return
-    # Newer versions have a setting that they won't have mixed with the older one.
     holder, name, whole = torch.backends.cudnn, "allow_tf32", False
-    if hasattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision"):
+    try:
+        before = getattr(holder, name)
+    except RuntimeError:  # newer versions have another setting, and refuse to say the older one where that was used
         holder, name, whole = torch.backends.cudnn.conv, "fp32_precision", "ieee"
-    before = getattr(holder, name)
+        before = getattr(holder, name)
     setattr(holder, name, whole)
     try:
         yield

@@ -160,12 +160,15 @@ def machine_of(device: torch.device) -> Machine:
         total_ram=host.total_ram(),
         is_windows=host.driver_spills(),
         needs_pinning=is_cuda,
-        libraries=_libraries(device) if is_cuda else 0,
+        libraries=libraries_on(device),
     )
     return found if speed is None else replace(found, link=speed)
 
 
-def _libraries(device: torch.device) -> int:
+def libraries_on(device: torch.device) -> int:
+    """Return the bytes of a device's memory that libraries keep."""
+    if device.type != "cuda":
+        return 0
     return CUBLAS if torch.cuda.get_device_capability(device) < (9, 0) else CUBLAS_HOPPER
 
 

@@ -21,7 +21,7 @@ from .ops.attention_choice import Attended, Faster, as_operator, choose_attentio
 from .ops.choice import EXACT, Ops, choose
 from .ops.product_choice import choose_products, stored_in_8_bits
 from .pace import Pace, Stopwatch
-from .planning import Scene, attended, card_of, job_of, machine_of, plan_for, working
+from .planning import Scene, attended, card_of, job_of, libraries_on, machine_of, plan_for, working
 from .report import Costs, described
 from .sampling.guidance import Guided, combination
 from .sampling.sample import Hold, SampleError, StepNoise, draw_noise, sample, start_of
@@ -93,7 +93,8 @@ def opened(handle: ModelHandle, device: torch.device, scene: Scene, tell: Callab
         if told:  # how passes go through the blocks is settled
             options = replace(options, interleave=told[0].interleaved)
         headroom = headroom_of(host.driver_spills())
-        host.make_room(wanted_bytes(job_of(loaded, scene, card), options, headroom), device)
+        job = job_of(loaded, scene, card)
+        host.make_room(wanted_bytes(job, options, headroom, libraries_on(device)), device)
         machine = machine_of(device)
         there = adapters.nbytes + unpack.held_bytes  # already, and planned for anew
         machine = replace(machine, vram=machine.vram + there)

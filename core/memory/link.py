@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import host
 from .pinned import HostBuffer
 
 PROBE, PROBE_SECONDS = 128 << 20, 0.3  # bytes of a copy, 5 ms on PCIe 4; how long copies are repeated
@@ -111,8 +112,9 @@ def measured_speed(where: torch.device) -> float | None:
             with torch.cuda.device(number):
                 if speed := _speed(torch.device("cuda", number)):
                     _speeds[number] = speed
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not host.is_out_of_memory(error):
+                raise
     return _speeds.get(number)
 
 

@@ -120,9 +120,9 @@ def make_plan(job: Job, machine: Machine, options: MemoryOptions | None = None, 
     return min(plans, key=_rank)
 
 
-def wanted_bytes(job: Job, options: MemoryOptions, headroom: int) -> int:
+def wanted_bytes(job: Job, options: MemoryOptions, headroom: int, libraries: int = 0) -> int:
     """Return the VRAM that a run would like to have, to hold the whole model, or what it may have at most."""
-    wanted = sum(job.blocks) + job.others + job.working
+    wanted = sum(job.blocks) + job.others + job.working + libraries
     wanted += headroom if options.headroom is None else options.headroom
     return wanted if options.vram is None else min(wanted, options.vram)
 

@@ -16,7 +16,12 @@ Attend = Callable[..., Tensor]  # takes what `attention` takes, and returns the 
 
 BACKEND = "PyTorch (scaled_dot_product_attention)"  # as users are told
 
-WITHOUT_FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# In the order in which they are asked, and whether users have left them on.
+WITHOUT_FLASH = {
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
 
 # Heads are divided into so many groups at most, of so many rows of all their heads at least: these keep a large card
 # busy.
@@ -102,4 +107,5 @@ def _in_order(q_BNLD: Tensor) -> AbstractContextManager[object]:
     """
     if not q_BNLD.is_cuda or torch.compiler.is_compiling() or torch.backends.cuda.is_flash_attention_available():
         return nullcontext()
-    return sdpa_kernel(WITHOUT_FLASH, set_priority=True)
+    allowed = [backend for backend, is_allowed in WITHOUT_FLASH.items() if is_allowed()]
+    return sdpa_kernel(allowed, set_priority=True) if allowed else nullcontext()

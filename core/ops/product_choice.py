@@ -78,8 +78,8 @@ def choose_products(
             continue
         for product in (product for product in OLDEST_CARDS if product.dtype == stored.dtype):
             if product is FLOAT8 and fast.products == AUTO_PRODUCTS:
-                said.append(f"Weights in {name} become 16-bit before each product: without scales by row on the way, "
-                            "products in fp8 save little, and are taken where Fast Paths asks for 8 bits.")  # fmt: skip
+                said.append(f"Weights in {name} become 16-bit before each product: products in fp8 whose scales come "
+                            "afterwards save little, and are taken where Fast Paths asks for 8 bits.")  # fmt: skip
                 break
             finding = try_product(product, stored.shapes, device)
             if finding.refusal is None:

@@ -7,6 +7,6 @@ from torch import Tensor
 def sent(numbers: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on a device.
 
-    Nobody waits for what a CUDA device has still to do: what is not pinned is copied before the call returns.
+    As a rule nobody waits for what a CUDA device has still to do: a little that is not pinned is copied at once.
     """
     return numbers.to(device, non_blocking=device.type == "cuda")

@@ -6,7 +6,6 @@ text encoder's file.
 """
 
 import mmap
-import os
 import struct
 from collections.abc import Collection
 from math import prod
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..storage import DTYPE_BYTES, PACKINGS, TORCH_NAMES, is_countable
 from ..types import TensorInfo
+from .mapping import mapped
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # alike for little-endian files; version 1 had narrower counts and was soon gone
@@ -36,10 +36,6 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 ALIGNMENT_KEY = "general.alignment"
 SHAPE_KEY = "comfy.gguf.orig_shape."  # + a tensor's name: its shape in PyTorch, where the file's is another
-
-# How files are mapped. What can't be written to is no memory of the process; of a map that can, though nobody writes,
-# Windows counts every byte against RAM and page file. Private, as Linux has no shared ones of some network drives.
-READ_ONLY = {"access": mmap.ACCESS_READ} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ}
 
 # Tensors; metadata without long lists; the lists that were asked for.
 Said = tuple[dict[str, TensorInfo], dict[str, str], dict[str, tuple[Any, ...]]]
@@ -76,7 +72,7 @@ def _read(file: Path, whole: Collection[str]) -> Said:
                 f"{file} is a GGUF file {found}: expected version {' or '.join(map(str, VERSIONS))}, little-endian; "
                 "take another file of this model"
             )
-        with mmap.mmap(opened.fileno(), 0, **READ_ONLY) as content:
+        with mapped(opened, file) as content:
             try:
                 return _Header(file, content, len(start)).read(whole)
             except _Cut as error:

@@ -15,7 +15,7 @@ from ..dfloat11 import PLANES
 from ..ops import dfloat11, formats
 from ..storage import DFLOAT11
 from ..types import Checkpoint, TensorInfo
-from .gguf import READ_ONLY
+from .mapping import mapped
 from .reader import AGAIN, NESTED_UNDER
 
 
@@ -62,12 +62,7 @@ def _mapped_bytes(file: Path) -> Tensor:
     with open(file, "rb") as opened:
         if not os.fstat(opened.fileno()).st_size:
             return torch.empty(0, dtype=torch.uint8)  # of nothing there is no map
-        try:
-            content = mmap.mmap(opened.fileno(), 0, **READ_ONLY)
-        except OSError as error:
-            raise ValueError(
-                f"{file} can't be mapped into memory ({error.strerror}): copy it to a disk of this machine"
-            ) from error
+        content = mapped(opened, file)
     return torch.from_numpy(np.asarray(_Content(content)))
 
 
@@ -96,7 +91,7 @@ def _mapped(file: Path, name: str, info: TensorInfo, content: Tensor) -> Tensor:
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
-    """Return the state dict of a .pth file, as PyTorch maps it: the file counts as memory in use (see `READ_ONLY`).
+    """Return the state dict of a .pth file, as PyTorch maps it: as memory in use (see `mapping.READ_ONLY`).
 
     Anything in it that is not plain data is refused unrun.
     """

@@ -26,7 +26,7 @@ COPIES = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.de
 ASKED = {aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default,
          aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor,
          aten.repeat_interleave.self_Tensor, aten.unique_consecutive.default, aten._unique2.default}  # fmt: skip
-# cuDNN is not there: only the memory of the result is taken.
+# cuDNN is not there to be launched: the memory of the result is taken, and the CPU computes it as it does all else.
 UNLAUNCHED = {"convolution", "_convolution", "conv1d", "conv2d", "conv3d", "cudnn_convolution"}
 ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
              "_scaled_dot_product_cudnn_attention"}  # fmt: skip
@@ -71,7 +71,9 @@ class CardInRam(TorchDispatchMode):
         self._numbers = itertools.count(1)
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._carry_out)
 
-    count = staticmethod(lambda name: count(name))
+    def count(self, name: str) -> int:
+        """Return what the function `count` does."""
+        return count(name)
 
     def fails(self, function: str, nth: int, error: int) -> None:
         """Let the nth call from now of a function of CUDA fail."""
@@ -162,7 +164,7 @@ class CardInRam(TorchDispatchMode):
         source = args[0]
         device = kwargs.get("device")
         device = source.device if device is None else torch.device(device)
-        if func in (aten.to.other,):
+        if func is aten.to.other:
             device = args[1].device
         if func is aten.to.device:
             device = torch.device(args[1])
@@ -182,7 +184,15 @@ def count(name: str) -> int:
     """Return how much or how many of something there is, or has been, on the card: a name in `cuda_in_ram.c`."""
     card = ctypes.CDLL("libcuda.so.1")
     card.card_count.restype = ctypes.c_size_t
-    return card.card_count(name.encode())
+    found = card.card_count(name.encode())
+    if found == ctypes.c_size_t(-1).value:
+        raise KeyError(name)
+    return found
+
+
+def forget_most() -> None:
+    """Begin to watch anew how much is registered at the most."""
+    ctypes.CDLL("libcuda.so.1").card_forget_most()
 
 
 @contextmanager

@@ -67,7 +67,11 @@ ALLOCATORS = {"native": {}, "async": {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMa
 @pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=ALLOCATORS)
 def test_streamed_runs_on_cuda_have_the_bits_of_resident_ones(run: Run, allocator: dict[str, str]) -> None:
     slow = {"CARD_COPIES": "200", "CARD_CALLS": "50"}
-    run(*NUMBERS, "tests/core/memory/test_cuda.py", "tests/card/inside/steps.py", **slow, **allocator)
+    run(*NUMBERS, "tests/core/memory/test_cuda.py", **slow, **allocator)
+
+
+def test_steps_ask_for_no_memory_and_wait_for_nothing_they_need_not(run: Run) -> None:
+    run(*NUMBERS, "tests/card/inside/steps.py")
 
 
 def test_two_hundred_faults_in_cuda_leave_nothing_behind(run: Run) -> None:
@@ -79,5 +83,6 @@ def test_models_of_full_size_take_what_was_planned(run: Run) -> None:
     run("-s", "tests/core/test_planning.py", "tests/card/inside/peaks.py", **hollow, **RTX_4090)
 
 
-def test_models_encoders_and_vae_compute_on_cuda(run: Run) -> None:
-    run(*NUMBERS, "tests/wan", "tests/qwen_image", "tests/core/test_codec.py", "tests/core/test_text.py")
+def test_what_cuda_makes_is_what_the_cpu_makes(run: Run) -> None:
+    run(*NUMBERS, "tests/card/inside/numbers.py", "tests/wan/test_text_encoder.py", "tests/wan/test_image_encoder.py",
+        "tests/qwen_image/test_text_encoder.py")  # fmt: skip

@@ -193,18 +193,26 @@ def test_other_errors_are_no_full_card() -> None:
 
 
 def test_float32_is_whole_only_while_it_is_asked_for() -> None:
-    def says() -> tuple:
-        conv = getattr(torch.backends.cudnn, "conv", None)
-        return torch.backends.cudnn.allow_tf32, getattr(conv, "fp32_precision", None)
-
-    before, inside = says(), []
+    inside = []
     with pytest.raises(ValueError, match="on the way"), host.whole_float32(torch.device("cuda")):
-        conv = getattr(torch.backends.cudnn, "conv", None)
-        inside.append(conv.fp32_precision == "ieee" if hasattr(conv, "fp32_precision") else not says()[0])
+        inside.append(torch.backends.cudnn.allow_tf32)  # others may look meanwhile
         raise ValueError("on the way")
-    assert inside == [True] and says() == before and before[0]
+    assert inside == [False] and torch.backends.cudnn.allow_tf32
     with host.whole_float32(CPU):
-        assert says() == before
+        assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such setting")
+def test_float32_is_whole_where_the_newer_setting_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = conv.fp32_precision, rnn.fp32_precision
+    try:
+        conv.fp32_precision, rnn.fp32_precision = "tf32", "ieee"
+        with host.whole_float32(torch.device("cuda")):
+            assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == "tf32"
+    finally:
+        conv.fp32_precision, rnn.fp32_precision = before
 
 
 def test_drivers_spill_on_windows_and_in_its_linux(monkeypatch: pytest.MonkeyPatch) -> None:

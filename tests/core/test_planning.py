@@ -22,7 +22,7 @@ from wanqwen.bench.models import (
 )
 from wanqwen.bench.plan_peaks import measured_peak
 from wanqwen.core import planning
-from wanqwen.core.memory.placement import CUBLAS, Machine
+from wanqwen.core.memory.placement import Machine
 from wanqwen.core.ops.choice import Ops
 from wanqwen.core.ops.products import FLOAT8, FLOAT8_ROWS, INT8, Product
 from wanqwen.core.planning import CARDS, Scene, card_named, plan_for, visit_seconds
@@ -157,7 +157,7 @@ def check_peak(
     most = whole + planning.working_bytes(loaded, scene, interleaved=True) + GIB
     blocks = [layout.nbytes for layout in loaded.layouts()[:-1]]
     least = most - sum(blocks) + 2 * max(blocks)
-    libraries = CUBLAS if device.type == "cuda" else 0
+    libraries = planning.libraries_on(device)
     machine = Machine(vram=rng.randint(least, most), ram=64 * GIB, total_ram=64 * GIB, libraries=libraries)
     interleave = rng.choice([None, True, False]) if interleave is None else interleave
     options = MemoryOptions(source="disk", interleave=interleave)

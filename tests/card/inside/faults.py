@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -33,7 +33,9 @@ FUNCTIONS = {
     "cudaLaunchKernel": (UNKNOWN, 300),
 }
 OTHERS = ("full", "reader", "truncated", "cancel")
-PAGE = 2 << 20  # bytes: what the card hands out memory in
+# PyTorch asks again for memory once it has given back what it keeps; we do without memory that can't be pinned, and
+# with fewer blocks on a card that has become full.
+SURVIVED = ("cudaMalloc", "cudaHostRegister", "full")
 CARD, TAKEN = int(os.environ.get("CARD_BYTES", 24 << 30)), 512 << 20  # bytes, and how many others have
 COUNTS = ("used", "registered", "registered_bytes", "host_allocated_bytes", "events")
 
@@ -68,8 +70,21 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
         handle = replace(handle, memory=MemoryOptions(swapped=4, source=source))
         assert torch.equal(runtime.generate(handle, request), wanted)
     loaded.let_go()
-    before, broke, survived = left(card), dict.fromkeys((*FUNCTIONS, *OTHERS), 0), 0
+    before, broke, survived, gave_way = left(card), dict.fromkeys((*FUNCTIONS, *OTHERS), 0), 0, 0
     fill = type(loaded.weights).fill
+
+    @dataclass
+    class Filling:
+        """Let others take the rest of the card after the first step, if that is what is to happen."""
+
+        is_meant: bool
+
+        def update(self, done: int, total: int, x0: torch.Tensor) -> None:
+            if self.is_meant and done == 1:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                card.card.card_size(ctypes.c_size_t(card.count("used") + TAKEN))
+
     for number in range(RUNS):
         kind = list(broke)[number % len(broke)]
         options = MemoryOptions(swapped=rng.randint(1, 4), source=rng.choice(("pinned", "staged", "disk")))
@@ -77,11 +92,9 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
             if kind in FUNCTIONS:
                 error, most = FUNCTIONS[kind]
                 card.fails(kind, rng.randint(1, most), error)
-            elif kind == "full":
-                card.card.card_size(ctypes.c_size_t(before["used"] + TAKEN + rng.randint(1, 12) * PAGE))
             elif kind == "truncated":
                 os.truncate(path, rng.randint(0, path.stat().st_size - 1))
-            else:
+            elif kind != "full":
                 ticks = iter(range(rng.randint(1, 8)))
 
                 def tick(ticks=ticks, kind=kind):
@@ -93,7 +106,10 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
                 else:
                     patch.setattr(host, "check_interrupt", tick)
             try:
-                made = runtime.generate(replace(handle, memory=options), request)
+                told: list[str] = []
+                filling = Filling(kind == "full")
+                made = runtime.generate(replace(handle, memory=options), request, filling, told.append)
+                gave_way += any("ran out of memory; now" in line for line in told)
                 assert torch.equal(made, wanted), f"run {number} went on after {kind}, and made something else"
                 survived += 1
             except (RuntimeError, OSError, ValueError, KeyboardInterrupt, SampleError):
@@ -103,11 +119,8 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
         path.write_bytes(whole)
         loaded.let_go()
         after = left(card)
-        assert after == before, (
-            number,
-            kind,
-            options,
-            {k: (before[k], after[k]) for k in after if after[k] != before[k]},
-        )
-    print(broke, "survived", survived)
+        assert after == before, (number, kind, options)
+    print(f"broke off: {broke}; went on: {survived}, {gave_way} of them with fewer blocks")
+    assert all(broke[kind] for kind in broke if kind not in SURVIVED), broke
+    assert survived > RUNS // len(broke) and gave_way
     assert torch.equal(runtime.generate(replace(handle, memory=MemoryOptions(swapped=4)), request), wanted)

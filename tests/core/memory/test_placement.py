@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from wanqwen.core.host import MIN_RAM
 from wanqwen.core.memory.placement import (
+    CUBLAS,
     GB,
     HEADROOM,
     HEADROOM_WINDOWS,
@@ -35,6 +36,14 @@ def test_all_stays_where_all_fits() -> None:
     assert wanted_bytes(JOB, MemoryOptions(), HEADROOM) == whole
     assert wanted_bytes(JOB, MemoryOptions(vram=GB), HEADROOM) == GB
     assert wanted_bytes(JOB, MemoryOptions(headroom=0), HEADROOM) == whole - HEADROOM
+
+
+def test_what_libraries_keep_is_asked_for_too() -> None:
+    wanted = wanted_bytes(JOB, MemoryOptions(), HEADROOM, CUBLAS)
+    machine = replace(LARGE, vram=wanted, libraries=CUBLAS)
+    plan = make_plan(JOB, machine)
+    assert not plan.streaming and plan.peak + HEADROOM == wanted
+    assert make_plan(JOB, replace(machine, vram=wanted - 1)).streaming
 
 
 def test_as_much_stays_as_fits_beside_the_ring() -> None:
