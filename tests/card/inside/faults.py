@@ -6,7 +6,8 @@ import os
 import random
 import shutil
 import threading
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -33,9 +34,8 @@ FUNCTIONS = {
     "cudaLaunchKernel": (UNKNOWN, 300),
 }
 OTHERS = ("full", "reader", "truncated", "cancel")
-# PyTorch asks again for memory once it has given back what it keeps; we do without memory that can't be pinned, and
-# with fewer blocks on a card that has become full.
-SURVIVED = ("cudaMalloc", "cudaHostRegister", "full")
+# PyTorch asks again for memory once it has given back what it keeps, and we do without memory that can't be pinned.
+SURVIVED = ("cudaMalloc", "cudaHostRegister")
 CARD, TAKEN = int(os.environ.get("CARD_BYTES", 24 << 30)), 512 << 20  # bytes, and how many others have
 COUNTS = ("used", "registered", "registered_bytes", "host_allocated_bytes", "events")
 
@@ -70,20 +70,25 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
         handle = replace(handle, memory=MemoryOptions(swapped=4, source=source))
         assert torch.equal(runtime.generate(handle, request), wanted)
     loaded.let_go()
-    before, broke, survived, gave_way = left(card), dict.fromkeys((*FUNCTIONS, *OTHERS), 0), 0, 0
+    before, broke, survived = left(card), dict.fromkeys((*FUNCTIONS, *OTHERS), 0), 0
     fill = type(loaded.weights).fill
 
     @dataclass
     class Filling:
-        """Let others take the rest of the card after the first step, if that is what is to happen."""
+        """Take the rest of the card after the first step, to the last page, if that is what is to happen."""
 
         is_meant: bool
+        taken: list[torch.Tensor] = field(default_factory=list)
 
         def update(self, done: int, total: int, x0: torch.Tensor) -> None:
             if self.is_meant and done == 1:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 card.card.card_size(ctypes.c_size_t(card.count("used") + TAKEN))
+                for size in (2 << 20, 1 << 19, 1 << 12, 512):
+                    with suppress(torch.OutOfMemoryError):
+                        while True:
+                            self.taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
 
     for number in range(RUNS):
         kind = list(broke)[number % len(broke)]
@@ -106,10 +111,7 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
                 else:
                     patch.setattr(host, "check_interrupt", tick)
             try:
-                told: list[str] = []
-                filling = Filling(kind == "full")
-                made = runtime.generate(replace(handle, memory=options), request, filling, told.append)
-                gave_way += any("ran out of memory; now" in line for line in told)
+                made = runtime.generate(replace(handle, memory=options), request, Filling(kind == "full"))
                 assert torch.equal(made, wanted), f"run {number} went on after {kind}, and made something else"
                 survived += 1
             except (RuntimeError, OSError, ValueError, KeyboardInterrupt, SampleError):
@@ -120,7 +122,7 @@ def test_faults_leave_nothing_behind(card: CardInRam, tmp_path: Path, monkeypatc
         loaded.let_go()
         after = left(card)
         assert after == before, (number, kind, options)
-    print(f"broke off: {broke}; went on: {survived}, {gave_way} of them with fewer blocks")
+    print(f"broke off: {broke}; went on: {survived}")
     assert all(broke[kind] for kind in broke if kind not in SURVIVED), broke
-    assert survived > RUNS // len(broke) and gave_way
+    assert survived > RUNS // len(broke)
     assert torch.equal(runtime.generate(replace(handle, memory=MemoryOptions(swapped=4)), request), wanted)
