@@ -2,7 +2,7 @@
 # make test   lint, format check and tests
 # make test-oldest   the tests of the encoders and of downloads with the oldest packages that the pack takes
 # make test-requirements   whether pip finds our requirements and ComfyUI's together; needs a package index, takes minutes
-# make test-card   PyTorch's build for CUDA on a card made of RAM; brings gigabytes of CUDA, needs cc, takes half an hour
+# make test-card   PyTorch's build for CUDA on a card made of RAM; brings gigabytes of CUDA, needs cc, takes ten minutes and more
 # All set up .venv on their first run. PYTHON=python3.12 chooses another interpreter; make clean starts over.
 
 PYTHON ?= python3
