@@ -13,8 +13,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -35,6 +34,7 @@ from ..core.planning import CARDS, Scene, job_of, plan_for, working_bytes
 from ..core.sampling.guidance import Guided, combination
 from ..core.types import MemoryOptions
 from ..plans import SYSTEM_VRAM
+from .measure import capped
 from .models import CASES, DFLOAT11, Case, RandomWeights, load
 from .ring import simulated_seconds
 
@@ -167,16 +167,6 @@ def _said(timing: Timing) -> str:
     return f"step {timing.step:.3f} s, first after {timing.first:.2f} s, peak {timing.peak / GB:.2f} GB"
 
 
-@contextmanager
-def _capped(vram: float | None) -> Iterator[None]:
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(1.0 if vram is None else min(1.0, vram * GIB / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 def _measure(loaded: Loaded, scene: Scene, options: MemoryOptions, vram: float | None, link: float | None) -> Timing:
     device, original = torch.device("cuda"), resident.link_to
     torch.cuda.empty_cache()
@@ -196,7 +186,11 @@ def _measure(loaded: Loaded, scene: Scene, options: MemoryOptions, vram: float |
 
     started = time.perf_counter()
     try:
-        with _capped(vram), torch.inference_mode(), placed(loaded, device, plan) as residency:
+        with (
+            capped(None if vram is None else vram * GIB),
+            torch.inference_mode(),
+            placed(loaded, device, plan) as residency,
+        ):
             run = Run(dtype=scene.dtype, hooks=(residency,))
             step = _stepper(loaded, scene, run, residency.plan.interleaved, device)
             return _timed(step, started)

@@ -3,7 +3,8 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,20 @@ class Figure:
     median_seconds: float
     least_seconds: float
     peak_bytes: int
+
+
+@contextmanager
+def capped(nbytes: float | None) -> Iterator[None]:
+    """Let PyTorch take no more than so many bytes of a CUDA device, if there is one and any are named."""
+    if nbytes is None or not torch.cuda.is_available():
+        yield
+        return
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def compare(

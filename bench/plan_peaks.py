@@ -28,6 +28,7 @@ from ..core.sampling.solvers import SOLVERS
 from ..core.types import MemoryOptions, SampleRequest
 from ..core.weights.adapters import Adapters
 from ..plans import GIB, SYSTEM_VRAM
+from .measure import capped
 from .models import CASES, META, load
 
 
@@ -52,7 +53,7 @@ def main() -> None:
                 libraries=libraries_on(options.device) or card.libraries,
             )
             plan, job = plan_for(loaded, scene, card, machine, MemoryOptions(source="disk"))
-            with card_of(options.device, vram):
+            with capped(vram * GIB - SYSTEM_VRAM):
                 found = measured_peak(loaded, scene, plan, solver, options.steps, options.device)
             sys.stdout.write(
                 f"| {name}, {vram:g} GB | {len(plan.streaming)} of {len(job.blocks)} | "
@@ -98,20 +99,6 @@ def _watched(device: torch.device) -> Iterator[Callable[[], int]]:
         return
     with LiveBytes(device) as counted:
         yield lambda: counted.peak
-
-
-@contextmanager
-def card_of(device: torch.device, vram: float) -> Iterator[None]:
-    """Let PyTorch take no more of a CUDA device than a card of so many GiB has for it."""
-    if device.type != "cuda":
-        yield
-        return
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (vram * GIB - SYSTEM_VRAM) / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @contextmanager

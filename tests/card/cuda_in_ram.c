@@ -229,17 +229,19 @@ static void hold_python(void *state) {
     if (state) restore(state);
 }
 
-static void await_stream(struct stream *stream) {
-    size_t wanted = stream->asked;
-    if (stream->done >= wanted) return;
+/* Called and left with the lock held. */
+static void await_done(const size_t *done, size_t wanted) {
+    if (*done >= wanted) return;
     pthread_mutex_unlock(&lock);
     void *state = let_python_go();
     pthread_mutex_lock(&lock);
-    while (stream->done < wanted) pthread_cond_wait(&changed, &lock);
+    while (*done < wanted) pthread_cond_wait(&changed, &lock);
     pthread_mutex_unlock(&lock);
     hold_python(state);
     pthread_mutex_lock(&lock);
 }
+
+static void await_stream(struct stream *stream) { await_done(&stream->done, stream->asked); }
 
 static void await_all(void) {
     for (struct stream *stream = streams; stream; stream = stream->next) await_stream(stream);
@@ -346,17 +348,8 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     BEGIN(cudaEventSynchronize) struct event *awaited = (struct event *)event;
-    size_t wanted = awaited->asked;
     count.host_waits++;
-    if (awaited->done < wanted) {
-        pthread_mutex_unlock(&lock);
-        void *state = let_python_go();
-        pthread_mutex_lock(&lock);
-        while (awaited->done < wanted) pthread_cond_wait(&changed, &lock);
-        pthread_mutex_unlock(&lock);
-        hold_python(state);
-        return 0;
-    }
+    await_done(&awaited->done, awaited->asked);
     END;
 }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
